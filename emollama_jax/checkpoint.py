@@ -1,0 +1,336 @@
+"""What a run writes down and reads back: Orbax checkpoints of what trains, and the base below it.
+
+A checkpoint holds only what training changes, the parameters that `train.trainable` names with the
+optimizer's state, and what is needed to go on exactly: the Grain iterator, the step, the config.
+All other weights are the *base*, which `init_model` makes again from the config: the package's tiny
+towers, or random numbers from the seed. A fingerprint of the base is kept, since adapters on
+another base would give wrong answers without any error.
+
+    RUN/checkpoints/STEP/{params, training, data}, config and base as Orbax' custom metadata
+
+Orbax' v1 API is used throughout.
+"""
+
+import difflib
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Protocol, Self
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp  # where Orbax 0.12 keeps its v1 API
+from flax import nnx
+from jax.sharding import Mesh
+
+from emollama_jax import config
+from emollama_jax.config import Config, MeshConfig
+from emollama_jax.errors import UserError
+from emollama_jax.models import pretrained
+from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.sharding.rules import param_shardings
+
+FOLDER = "checkpoints"
+ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
+# What may differ between a checkpoint and the run that continues it; all else would change what is
+# computed, or what the saved iterator means.
+FREE = (
+    "name",
+    "mesh",
+    "generate",
+    "data.dir",
+    "data.workers",
+    "data.broken_share",
+    "train.steps",
+    "train.save_every",
+    "train.keep",
+    "train.log_every",
+)
+
+
+def matching(patterns: Iterable[str], paths: Collection[str], *, key: str) -> frozenset[str]:
+    """The parameter paths that any of the regular expressions matches as a whole.
+
+    Args:
+        patterns: e.g. "llama/.*lora_[AB]".
+        paths: of all parameters.
+        key: the config key that holds the patterns, for the message.
+
+    Raises:
+        UserError: not a regular expression, or one that matches nothing.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            matched = [path for path in paths if re.fullmatch(pattern, path)]
+        except re.error as error:
+            raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
+        if not matched:
+            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0) or sorted(paths)[:3]
+            raise UserError(
+                f"{key}: {pattern!r} matches no parameter (near: {', '.join(near)}): patterns "
+                "match whole paths"
+            )
+        found.update(matched)
+    return frozenset(found)
+
+
+def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlama:
+    """The model that a run starts from: random numbers from the seed, then the base towers.
+
+    Every leaf is born on its devices, and what does not train in `train.frozen_dtype`.
+
+    Args:
+        cfg: of the run.
+        mesh: of `make_mesh`.
+        given: patterns of what the caller fills, e.g. from a checkpoint. It starts as zeros, which
+            spares compiling its random numbers.
+    """
+
+    def make() -> EmoLlama:
+        return EmoLlama(cfg.model, rngs=nnx.Rngs(cfg.train.seed))
+
+    model = nnx.eval_shape(make)
+    leaves = named_parameters(model)
+    trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
+    shardings = param_shardings(leaves, mesh).params
+    filled = {*matching(given, leaves, key="train.trainable"), *_base_paths(cfg, leaves)}
+    random = {name: shardings[name] for name in leaves if name not in filled}
+
+    def finish(name: str, leaf: jax.Array) -> jax.Array:
+        return leaf if name in trainable else leaf.astype(cfg.train.frozen_dtype)
+
+    def start() -> dict[str, jax.Array]:
+        return {
+            name: finish(name, leaf[...])
+            for name, leaf in named_parameters(make()).items()
+            if name in random
+        }
+
+    values = jax.jit(start, out_shardings=random)() if random else {}
+    for name, leaf in leaves.items():
+        if name in random:
+            leaf.set_value(values[name])
+        else:
+            zeros = np.zeros(leaf.shape, np.float32)
+            leaf.set_value(jax.device_put(finish(name, zeros), shardings[name]))
+    if cfg.weights == "tiny":
+        pretrained.load_tiny(model)
+        for name, leaf in leaves.items():
+            leaf.set_value(jax.device_put(finish(name, leaf[...]), shardings[name]))
+    return model
+
+
+def base_reference(cfg: Config) -> dict[str, Any]:
+    """What the frozen weights are made from, so that a checkpoint can tell them apart."""
+    if cfg.weights == "none":
+        return {"weights": "none", "seed": cfg.train.seed}
+    files = {name: pretrained.WEIGHTS / f"{name}.safetensors" for name in pretrained.TINY.values()}
+    for path in files.values():
+        if not path.is_file():
+            raise UserError(f"{path}: the package's weights are missing: install it again")
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    return {"weights": "tiny", "sha256": digests}
+
+
+class State(Protocol):
+    """What a checkpoint needs of a train state: `TrainState` of `train/step.py`."""
+
+    step: jax.Array
+    params: dict[str, jax.Array]
+
+    def replace(self, **fields: Any) -> Self: ...
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background; a context manager."""
+
+    def __init__(self, run: pathlib.Path, cfg: Config):
+        """Opens `run`/checkpoints, or makes it.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        self.directory = run / FOLDER
+        self._cfg = cfg
+        self._metadata = {"config": _plain(config.to_dict(cfg)), "base": base_reference(cfg)}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run}: cannot be a run's folder: {error.strerror}") from None
+        self._orbax = ocp.training.Checkpointer(
+            self.directory.absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(cfg.train.keep),
+            cleanup_tmp_directories=True,  # of a save that was cut short
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._orbax.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def save(self, state: State, *, data: grain.DatasetIterator) -> None:
+        """Starts writing a checkpoint; returns once the arrays may change again."""
+        self._orbax.save_checkpointables_async(
+            int(state.step),
+            {"params": state.params, "training": state.replace(params={}), "data": data},
+            custom_metadata=self._metadata,
+        )
+
+    def restore(self, state: State, *, data: grain.DatasetIterator) -> State:
+        """Reads the newest checkpoint.
+
+        Args:
+            state: what is wanted; leaves have shape, dtype and sharding.
+            data: is moved to where the run stopped.
+
+        Raises:
+            UserError: a checkpoint of another config or base, or one that cannot be read.
+        """
+        path = self.directory / str(self.latest)
+        saved = _read_metadata(path)
+        difference = _first_difference(saved["config"], self._metadata["config"])
+        if difference is not None:
+            raise UserError(
+                f"{path}: checkpoint of another config: {difference}; go back to that config or "
+                "choose another folder"
+            )
+        _check_base(path, saved["base"], self._metadata["base"])
+        wanted = {
+            "params": _abstract(state.params),
+            "training": _abstract(state.replace(params={})),
+            "data": data,
+        }
+        found = _load(path, wanted)
+        return found["training"].replace(params=found["params"])
+
+
+def find(path: pathlib.Path) -> pathlib.Path:
+    """The checkpoint folder that a user means: a run (its newest), or one step of it.
+
+    Raises:
+        UserError: no such folder, or no checkpoint in it.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder (wanted: a run of `emollama train`)")
+    if path.parent.name == FOLDER and path.name.isdigit():
+        return path
+    folder = path if path.name == FOLDER else path / FOLDER
+    # A folder still being written has a longer name; Orbax renames it when it is complete.
+    steps = [int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()]
+    if not steps:
+        raise UserError(
+            f"{path}: no checkpoint here (wanted: a run of `emollama train`, which holds "
+            f"{FOLDER}/STEP)"
+        )
+    return folder / str(max(steps))
+
+
+def load_for_inference(
+    path: pathlib.Path, *, mesh: MeshConfig = ONE_DEVICE
+) -> tuple[Config, EmoLlama]:
+    """The model of a checkpoint, on its base, and the config that made it.
+
+    Args:
+        path: a run (its newest checkpoint is taken), or one checkpoint of it.
+        mesh: where to put it; one device by default, whatever it was trained on.
+
+    Raises:
+        UserError: no checkpoint, one of another base, or one that cannot be read.
+    """
+    path = find(pathlib.Path(path))
+    saved = _read_metadata(path)
+    cfg = config.from_dict(saved["config"], origin=str(path))
+    _check_base(path, saved["base"], base_reference(cfg))
+    model = init_model(cfg, make_mesh(mesh), given=cfg.train.trainable)
+    leaves = named_parameters(model)
+    trained = matching(cfg.train.trainable, leaves, key="train.trainable")
+    wanted = _abstract({name: leaves[name][...] for name in trained})
+    values = _load(path, {"params": wanted})["params"]
+    for name, value in values.items():
+        leaves[name].set_value(value)
+    return cfg, model
+
+
+def _base_paths(cfg: Config, paths: Collection[str]) -> set[str]:
+    """The parameters that the base's files fill."""
+    if cfg.weights == "none":
+        return set()
+    return {
+        path
+        for path in paths
+        if path.split("/")[0] in pretrained.TINY and not path.endswith(("lora_A", "lora_B"))
+    }
+
+
+def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return ocp.load_checkpointables(path.absolute(), wanted)
+    except Exception as error:  # Orbax passes on whatever its readers raise
+        older = [int(p.name) for p in path.parent.glob("*") if p.name.isdigit()]
+        older = sorted(step for step in older if step < int(path.name))
+        then = f"from step {older[-1]}" if older else "anew"
+        raise UserError(
+            f"{path}: checkpoint cannot be read ({_first_line(error)}): delete this folder, and "
+            f"the same command continues {then}"
+        ) from error
+
+
+def _read_metadata(path: pathlib.Path) -> dict[str, Any]:
+    """The config and the base that a checkpoint was made with."""
+    try:
+        saved = ocp.metadata(path.absolute(), "params").custom_metadata
+        return {"config": saved["config"], "base": saved["base"]}
+    except Exception as error:  # Orbax passes on whatever its readers raise
+        raise UserError(
+            f"{path}: not a checkpoint of this program, or a broken one ({_first_line(error)}): "
+            "delete this folder, or name another"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_base(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    if saved != now:
+        raise UserError(
+            f"{path}: trained on other base weights ({_first_difference(saved, now)}): use the "
+            "version that trained it, or train again"
+        )
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _plain(tree: Any) -> Any:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(tree))
+
+
+def _first_difference(saved: Any, now: Any, key: Sequence[str] = ()) -> str | None:
+    """`key: checkpoint …, now …` of the first leaf that differs and is not free to."""
+    name = ".".join(key)
+    if name in FREE:
+        return None
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for part in [*now, *(part for part in saved if part not in now)]:
+            difference = _first_difference(saved.get(part), now.get(part), (*key, part))
+            if difference is not None:
+                return difference
+        return None
+    return None if saved == now else f"{name}: checkpoint {saved!r}, now {now!r}"

@@ -1,0 +1,371 @@
+"""Every setting of a run as frozen dataclasses: YAML in, typed overrides, unknown keys refused.
+
+The model sections hold no defaults: what a network computes is written out in `configs/*.yaml`.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import dataclasses as pydantic_dataclasses
+
+from emollama_jax.errors import UserError
+
+DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+Branches = Literal["both", "global", "local", "none"]
+
+
+def _config(cls):
+    """A frozen dataclass whose fields are checked and that refuses unknown ones."""
+    options = pydantic.ConfigDict(extra="forbid")
+    return pydantic_dataclasses.dataclass(frozen=True, kw_only=True, config=options)(cls)
+
+
+@_config
+class LoraConfig:
+    """Low-rank adapters on a network's Linear layers (Hu et al. 2021), named as PEFT names them."""
+
+    rank: int  # 0: no adapters
+    alpha: float  # the update is scaled by alpha / rank
+    dropout: float
+    targets: tuple[str, ...]  # leaf names, e.g. ("q_proj", "v_proj")
+
+
+@_config
+class LlamaConfig:
+    """LLaMA / Vicuna decoder (`transformers` `LlamaConfig`, renamed to axis words)."""
+
+    vocab_size: int  # rows of the embedding, padding included
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: float  # positions are divided by it; 1 for none (LLaMA-VID stage 3: 16)
+    max_positions: int
+    dtype: DType
+    remat: Remat
+    lora: LoraConfig
+
+
+@_config
+class EvaVitConfig:
+    """EVA-CLIP's ViT as LAVIS builds it: pre-norm, learned positions, no final norm."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    norm_eps: float
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    dtype: DType
+    remat: Remat
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@_config
+class QFormerConfig:
+    """BERT with learned queries and cross-attention in every n-th layer (InstructBLIP)."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    max_positions: int
+    encoder_width: int
+    encoder_norm_eps: float  # of the norm over the vision tokens (LLaMA-VID's vlm_att_ln)
+    cross_attention_every: int
+    queries: int
+    norm_eps: float
+    dropout: float
+    dtype: DType
+    remat: Remat
+
+
+@_config
+class SwinConfig:
+    """Swin v1 (torchvision `swin_b`)."""
+
+    image_size: int
+    patch_size: int
+    width: int  # of stage 0; doubles at each stage
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int
+    mlp_ratio: int
+    norm_eps: float
+
+
+@_config
+class FaceXFormerConfig:
+    """FaceXFormer (Narayan et al. 2024): Swin, multi-scale fusion, two-way decoder, eight heads."""
+
+    swin: SwinConfig
+    width: int  # of the fused face map and the task tokens
+    decoder_depth: int
+    decoder_heads: int
+    decoder_mlp_width: int
+    attention_downsample: int  # of the cross-attentions' inner width
+    upscale_widths: tuple[int, int]  # of the parsing head
+    norm_eps: float
+    parsing_norm_eps: float
+    race_labels: Literal["measured", "as_published"]  # see docs/model.md
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    dtype: DType
+    remat: Remat
+
+
+@_config
+class FaceInfoMiningConfig:
+    """Face Info Mining: our choice of equations (docs/model.md), each part switchable."""
+
+    branches: Branches
+    heads: int
+    head_dim: int
+    pool: int  # the face map is pooled to pool × pool keys for the global branch
+    fourier_bands: int  # of a landmark's position
+    norm_eps: float
+
+
+@_config
+class EmoLlamaConfig:
+    """The assembled model."""
+
+    llama: LlamaConfig
+    vision: EvaVitConfig
+    qformer: QFormerConfig
+    face: FaceXFormerConfig
+    fim: FaceInfoMiningConfig
+    content: str  # "all", "mean" or "grid:n": LLaMA-VID's content tokens
+    frames_at_once: int  # frames that pass the frozen towers together; bounds their activations
+
+    @property
+    def content_tokens(self) -> int:
+        """Content tokens of a frame. LLaMA-VID's `grid:g` is not always g × g (6 on 16 gives 8)."""
+        if self.content == "all":
+            return self.vision.patches
+        if self.content == "mean":
+            return 1
+        side = self.vision.image_size // self.vision.patch_size
+        n = int(self.content.removeprefix("grid:"))
+        if n > side:
+            raise UserError(
+                f"model.content: {self.content}, but a frame has {side} × {side} patches: choose "
+                f"grid:{side} or smaller, or all"
+            )
+        return (side // (side // n)) ** 2
+
+    @property
+    def face_tokens(self) -> int:
+        """Face tokens of a frame: one for each branch of Face Info Mining."""
+        return {"both": 2, "global": 1, "local": 1, "none": 0}[self.fim.branches]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens of a frame: context, content, face."""
+        return 1 + self.content_tokens + self.face_tokens
+
+    @pydantic.field_validator("content")
+    @classmethod
+    def _content(cls, value: str) -> str:
+        if value not in ("all", "mean"):
+            kind, _, n = value.partition(":")
+            if kind != "grid" or not n.isdigit() or int(n) < 2:
+                raise ValueError(f"{value!r} is neither 'all' nor 'mean' nor 'grid:n' with n > 1")
+        return value
+
+
+@_config
+class TokenizerConfig:
+    """A tokenizer file. `tiny` names the one that the package carries."""
+
+    kind: Literal["sentencepiece", "bpe", "bert"]
+    path: str
+
+
+@_config
+class SourceConfig:
+    """One data set of a mixture."""
+
+    name: str  # builder and its config, e.g. "actionfaces/images"
+    split: str
+    kind: Literal["image", "clip"]
+    weight: float
+    items: Literal["category", "conversation", "both"] = "both"
+
+
+@_config
+class DataConfig:
+    """What the pipeline reads and the static shapes it makes."""
+
+    dir: str
+    sources: tuple[SourceConfig, ...]
+    clip_frames: int  # M of a clip batch; an image batch has M = 1
+    sampling: Literal["segments", "fps"]
+    fps: float  # of "fps" sampling
+    pad_images: bool  # LLaMA-VID's image_aspect_ratio: pad
+    text_length: int  # T of an image batch, visual tokens included
+    clip_text_length: int  # T of a clip batch
+    rounds: int  # R: human turns of a training prompt, each with its own visual tokens
+    question_length: int  # L, tokens the Q-Former reads
+    agr: bool  # the age-gender-race sentence
+    agr_threshold: float  # attributes below this probability are left out of it
+    face_margin: float  # of the face crop, as a share of the box (FaceXFormer: 0.5)
+    workers: int  # Grain worker processes; 0 reads in the main process
+    broken_share: float  # of media that may be unreadable before the run stops
+    llm_tokenizer: TokenizerConfig
+    question_tokenizer: TokenizerConfig
+
+
+@_config
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@_config
+class TrainConfig:
+    steps: int
+    seed: int
+    image_batch: int  # examples of an image step, all hosts together
+    clip_batch: int
+    accumulation: int  # micro-batches of an optimizer step
+    trainable: tuple[str, ...]  # regular expressions over parameter paths, "llama/.*lora_[AB]"
+    learning_rate: float
+    projector_learning_rate: float  # of what `projector` matches
+    projector: tuple[str, ...]
+    warmup: float  # share of the steps
+    weight_decay: float
+    b1: float
+    b2: float
+    clip_norm: float
+    frozen_dtype: DType
+    save_every: int
+    keep: int
+    log_every: int
+
+
+@_config
+class GenerateConfig:
+    max_new_tokens: int
+    temperature: float  # 0: greedy
+    top_p: float
+    seed: int
+
+
+@_config
+class Config:
+    """A whole run."""
+
+    name: str
+    model: EmoLlamaConfig
+    data: DataConfig
+    mesh: MeshConfig
+    train: TrainConfig
+    generate: GenerateConfig
+    weights: Literal["tiny", "none"] = "none"  # towers to start from: the package's, or none
+
+
+def config_dir() -> pathlib.Path:
+    """The folder of the named configs: inside an installed package, else the checkout's."""
+    inside = pathlib.Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else pathlib.Path(__file__).parent.parent / "configs"
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config and applies `key=value` overrides.
+
+    Args:
+        name: a path, or the name of a file in `configs/` without its ending.
+        overrides: "train.steps=200"; values are read as YAML and checked against the field's type.
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown key, a value of the wrong type.
+    """
+    path = pathlib.Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = config_dir() / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in config_dir().glob("*.yaml")))
+        raise UserError(f"{name}: no such config (known: {known}; or give a path to a .yaml file)")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return from_dict(tree, origin=str(name))
+
+
+def from_dict(tree: dict[str, Any], *, origin: str) -> Config:
+    """Checks a plain tree, e.g. of a YAML file or a checkpoint, and makes the config."""
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(tree)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{origin}: " + "; ".join(map(_explain, error.errors()))) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain tree that `from_dict` reads back."""
+    return dataclasses.asdict(config)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"{override}: an override is key=value, e.g. train.steps=200")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise UserError(f"{override}: no section {part!r} in the config")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{override}: {value!r} is not a YAML value") from None
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `key: found …, wanted …`."""
+    location = [part for part in error["loc"] if isinstance(part, str)]
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "unexpected_keyword_argument":
+        names = _field_names(location[:-1])
+        near = difflib.get_close_matches(location[-1], names, n=1) or [
+            name for name in names if "".join(word[0] for word in name.split("_")) == location[-1]
+        ]
+        path = ".".join([*location[:-1], *near])
+        hint = f" (did you mean {path}?)" if near else ""
+        return f"unknown key {key}{hint}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    return f"{key}: {error['msg']}, found {error['input']!r}"
+
+
+def _field_names(sections: Sequence[str]) -> list[str]:
+    cls: Any = Config
+    for section in sections:
+        cls = {field.name: field.type for field in dataclasses.fields(cls)}.get(section)
+        if not dataclasses.is_dataclass(cls):
+            return []
+    return [field.name for field in dataclasses.fields(cls)]

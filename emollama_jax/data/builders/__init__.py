@@ -1,0 +1,1 @@
+"""TFDS builders, one per data set; `schema.py` holds the example that all of them make."""

@@ -1,0 +1,373 @@
+"""One example of a data set as one row of a `Batch`: media decoded, faces cut out, text encoded.
+
+Rows are dictionaries of NumPy arrays named as the fields of `Batch`, without its axis B, plus
+`trouble`: why the row is a sentinel, "" if it is none. A sentinel stands for media that cannot be
+read; it has the same shapes, no labels and no weight.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int, UInt8
+
+from emollama_jax.batch import IGNORE, Batch
+from emollama_jax.config import Config, SourceConfig
+from emollama_jax.data import prompts
+from emollama_jax.data.media import (
+    Source,
+    fps_indices,
+    read_frames,
+    read_image,
+    segment_indices,
+    to_model_frame,
+)
+from emollama_jax.data.tokenizers import load_tokenizer
+from emollama_jax.errors import UserError
+from emollama_jax.faces.track import crop_face
+
+Kind = Literal["image", "clip"]
+View = Literal["all", "middle", "blank"]  # of an evaluation: what of the media the model gets
+Row = dict[str, Any]
+
+LANDMARKS = 68
+
+
+class Prior(Protocol):
+    """What is known of an example's face; F = all stored frames of its media."""
+
+    boxes: Float32[np.ndarray, "f 4"]  # (x1, y1, x2, y2) in pixels
+    found: Bool[np.ndarray, " f"]
+    landmarks: Float32[np.ndarray, "f 68 2"]  # in the crop, -1 … 1
+    agr: Int[np.ndarray, "3"]  # age, gender and race class
+    agr_probability: Float32[np.ndarray, "3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """The frames of one example that the model sees."""
+
+    frames: UInt8[np.ndarray, "m s s 3"]
+    faces: UInt8[np.ndarray, "m f f 3"]
+    found: Bool[np.ndarray, " m"]
+    landmarks: Float32[np.ndarray, "m 68 2"]
+    agr: str  # the sentence, "" for none
+
+
+class Encoder:
+    """Everything that the rows of a config share: tokenizers and static shapes."""
+
+    def __init__(self, cfg: Config):
+        """Reads the tokenizers.
+
+        Raises:
+            UserError: they or the text lengths do not fit the model.
+        """
+        self.cfg = cfg
+        self.llm = load_tokenizer(cfg.data.llm_tokenizer)
+        self.question = load_tokenizer(cfg.data.question_tokenizer)
+        for name, size, rows in (
+            ("llm", self.llm.size, cfg.model.llama.vocab_size),
+            ("question", self.question.size, cfg.model.qformer.vocab_size),
+        ):
+            if size > rows:
+                part = {"llm": "llama", "question": "qformer"}[name]
+                raise UserError(
+                    f"data.{name}_tokenizer has {size} entries and model.{part}.vocab_size is "
+                    f"{rows}: name the tokenizer that the weights were trained with"
+                )
+        if not 3 <= cfg.data.question_length <= cfg.model.qformer.max_positions:
+            raise UserError(
+                f"data.question_length is {cfg.data.question_length}, wanted 3 … "
+                f"{cfg.model.qformer.max_positions} (model.qformer.max_positions)"
+            )
+        for kind in sorted({source.kind for source in cfg.data.sources}):
+            if self.visual(kind) >= self.text_length(kind):
+                field = {"image": "text_length", "clip": "clip_text_length"}[kind]
+                raise UserError(
+                    f"data.{field} is {self.text_length(kind)}, and one {kind} alone takes "
+                    f"{self.visual(kind)} visual tokens: raise it"
+                )
+
+    def frames(self, kind: Kind) -> int:
+        """M."""
+        return {"image": 1, "clip": self.cfg.data.clip_frames}[kind]
+
+    def text_length(self, kind: Kind) -> int:
+        """T."""
+        return {"image": self.cfg.data.text_length, "clip": self.cfg.data.clip_text_length}[kind]
+
+    def visual(self, kind: Kind) -> int:
+        """Visual tokens of a turn."""
+        return self.frames(kind) * self.cfg.model.tokens_per_frame
+
+    def indices(
+        self, count: int, fps: float | None, rng: np.random.Generator | None
+    ) -> Int[np.ndarray, " m"]:
+        """The frames of a clip: random ones in training, where `rng` is given, else central ones.
+
+        "fps" takes LLaMA-VID's frames; the static shape thins them out, or repeats the last.
+        """
+        segments = self.cfg.data.clip_frames
+        if self.cfg.data.sampling == "segments":
+            return segment_indices(count, segments=segments, rng=rng)
+        steady = fps_indices(count, fps, wanted_fps=self.cfg.data.fps)
+        return steady[segment_indices(len(steady), segments=segments, rng=rng)]
+
+    def look(
+        self,
+        media: Source,
+        *,
+        kind: Kind,
+        prior: Prior,
+        rng: np.random.Generator | None = None,
+        view: View = "all",
+    ) -> Look:
+        """Decodes what the model sees of a picture or clip.
+
+        Args:
+            media: the encoded file or its path.
+            kind: which of the two.
+            prior: of its face.
+            rng: as in `indices`.
+            view: "middle" repeats a clip's middle frame; "blank" shows black frames and no face.
+
+        Raises:
+            UserError: the media cannot be read, or the prior is of other media.
+        """
+        if kind == "image":
+            pictures, indices, count = [read_image(media)], np.zeros(1, int), 1
+        else:
+
+            def pick(count: int, fps: float | None) -> Int[np.ndarray, " m"]:
+                if view == "middle":
+                    return np.full(self.cfg.data.clip_frames, count // 2)
+                return self.indices(count, fps, rng)
+
+            clip = read_frames(media, pick)
+            pictures, indices, count = clip.frames, clip.indices, clip.count
+        if count != len(prior.found):
+            raise UserError(
+                f"{count} frames, but face priors of {len(prior.found)}: compute the priors again"
+            )
+        data = self.cfg.data
+        size, face_size = self.cfg.model.vision.image_size, self.cfg.model.face.swin.image_size
+        look = _empty_look(len(pictures), size, face_size)
+        if view == "blank":
+            return look
+        pad = data.pad_images and kind == "image"
+        done: dict[int, int] = {}  # stored frame → its place; short clips repeat frames
+        for place, (index, picture) in enumerate(zip(indices.tolist(), pictures, strict=True)):
+            if (same := done.setdefault(index, place)) != place:
+                look.frames[place], look.faces[place] = look.frames[same], look.faces[same]
+                continue
+            look.frames[place] = to_model_frame(picture, size, pad=pad)
+            if prior.found[index]:
+                look.faces[place], _ = crop_face(
+                    picture, prior.boxes[index], data.face_margin, face_size
+                )
+        look.found[:] = prior.found[indices]
+        look.landmarks[look.found] = prior.landmarks[indices][look.found]
+        return dataclasses.replace(look, agr=self._agr(kind, prior))
+
+    def training_row(
+        self,
+        look: Look,
+        *,
+        kind: Kind,
+        turns: Sequence[prompts.Turn],
+        index: int,
+        rng: np.random.Generator,
+    ) -> Row:
+        """A row with labels; at most `data.rounds` turns."""
+        encoded = prompts.build_training(
+            turns,
+            n_visual=self.visual(kind),
+            agr=look.agr,
+            tokenizer=self.llm,
+            text_length=self.text_length(kind),
+            rng=rng,
+        )
+        if (encoded.labels == IGNORE).all():
+            needed = encoded.length + encoded.lost
+            return self.sentinel(
+                kind, index, f"its {needed} tokens do not fit into T = {len(encoded.ids)}"
+            )
+        questions = [turn.question for turn in turns]
+        return self._row(look, encoded, questions, rounds=self.cfg.data.rounds, index=index)
+
+    def prompt_row(self, look: Look, *, kind: Kind, question: str, index: int) -> Row:
+        """A row to be answered: no labels, one round.
+
+        Raises:
+            UserError: the question is too long.
+        """
+        question = prompts.question_text(question)
+        encoded = prompts.build_prompt(
+            question,
+            n_visual=self.visual(kind),
+            agr=look.agr,
+            tokenizer=self.llm,
+            text_length=self.text_length(kind),
+        )
+        return self._row(look, encoded, [question], rounds=1, index=index)
+
+    def sentinel(self, kind: Kind, index: int, trouble: str) -> Row:
+        """What stands for a training row that cannot be made."""
+        encoded = prompts.Encoded(
+            ids=np.full(self.text_length(kind), self.llm.pad, np.int32),
+            labels=np.full(self.text_length(kind), IGNORE, np.int32),
+            length=1,  # a row without a token would have nothing to attend to
+            lost=0,
+        )
+        encoded.ids[0] = self.llm.bos
+        look = self.empty_look(kind)
+        row = self._row(look, encoded, [], rounds=self.cfg.data.rounds, index=index)
+        return row | {"weight": np.float32(0), "trouble": trouble}
+
+    def empty_look(self, kind: Kind) -> Look:
+        """Black frames without a face."""
+        model = self.cfg.model
+        return _empty_look(self.frames(kind), model.vision.image_size, model.face.swin.image_size)
+
+    def _agr(self, kind: Kind, prior: Prior) -> str:
+        if not (self.cfg.data.agr and prior.found.any()):
+            return ""
+        age, gender, race = (int(x) for x in prior.agr)
+        return prompts.agr_sentence(
+            kind=kind,
+            age=age,
+            gender=gender,
+            race=race,
+            probability=[float(p) for p in prior.agr_probability],
+            threshold=self.cfg.data.agr_threshold,
+            race_labels=self.cfg.model.face.race_labels,
+        )
+
+    def _row(
+        self,
+        look: Look,
+        encoded: prompts.Encoded,
+        questions: Sequence[str],
+        *,
+        rounds: int,
+        index: int,
+    ) -> Row:
+        length = self.cfg.data.question_length
+        ids = np.full((rounds, length), self.question.pad, np.int32)
+        mask = np.zeros((rounds, length), bool)
+        for number, question in enumerate(questions):
+            ids[number], mask[number] = prompts.encode_question(
+                question, tokenizer=self.question, length=length
+            )
+        return {
+            "frames": look.frames,
+            "faces": look.faces,
+            "face_found": look.found,
+            "landmarks": look.landmarks,
+            "ids": encoded.ids,
+            "labels": encoded.labels,
+            "length": np.int32(encoded.length),
+            "questions": ids,
+            "question_mask": mask,
+            "weight": np.float32(1),
+            "index": np.int32(index),
+            "trouble": "",
+        }
+
+
+class Examples:
+    """A source's examples as training rows. Pickles, so that worker processes can hold it."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        source: SourceConfig,
+        *,
+        data: Sequence[Mapping[str, Any]],
+        priors: Sequence[Prior],
+    ):
+        if len(priors) != len(data):
+            raise UserError(
+                f"{source.name}, split {source.split}: {len(data)} examples, but face priors of "
+                f"{len(priors)}: compute the priors again"
+            )
+        self.encoder, self.source, self.data, self.priors = encoder, source, data, priors
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def training(self, index: int, *, seed: int) -> Row:
+        """One row; the seed decides the conversation, its layout and the frames."""
+        rng = np.random.Generator(np.random.PCG64(seed))
+        example = self.data[index]
+        pieces = prompts.split_rounds(self._choose(example, rng), self.encoder.cfg.data.rounds)
+        turns = pieces[rng.integers(len(pieces))]
+        kind = self.source.kind
+        try:
+            look = self.encoder.look(example["media"], kind=kind, prior=self.priors[index], rng=rng)
+            row = self.encoder.training_row(look, kind=kind, turns=turns, index=index, rng=rng)
+        except UserError as error:
+            row = self.encoder.sentinel(kind, index, str(error))
+        if row["trouble"]:
+            row["trouble"] = f"{self.name(example)}: {row['trouble']}"
+        return row
+
+    def evaluation(self, index: int, *, view: View) -> tuple[Row, Mapping[str, Any]]:
+        """One prompt, the category question's, and the example it is of.
+
+        Media that cannot be read are black frames: a prediction is asked for all the same.
+        """
+        example = self.data[index]
+        kind = self.source.kind
+        try:
+            look = self.encoder.look(
+                example["media"], kind=kind, prior=self.priors[index], view=view
+            )
+            trouble = ""
+        except UserError as error:
+            look, trouble = self.encoder.empty_look(kind), f"{self.name(example)}: {error}"
+        question = json.loads(example["items"])[0][0]["value"]  # the category item is the first
+        row = self.encoder.prompt_row(look, kind=kind, question=question, index=index)
+        return row | {"trouble": trouble}, example
+
+    def name(self, example: Mapping[str, Any]) -> str:
+        """For log lines."""
+        return f"{self.source.name}, split {self.source.split}, example {example['id']}"
+
+    def _choose(
+        self, example: Mapping[str, Any], rng: np.random.Generator
+    ) -> Sequence[prompts.Turn]:
+        category, *conversations = json.loads(example["items"])
+        items = {
+            "category": [category],
+            "conversation": conversations,
+            "both": [category, *conversations],
+        }[self.source.items]
+        if not items:
+            raise UserError(
+                f"{self.name(example)} has no conversation: set items: category for this source"
+            )
+        try:
+            return prompts.read_turns(items[rng.integers(len(items))])
+        except UserError as error:
+            raise UserError(f"{self.name(example)}: {error}") from None
+
+
+def stack(rows: Sequence[Row]) -> tuple[Batch, list[str]]:
+    """Rows of one shape as a batch of NumPy arrays, and what is wrong with them."""
+    names = [field.name for field in dataclasses.fields(Batch)]
+    batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in names})
+    return batch, [row["trouble"] for row in rows if row["trouble"]]
+
+
+def _empty_look(frames: int, size: int, face_size: int) -> Look:
+    return Look(
+        frames=np.zeros((frames, size, size, 3), np.uint8),
+        faces=np.zeros((frames, face_size, face_size, 3), np.uint8),
+        found=np.zeros(frames, bool),
+        landmarks=np.zeros((frames, LANDMARKS, 2), np.float32),
+        agr="",
+    )

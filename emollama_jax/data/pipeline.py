@@ -1,0 +1,295 @@
+"""Data sets → mixture → batches, on Grain's Dataset API.
+
+    source → seed → shuffle → repeat → draw ┐
+    source → seed → shuffle → repeat → draw ┴ mix → slice by host → decode → batch ┐  (images)
+    …                                                               decode → batch ┴ mix → prefetch
+
+Every step is wholly of images or wholly of clips: two static shapes. Which one, which examples, and
+each example's random choices are a function of the seed and the step alone. So neither the number
+of hosts nor of worker processes changes them, and the state of an iterator is one number.
+
+What differs from LLaMA-VID: it groups examples by length and replaces a broken one by a random
+other. Here a broken one becomes a sentinel without weight, is named in the log, and too many stop
+the run.
+"""
+
+import dataclasses
+import functools
+import importlib
+import logging
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from emollama_jax.batch import Batch
+from emollama_jax.config import Config, SourceConfig
+from emollama_jax.data import builders
+from emollama_jax.data.elements import Encoder, Examples, Kind, Prior, Row, View, stack
+from emollama_jax.errors import UserError
+
+Data = Sequence[Mapping[str, Any]]  # examples by their position, read lazily
+Opener = Callable[[str, str, str], Data]  # (folder, name, split)
+PriorOpener = Callable[[str, str, str], Sequence[Prior]]
+
+THREADS = 2  # that make batches, in the main process or in each worker
+AHEAD = 2  # batches made before they are asked for
+FEW = 1000  # the share of broken media is not judged on fewer examples
+
+_log = logging.getLogger(__name__)
+
+
+def open_source(folder: str, name: str, split: str) -> Data:
+    """Opens a prepared data set.
+
+    Args:
+        folder: `data.dir`.
+        name: of a builder and its config, e.g. "actionfaces/images".
+        split: of it.
+
+    Raises:
+        UserError: no such builder, or not prepared.
+    """
+    builder, _, config = name.partition("/")
+    known = sorted(module.name for module in pkgutil.iter_modules(builders.__path__))
+    if builder not in known:
+        raise UserError(f"{name}: no such data set; known are {', '.join(known)}")
+    module = importlib.import_module(f"{builders.__name__}.{builder}")
+    return module.open_split(folder, config, split)
+
+
+def make_train_iterator(
+    cfg: Config,
+    *,
+    open_priors: PriorOpener,
+    host_index: int = 0,
+    host_count: int = 1,
+    open_data: Opener = open_source,
+) -> "TrainIterator":
+    """This host's training batches, without end.
+
+    Args:
+        cfg: the sources' weights are shares of the steps between the two kinds, and of the examples
+            between the sources of a kind.
+        open_priors: gives a split's face priors, from the same arguments as `open_data`.
+        host_index: of this process.
+        host_count: of all processes; each gets its share of every batch.
+        open_data: gives a split's examples.
+
+    Raises:
+        UserError: a source, its priors or a size does not fit.
+    """
+    if not cfg.data.sources:
+        raise UserError("data.sources is empty: name at least one data set")
+    encoder = Encoder(cfg)
+    sources = [
+        Examples(
+            encoder,
+            source,
+            data=open_data(cfg.data.dir, source.name, source.split),
+            priors=open_priors(cfg.data.dir, source.name, source.split),
+        )
+        for source in cfg.data.sources
+    ]
+    steps, weights = [], []
+    for kind in ("image", "clip"):
+        numbers = [i for i, examples in enumerate(sources) if examples.source.kind == kind]
+        if numbers:
+            drawn = _drawn(sources, numbers, seed=cfg.train.seed)
+            local = drawn.slice(slice(host_index, None, host_count))
+            rows = local.map(_Decode(sources))
+            size = _local_batch(cfg, kind, host_count)
+            steps.append(rows.batch(size, drop_remainder=True, batch_fn=stack))
+            weights.append(sum(sources[i].source.weight for i in numbers))
+    return TrainIterator(
+        _mix(steps, weights),
+        workers=cfg.data.workers,
+        watch=_Watch(sum(map(len, sources)), cfg.data.broken_share),
+    )
+
+
+class TrainIterator(grain.DatasetIterator):
+    """Batches by step. Its state is the number of the next step, so it resumes exactly.
+
+    Orbax saves it as it saves any Grain iterator. `close` ends its threads and processes.
+    """
+
+    def __init__(self, steps: grain.MapDataset, *, workers: int, watch: "_Watch"):
+        super().__init__()
+        self._steps, self._workers, self._watch = steps, workers, watch
+        self._step = 0
+        self._running: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        if self._running is None:
+            self._running = self._start()
+        batch, trouble = next(self._running)
+        self._step += 1
+        self._watch(batch, trouble)
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._stop()
+        self._step = int(state["step"])
+
+    def start_prefetch(self) -> None:
+        if self._running is None:
+            self._running = self._start()
+        self._running.start_prefetch()
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _start(self) -> grain.DatasetIterator:
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
+        rest = self._steps.slice(slice(self._step, None))
+        dataset = rest.to_iter_dataset(options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain hands absl's flags on to its workers
+                flags.FLAGS.mark_as_parsed()
+            processes = grain.MultiprocessingOptions(
+                num_workers=self._workers, per_worker_buffer_size=AHEAD
+            )
+            dataset = dataset.mp_prefetch(processes)
+        return iter(dataset)
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatch:
+    """A batch of prompts, and what they are of; the lists leave the padding out."""
+
+    batch: Batch  # rows after the last example have weight 0
+    examples: list[Mapping[str, Any]]  # as stored: id, label, subject, media, …
+    trouble: list[str]  # why an example's frames are black, "" if they are not
+
+
+def make_eval_batches(
+    cfg: Config,
+    source: SourceConfig,
+    *,
+    batch: int,
+    open_priors: PriorOpener,
+    open_data: Opener = open_source,
+    view: View = "all",
+) -> Iterator[EvalBatch]:
+    """Every example of a split once, in order, with the category question as the prompt.
+
+    Args:
+        cfg: the run's.
+        source: the data set and its split.
+        batch: rows of a batch; the last one is padded.
+        open_priors: as in `make_train_iterator`, as is `open_data`.
+        view: "all" frames, a clip's "middle" frame alone, or a "blank".
+    """
+    examples = Examples(
+        Encoder(cfg),
+        source,
+        data=open_data(cfg.data.dir, source.name, source.split),
+        priors=open_priors(cfg.data.dir, source.name, source.split),
+    )
+    count = len(examples)
+    padded = grain.MapDataset.range(-(-count // batch) * batch)
+    rows = padded.map(lambda index: _evaluate(examples, index, view))
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
+    batches = iter(rows.batch(batch, batch_fn=_stack_evaluation).to_iter_dataset(options))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _drawn(sources: Sequence[Examples], numbers: Sequence[int], *, seed: int) -> grain.MapDataset:
+    """Endless (number of the source, position, seed of its choices), mixed by weight."""
+    each, weights = [], []
+    for number in numbers:
+        source = sources[number].source
+        if source.weight <= 0:
+            raise UserError(f"{source.name}: weight {source.weight}, wanted more than 0")
+        if not len(sources[number]):
+            raise UserError(f"{source.name}, split {source.split}: no examples")
+        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        positions = grain.MapDataset.range(len(sources[number])).seed(own).shuffle().repeat()
+        each.append(positions.random_map(functools.partial(_draw, number)))
+        weights.append(source.weight)
+    return _mix(each, weights)
+
+
+def _draw(number: int, position: int, rng: np.random.Generator) -> tuple[int, int, int]:
+    return number, int(position), int(rng.integers(2**63))
+
+
+def _mix(datasets: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
+
+
+def _local_batch(cfg: Config, kind: Kind, hosts: int) -> int:
+    field = f"{kind}_batch"
+    total = getattr(cfg.train, field)
+    if total % hosts or total < hosts:
+        raise UserError(f"train.{field} is {total}, wanted a multiple of the {hosts} hosts")
+    return total // hosts
+
+
+class _Decode:
+    """Drawn → row."""
+
+    def __init__(self, sources: Sequence[Examples]):
+        self._sources = sources
+
+    def __call__(self, drawn: tuple[int, int, int]) -> Row:
+        number, position, seed = drawn
+        return self._sources[number].training(position, seed=seed)
+
+
+class _Watch:
+    """Names every broken example once and stops the run when there are too many."""
+
+    def __init__(self, examples: int, share: float):
+        self._examples, self._share = examples, share
+        self._seen = 0
+        self._broken: set[str] = set()  # by the example's name
+
+    def __call__(self, batch: Batch, trouble: Sequence[str]) -> None:
+        self._seen += len(batch.weight)
+        for line in trouble:
+            name = line.partition(": ")[0]
+            if name not in self._broken:
+                self._broken.add(name)
+                _log.warning("%s (%d broken so far)", line, len(self._broken))
+        judged = min(self._examples, max(self._seen, FEW))
+        if len(self._broken) > self._share * judged:
+            raise UserError(
+                f"{len(self._broken)} broken examples among the first {judged}, more than "
+                f"data.broken_share = {self._share}; the last one is {trouble[-1]}"
+            )
+
+
+def _evaluate(examples: Examples, index: int, view: View) -> tuple[Row, Mapping[str, Any] | None]:
+    """A row; rows of the padding repeat the last example, without weight."""
+    row, example = examples.evaluation(min(index, len(examples) - 1), view=view)
+    if index < len(examples):
+        return row, example
+    return row | {"weight": np.float32(0)}, None
+
+
+def _stack_evaluation(rows: Sequence[tuple[Row, Mapping[str, Any] | None]]) -> EvalBatch:
+    batch, _ = stack([row for row, _ in rows])
+    kept = [(row, example) for row, example in rows if example is not None]
+    return EvalBatch(
+        batch=batch,
+        examples=[example for _, example in kept],
+        trouble=[row["trouble"] for row, _ in kept],
+    )

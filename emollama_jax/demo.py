@@ -1,0 +1,497 @@
+"""`emollama demo`: the whole of EMO-LLaMA, small, on the embedded data set.
+
+prepare → face priors → train, stopped by a signal and resumed → evaluate → ask. Everything runs
+through the same functions as the single commands; a demo that is started again in the same folder
+continues.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from rich.console import Console
+
+from emollama_jax import config as configs
+from emollama_jax.checkpoint import init_model, load_for_inference
+from emollama_jax.config import Config, SourceConfig
+from emollama_jax.data.emotions import label_space
+from emollama_jax.data.media import read_image, read_video
+from emollama_jax.data.pipeline import open_source
+from emollama_jax.errors import UserError
+from emollama_jax.evaluate import report as pages
+from emollama_jax.evaluate.difficulty import grey, pixel_regression
+from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
+from emollama_jax.evaluate.run import describe, predict
+from emollama_jax.faces.prepare import prepare_source
+from emollama_jax.faces.priors import open_priors
+from emollama_jax.faces.track import crop_box, from_crop
+from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.mtcnn import Detector
+from emollama_jax.serve.answer import Answerer
+from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.train.loop import fit
+from emollama_jax.train.metrics import METRICS, read_metrics
+
+IMAGES, CLIPS = "actionfaces/images", "actionfaces/clips"
+QUESTION = "Describe the face in the {medium} and name the emotion."
+VARIANTS = {  # of the ablation: name → overrides
+    "whole": (),
+    "without FIM": ("model.fim.branches=none",),
+    "without the global branch": ("model.fim.branches=local",),
+    "without the local branch": ("model.fim.branches=global",),
+    "without AGR": ("data.agr=false",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    images: Mapping[str, int]  # split → examples
+    clips: Mapping[str, int]
+    steps: int
+    interrupt: int  # the signal comes after this step
+    compare: int  # steps whose losses must equal the uninterrupted run's
+    eval_images: int  # at a time
+    eval_clips: int
+
+
+FULL = Size(
+    images={"train": 3000, "validation": 300, "test": 1000},
+    clips={"train": 800, "validation": 20, "test": 250},
+    steps=300,
+    interrupt=12,
+    compare=24,
+    eval_images=100,
+    eval_clips=25,
+)
+QUICK = Size(
+    images={"train": 200, "validation": 50, "test": 60},
+    clips={"train": 40, "validation": 10, "test": 20},
+    steps=12,
+    interrupt=4,
+    compare=8,
+    eval_images=30,
+    eval_clips=10,
+)
+
+
+class Stopwatch:
+    """Seconds of each stage, in order."""
+
+    def __init__(self, console: Console):
+        self.seconds: dict[str, float] = {}
+        self._console = console
+
+    @contextmanager
+    def stage(self, name: str):
+        self._console.rule(f"[bold]{name}")
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.monotonic() - start, 1)
+
+
+def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> dict[str, Any]:
+    """Runs the demo.
+
+    Args:
+        out: gets the data, the run, predictions, `report.json` and `report.html`.
+        quick: a shortened demo that shows that everything runs; its numbers mean nothing.
+        ablation: trains four more variants and all five over three seeds.
+        console: where progress goes.
+
+    Returns:
+        What `report.json` holds.
+    """
+    size = QUICK if quick else FULL
+    out.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
+    overrides = (
+        f"data.dir={json.dumps(str(out / 'data'))}",
+        f"train.steps={size.steps}",
+        f"train.save_every={max(size.steps // 3, 1)}",
+    )
+    cfg = configs.load("tiny", overrides)
+    watch = Stopwatch(console)
+    with watch.stage("prepare"):
+        start = init_model(cfg, make_mesh(cfg.mesh))
+        for name, sizes in ((IMAGES, size.images), (CLIPS, size.clips)):
+            prepare_source(
+                cfg,
+                start,
+                name,
+                sizes=sizes,
+                splits=("train", "test"),
+                processes=os.cpu_count() or 1,
+                console=console,
+            )
+        del start
+    with watch.stage("train"):
+        identical = _train_with_interruption(cfg, out, size, console)
+    _, model = load_for_inference(out / "run")
+    with watch.stage("evaluate"):
+        results = {
+            name: _evaluate(cfg, model, name, out, size, console) for name in (IMAGES, CLIPS)
+        }
+    with watch.stage("difficulty"):
+        difficulty = _difficulty(cfg, model, results, size, console)
+    with watch.stage("ask"):
+        photo = _photo(console)
+        _ask(cfg, model, out, console)
+        items = {name: _items(cfg, model, results[name][0], size) for name in (IMAGES, CLIPS)}
+    summary: dict[str, Any] = {
+        "image": _summary(results[IMAGES]["generate"][1]),
+        "clip": _summary(results[CLIPS]["generate"][1]),
+        "difficulty": difficulty,
+        "seconds": watch.seconds | {"all": round(sum(watch.seconds.values()), 1)},
+        "resume_bit_identical": identical,
+        "label_scoring": {
+            key: _summary(results[name]["score"][1])
+            for key, name in (("image", IMAGES), ("clip", CLIPS))
+        },
+    }
+    if ablation:
+        with watch.stage("ablation"):
+            summary["ablation"] = _ablation(overrides, out, size, console)
+    _write(out / "report.json", summary)
+    pages.write_report(out / "report.html", _page(cfg, out, summary, results, items, photo))
+    return summary
+
+
+def _train_with_interruption(cfg: Config, out: pathlib.Path, size: Size, console: Console) -> bool:
+    """Trains, stopped once by SIGTERM and resumed; whether the loss curve shows no trace of it."""
+    console.print(f"the first {size.compare} steps without a stop, to compare with")
+    fit(cfg, out / "reference", until=size.compare, console=console)
+    run = out / "run"
+    if not (run / METRICS).exists():
+        console.print(f"the run, with a SIGTERM after step {size.interrupt}")
+        with _signal_after(run / METRICS, size.interrupt):
+            fit(cfg, run, console=console)
+        console.print("the same again: it continues")
+    result = fit(cfg, run, console=console)
+    if result.step < result.steps:
+        sys.exit(result.exit_status)
+    curves = [read_metrics(folder / METRICS) for folder in (out / "reference", run)]
+    return curves[0] == curves[1][: size.compare]
+
+
+@contextmanager
+def _signal_after(metrics: pathlib.Path, step: int):
+    """Sends this process a real SIGTERM once that many steps are in the log."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _source(name: str, split: str = "test") -> SourceConfig:
+    kind = "image" if name == IMAGES else "clip"
+    return SourceConfig(name=name, split=split, kind=kind, weight=1.0)
+
+
+def _batch(name: str, size: Size) -> int:
+    return size.eval_images if name == IMAGES else size.eval_clips
+
+
+def _evaluate(
+    cfg: Config,
+    model: EmoLlama,
+    name: str,
+    out: pathlib.Path,
+    size: Size,
+    console: Console,
+) -> dict[str, tuple[list[Prediction], Evaluation]]:
+    results = {}
+    for answering in ("generate", "score"):
+        predictions = predict(
+            cfg, model, _source(name), answering=answering, batch=_batch(name, size)
+        )
+        kind = name.partition("/")[2]
+        write_predictions(out / "predictions" / f"{kind}-{answering}.jsonl", predictions)
+        evaluation = evaluate(predictions, label_space(name))
+        results[answering] = (predictions, evaluation)
+        console.print(
+            f"{name} {answering}: WAR {evaluation.war:.3f} UAR {evaluation.uar:.3f} n {evaluation.n}"
+        )
+    return results
+
+
+def _difficulty(
+    cfg: Config, model: EmoLlama, results: Mapping[str, Any], size: Size, console: Console
+) -> dict[str, float]:
+    """What shows that the data are no toy; shares of right answers, 0 … 1."""
+
+    def pixels(split: str) -> tuple[np.ndarray, np.ndarray]:
+        data = open_source(cfg.data.dir, IMAGES, split)
+        pictures = [read_image(data[i]["media"]) for i in range(len(data))]
+        return grey(pictures), np.array([int(data[i]["label"]) for i in range(len(data))])
+
+    def war(name: str, view: str) -> tuple[float, list[Prediction]]:
+        found = predict(
+            cfg, model, _source(name), answering="generate", batch=_batch(name, size), view=view
+        )
+        return evaluate(found, label_space(name)).war, found
+
+    classes = label_space(IMAGES).classes
+    regression = pixel_regression(
+        pixels("train"), pixels("validation"), pixels("test"), classes=len(classes)
+    )
+    middle, _ = war(CLIPS, "middle")
+    blank, answers = war(IMAGES, "blank")
+    labels = [item.label for item in results[IMAGES]["generate"][0]]
+    named = [item.predicted for item in answers]
+    difficulty = {
+        "pixel_regression_war": regression,
+        "clip_war": results[CLIPS]["generate"][1].war,
+        "clip_middle_frame_war": middle,
+        "blank_war": blank,
+        "blank_most_named": max(map(named.count, set(named))) / len(named),
+        "majority_share": max(map(labels.count, classes)) / len(labels),
+    }
+    for key, value in difficulty.items():
+        console.print(f"{key}: {value:.3f}")
+    return difficulty
+
+
+def _photo(console: Console) -> dict[str, Any]:
+    """The face in a real photograph: Grace Hopper's portrait, which matplotlib carries."""
+    import matplotlib.cbook
+
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        picture = read_image(file.read())
+    start = time.monotonic()
+    faces = Detector()(picture)
+    seconds = time.monotonic() - start
+    if not len(faces.boxes):
+        raise UserError("MTCNN found no face in grace_hopper.jpg: are the package's weights whole?")
+    box = [round(float(x), 1) for x in faces.boxes[0]]
+    console.print(
+        f"a real photograph ({picture.shape[1]}×{picture.shape[0]}): {len(faces.boxes)} face, box "
+        f"{box}, probability {faces.probabilities[0]:.4f}, {seconds:.1f} s with compilation"
+    )
+    return {"picture": picture, "box": box, "landmarks": faces.landmarks[0]}
+
+
+def _ask(cfg: Config, model: EmoLlama, out: pathlib.Path, console: Console) -> None:
+    """Answers a question about a held-out picture and clip, from files, as `emollama ask` does."""
+    answerer = Answerer(cfg, model)
+    for name, ending in ((IMAGES, "jpg"), (CLIPS, "mp4")):
+        example = open_source(cfg.data.dir, name, "test")[0]
+        path = out / f"held_out.{ending}"
+        path.write_bytes(example["media"])
+        media = answerer.look(path)
+        question = QUESTION.format(medium={"image": "image", "clip": "video"}[media.kind])
+        console.print(f"{path} ({label_space(name).classes[int(example['label'])]}): {question}")
+        for piece in answerer.ask(media, question):
+            console.print(piece, end="", highlight=False)
+        console.print()
+
+
+def _items(
+    cfg: Config, model: EmoLlama, result: tuple[list[Prediction], Evaluation], size: Size
+) -> list[pages.Item]:
+    """Held-out examples for the page, the classes taken in turn."""
+    predictions, evaluation = result
+    name = predictions[0].source.partition(":")[0]
+    of_class = [
+        [i for i, item in enumerate(predictions) if item.label == label]
+        for label in evaluation.classes
+    ]
+    wanted = 28 if name == IMAGES else 8
+    turns = [i for row in zip(*(c + [-1] * 4 for c in of_class), strict=False) for i in row]
+    chosen = [i for i in turns if i >= 0][:wanted]
+    medium = "image" if name == IMAGES else "video"
+    sentences = describe(cfg, model, _source(name), chosen, QUESTION.format(medium=medium))
+    data = open_source(cfg.data.dir, name, "test")
+    priors = open_priors(cfg.data.dir, name, "test")
+    items = []
+    for i, text in zip(chosen, sentences, strict=True):
+        media = data[i]["media"]
+        frames = [read_image(media)] if name == IMAGES else list(read_video(media))
+        shown = np.unique(np.linspace(0, len(frames) - 1, 8).astype(int)).tolist()
+        prior = priors[i]
+        height, width = frames[0].shape[:2]
+        landmarks = [
+            from_crop(
+                prior.landmarks[f],
+                crop_box(prior.boxes[f], cfg.data.face_margin, width=width, height=height),
+            )
+            if prior.found[f]
+            else None
+            for f in shown
+        ]
+        items.append(
+            pages.Item(
+                id=predictions[i].id,
+                frames=[frames[f] for f in shown],
+                landmarks=landmarks,
+                label=predictions[i].label,
+                predicted=predictions[i].predicted,
+                text=text,
+            )
+        )
+    return items
+
+
+def _ablation(
+    overrides: Sequence[str], out: pathlib.Path, size: Size, console: Console
+) -> dict[str, Any]:
+    """Mean and standard deviation over three seeds of every variant."""
+    table = {}
+    for variant, extra in VARIANTS.items():
+        wars: dict[str, list[float]] = {IMAGES: [], CLIPS: []}
+        for seed in range(3):
+            cfg = configs.load("tiny", (*overrides, *_patterns(extra), f"train.seed={seed}"))
+            folder = out / "ablation" / variant.replace(" ", "_") / str(seed)
+            result = fit(cfg, folder, console=console)
+            if result.step < result.steps:
+                sys.exit(result.exit_status)
+            _, model = load_for_inference(folder)
+            for name, values in wars.items():
+                found = predict(
+                    cfg, model, _source(name), answering="generate", batch=_batch(name, size)
+                )
+                values.append(evaluate(found, label_space(name)).war)
+        table[variant] = {
+            key: {"mean": float(np.mean(wars[name])), "std": float(np.std(wars[name], ddof=1))}
+            | {"seeds": wars[name]}
+            for key, name in (("image", IMAGES), ("clip", CLIPS))
+        }
+        console.print(f"{variant}: {table[variant]}")
+    return table
+
+
+def _patterns(extra: Sequence[str]) -> tuple[str, ...]:
+    """A model without FIM has no parameters for FIM's pattern to match."""
+    if "model.fim.branches=none" not in extra:
+        return tuple(extra)
+    kept = [p for p in configs.load("tiny").train.trainable if not p.startswith("fim/")]
+    return (*extra, f"train.trainable={json.dumps(kept)}")
+
+
+def _summary(evaluation: Evaluation) -> dict[str, Any]:
+    return {"WAR": evaluation.war, "UAR": evaluation.uar, "n": evaluation.n}
+
+
+def _write(path: pathlib.Path, tree: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(tree, indent=1) + "\n")
+    part.replace(path)
+
+
+def _page(
+    cfg: Config,
+    out: pathlib.Path,
+    summary: Mapping[str, Any],
+    results: Mapping[str, Any],
+    items: Mapping[str, list[pages.Item]],
+    photo: Mapping[str, Any],
+) -> pages.Report:
+    rows = read_metrics(out / "run" / METRICS)
+    shares = summary["difficulty"]
+    explained = {
+        "pixel_regression_war": "Logistic regression on 48 × 48 grey pixels, images",
+        "clip_war": "The model, whole clips",
+        "clip_middle_frame_war": "The model, given a clip's middle frame alone",
+        "blank_war": "The model, given blank pictures",
+        "blank_most_named": "Share of the class that it names most often then",
+        "majority_share": "Share of the largest class among the images",
+    }
+    tables = [
+        pages.Table(
+            title="How hard the data are",
+            note="Shares of right answers on the held-out people, in percent.",
+            head=("what", "%"),
+            rows=[(text, pages.percent(shares[key])) for key, text in explained.items()],
+        )
+    ]
+    if "ablation" in summary:
+        tables.append(
+            pages.Table(
+                title="Ablation",
+                note="WAR in percent, mean ± standard deviation over three seeds.",
+                head=("variant", "images", "clips"),
+                rows=[
+                    (
+                        variant,
+                        *(
+                            f"{pages.percent(v[k]['mean'])} ± {pages.percent(v[k]['std'])}"
+                            for k in ("image", "clip")
+                        ),
+                    )
+                    for variant, v in summary["ablation"].items()
+                ],
+            )
+        )
+    same = "identical to" if summary["resume_bit_identical"] else "NOT identical to"
+    portrait = pages.Item(
+        id="grace_hopper.jpg",
+        frames=[photo["picture"]],
+        landmarks=[photo["landmarks"]],
+        label="a real photograph",
+        predicted="a real photograph",
+        text=f"MTCNN found the face: box {photo['box']}.",
+    )
+    return pages.Report(
+        title="EMO-LLaMA, small, on drawn faces",
+        lede="The whole pipeline on the embedded data set: face priors, Face Info Mining, LoRA "
+        "training of a tiny LLaMA, and answers about people that no training has seen.",
+        results=[
+            pages.Result(
+                title={IMAGES: "Images", CLIPS: "Clips"}[name],
+                source=f"{name}, test split; the class that the model's written answer names",
+                evaluation=result["generate"][1],
+            )
+            for name, result in results.items()
+        ],
+        pictures=[*items[IMAGES], portrait],
+        clips=items[CLIPS],
+        curves=[
+            pages.Curve(
+                title="Loss",
+                label="loss, nats a token",
+                note=f"Stopped by SIGTERM and resumed; the first steps are bit for bit {same} an "
+                "uninterrupted run's.",
+                steps=[int(row["step"]) for row in rows],
+                values=[float(row["loss"]) for row in rows],
+            )
+        ],
+        tables=tables,
+        seconds=summary["seconds"],
+        command=f"emollama demo --out {out}",
+        config=yaml.safe_dump(_plain(configs.to_dict(cfg)), sort_keys=False),
+        versions={
+            "python": sys.version.split()[0],
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("emollama-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+            },
+        },
+    )
+
+
+def _plain(tree: Any) -> Any:
+    return json.loads(json.dumps(tree))

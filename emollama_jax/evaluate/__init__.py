@@ -1,0 +1,1 @@
+"""Measuring: metrics (pure), the protocol that turns answers into labels, the report page."""

@@ -1,0 +1,299 @@
+"""The report of a run as one HTML file: numbers, curves, held-out faces, and how it was made.
+
+The page needs nothing beside itself: pictures are embedded, charts are inline SVG (`charts.py`),
+the style (`report.css`) follows the reader's light or dark setting and prints on paper.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from emollama_jax.evaluate import charts
+from emollama_jax.evaluate.metrics import Interval
+from emollama_jax.evaluate.protocol import Evaluation
+
+_STYLE = pathlib.Path(__file__).with_name("report.css")
+_STRONG = 0.7  # tint from which a cell's text is white
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """The numbers of one test set."""
+
+    title: str  # "Images"
+    source: str  # what was tested, in a sentence
+    evaluation: Evaluation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A value over training steps."""
+
+    title: str
+    label: str  # of the values, e.g. "loss, nats a token"
+    note: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    marks: Sequence[tuple[int, str]] = ()  # (step, what happened there)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """A held-out picture (one frame) or clip (its filmstrip) and what the model made of it."""
+
+    id: str
+    frames: Sequence[np.ndarray]  # uint8 [h, w, 3]
+    landmarks: Sequence[np.ndarray | None]  # float [68, 2] of each frame, pixels; None: no face
+    label: str
+    predicted: str | None
+    text: str  # the model's sentence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table with a heading; the first column names the row."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that the page says. What is empty is left out."""
+
+    title: str
+    lede: str  # what was done, in a sentence or two
+    results: Sequence[Result]
+    pictures: Sequence[Item] = ()
+    clips: Sequence[Item] = ()
+    curves: Sequence[Curve] = ()
+    tables: Sequence[Table] = ()  # difficulty, ablation
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # stage → duration
+    command: str
+    config: str  # the whole config as YAML
+    versions: Mapping[str, str]
+
+
+def write_report(path: pathlib.Path, report: Report) -> None:
+    """Writes the page; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".part")
+    half.write_text(render(report), encoding="utf-8")
+    os.replace(half, path)
+
+
+def render(report: Report) -> str:
+    """The page as text."""
+    sections = [
+        _section("Held-out faces", _SEEN, _gallery(report.pictures, "faces")),
+        _section("Held-out clips", _SEEN_CLIPS, _gallery(report.clips, "clips")),
+        _section("Training", "", "".join(map(_curve, report.curves))),
+        *(_result(result) for result in report.results),
+        *(_section(table.title, table.note, _table(table)) for table in report.tables),
+        _section("Time", "", _seconds(report.seconds)),
+        _section("How it was made", "", _making(report)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(report.title)}</title>\n"
+        f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
+        f"<header>\n<h1>{escape(report.title)}</h1>\n"
+        f'<p class="lede">{escape(report.lede)}</p>\n</header>\n'
+        f'<div class="cards">{"".join(map(_card, report.results))}</div>\n'
+        f"{''.join(sections)}"
+        f'<footer class="note">WAR: the share of right answers. UAR: the mean of the recalls of '
+        "the classes that occur. An answer that names no class, or two, counts as wrong.</footer>\n"
+        "</body>\n</html>\n"
+    )
+
+
+_SEEN = (
+    "Faces of people that no training has seen, with the landmarks that were found, the true "
+    "emotion, and the model's own words. Wrong answers are framed."
+)
+_SEEN_CLIPS = "From left to right in time. Wrong answers are framed."
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.8734 → "87.3"; a share that does not exist (nan) → "–"."""
+    return "–" if share != share else f"{100 * share:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """372.4 → "6 min 12 s"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _section(title: str, note: str, body: str) -> str:
+    if not body:
+        return ""
+    note = f'<p class="note">{escape(note)}</p>\n' if note else ""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{note}{body}\n</section>\n"
+
+
+def _card(result: Result) -> str:
+    """Headline numbers of one test set."""
+    e = result.evaluation
+    by = " by person" if e.clustered else ""
+    return (
+        f'<div class="card"><h3>{escape(result.title)}</h3>'
+        f'<p class="note source">{escape(result.source)}</p><dl>'
+        f"{_headline('WAR', e.war, e.war_interval, e.level)}"
+        f"{_headline('UAR', e.uar, e.uar_interval, e.level)}</dl>"
+        f'<p class="note">{e.n:,} items. {percent(e.unparsed)}\u00a0% of the answers named no '
+        f"class. Intervals: {100 * e.level:g}\u00a0%, bootstrap{by}.</p></div>"
+    )
+
+
+def _headline(name: str, value: float, interval: Interval, level: float) -> str:
+    low, high = interval.low, interval.high
+    return (
+        f'<div><dt>{name}</dt><dd><span class="number">{percent(value)}<small> %</small></span>'
+        f'<div class="range"><i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
+        f'<b style="left:{100 * value:.2f}%"></b></div>'
+        f'<span class="note" title="{100 * level:g} % interval">{percent(low)} – {percent(high)}'
+        "</span></dd></div>"
+    )
+
+
+def _gallery(items: Sequence[Item], style: str) -> str:
+    if not items:
+        return ""
+    return f'<div class="items {style}">{"".join(map(_item, items))}</div>'
+
+
+def _item(item: Item) -> str:
+    right = item.predicted == item.label
+    answer = item.predicted or "no class named"
+    verdict = (
+        f'<span class="good">✓ {escape(answer)}</span>'
+        if right
+        else f'<span class="bad">✗ {escape(answer)}</span> '
+        f'<span class="true">(true: {escape(item.label)})</span>'
+    )
+    alt = f"{item.id}: true {item.label}, answered {answer}"
+    return (
+        f'<figure class="item{"" if right else " wrong"}" title="{escape(item.id)}">'
+        f"{charts.faces(item.frames, item.landmarks, alt=alt)}"
+        f"<figcaption>{verdict}<blockquote>{escape(item.text)}</blockquote></figcaption></figure>"
+    )
+
+
+def _curve(curve: Curve) -> str:
+    drawn = charts.curve(curve.steps, curve.values, label=curve.label, marks=curve.marks)
+    return (
+        f"<h3>{escape(curve.title)}</h3>\n<p class='note'>{escape(curve.note)}</p>\n"
+        f"<figure>{drawn}</figure>\n"
+    )
+
+
+def _result(result: Result) -> str:
+    e = result.evaluation
+    read = ", ".join(f"{how} {count:,}" for how, count in sorted(e.parsed.items()))
+    none = ' "None" counts answers that named no class, or two.' if e.unparsed else ""
+    note = (
+        "Rows are the true classes, columns the answers; each cell shows the share of its row in "
+        f"per cent and the count.{none} How the answers were read: {read}."
+    )
+    body = f"<figure class='scroll'>{_heat(e)}</figure>\n<h3>Per class</h3>\n{_bars(e)}"
+    return _section(f"{result.title}: what was taken for what", note, body)
+
+
+def _heat(e: Evaluation) -> str:
+    """The confusion matrix; the column of unparsed answers only where there are any."""
+    columns = [*e.classes, "none"] if e.confusion[:, -1].any() else [*e.classes]
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    rows = []
+    for r, name in enumerate(e.classes):
+        total = int(e.confusion[r].sum())
+        cells = "".join(
+            _cell(int(e.confusion[r, c]), total, right=r == c) for c in range(len(columns))
+        )
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}<th>{total:,}</th></tr>')
+    return (
+        '<table class="heat"><colgroup><col class="names"></colgroup>'
+        f'<thead><tr><th class="axis">true ↓ answer →</th>{head}<th class="axis">items</th></tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _cell(count: int, total: int, *, right: bool) -> str:
+    share = count / total if total else 0.0
+    tint = share if right else share**0.6  # a tenth gone astray shall be seen
+    style = " ".join(
+        name for name, holds in (("strong", tint >= _STRONG), ("empty", not count)) if holds
+    )
+    tone = "good" if right else "bad"
+    return (
+        f'<td class="{style}" style="--tone:var(--{tone}-fill);--tint:{100 * tint:.0f}%">'
+        f"{percent(share, 0)}<small>{count:,}</small></td>"
+    )
+
+
+def _bars(e: Evaluation) -> str:
+    """Recall of each class as a bar, beside precision, F1 and support; UAR as a line."""
+    rows = []
+    scores = e.per_class
+    for c, name in enumerate(e.classes):
+        recall = scores.recall[c]
+        width = 0.0 if np.isnan(recall) else 100 * recall
+        rows.append(
+            f'<tr><th scope="row">{escape(name)}</th><td class="bar"><div>'
+            f'<i style="width:{width:.1f}%"></i><b style="left:{100 * e.uar:.1f}%"></b></div></td>'
+            f"<td>{percent(recall)}</td><td>{percent(scores.precision[c])}</td>"
+            f"<td>{percent(scores.f1[c])}</td><td>{scores.support[c]:,}</td></tr>"
+        )
+    return (
+        '<div class="scroll"><table class="bars"><thead><tr><th></th>'
+        f"<th>recall (dashed: UAR {percent(e.uar)} %)</th><th>recall</th><th>precision</th>"
+        f"<th>F1</th><th>items</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in table.rows
+    )
+    return (
+        f'<div class="scroll"><table class="plain"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _seconds(seconds: Mapping[str, float]) -> str:
+    if not seconds:
+        return ""
+    total = sum(seconds.values())
+    rows = "".join(
+        f'<tr><th scope="row">{escape(stage)}</th><td class="bar"><div>'
+        f'<i style="width:{100 * spent / total:.1f}%"></i></div></td>'
+        f"<td>{duration(spent)}</td></tr>"
+        for stage, spent in seconds.items()
+    )
+    whole = f'<tr><th scope="row">all</th><td></td><td>{duration(total)}</td></tr>'
+    return f'<div class="scroll"><table class="bars"><tbody>{rows}{whole}</tbody></table></div>'
+
+
+def _making(report: Report) -> str:
+    versions = Table(title="", note="", head=("", "version"), rows=list(report.versions.items()))
+    return (
+        f'<h3>Command</h3>\n<pre class="command">{escape(report.command)}</pre>\n'
+        f"<h3>Versions</h3>\n{_table(versions)}\n"
+        f"<h3>Config</h3>\n<pre>{escape(report.config)}</pre>\n"
+    )

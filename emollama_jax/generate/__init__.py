@@ -1,0 +1,1 @@
+"""Answering: a key-value cache, sampling, the decode loop with streaming, label scoring."""

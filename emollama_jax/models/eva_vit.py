@@ -1,0 +1,132 @@
+"""EVA-ViT (EVA-CLIP's vision tower, as LAVIS / BLIP-2 build it and LLaMA-VID uses it).
+
+Pre-norm ViT with learned absolute positions and a class token. Kept from the original: erf GELU,
+fused q, k, v without a bias for k, no norm after the last block (LLaMA-VID's "layer −2" is the
+output of 39 of EVA's 40 blocks). What differs: blocks are stacked and scanned, the patch
+convolution is a matrix product over cut patches, softmax is in float32.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from emollama_jax.config import EvaVitConfig
+from emollama_jax.errors import UserError
+from emollama_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    attention,
+    gelu,
+    param,
+    scan,
+    small_normal,
+    stack,
+    torch_linear,
+    zeros,
+)
+
+
+def normalise(
+    frames: UInt8[Array, "*b 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "*b 3"]:
+    """uint8 pixels to float32 (x / 255 − mean) / std, channel by channel."""
+    x = frames.astype(jnp.float32) / 255
+    return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def _fused(key: jax.Array, shape: Sequence[int], dtype) -> jax.Array:
+    """Initial q, k, v kernel [D, 3, N·H]: each third as a Linear of its own."""
+    width, parts, inner = shape
+    return torch_linear(key, (width, parts * inner), dtype).reshape(shape)
+
+
+class FusedAttention(nnx.Module):
+    """Self-attention with one kernel for q, k and v, and biases for q and v only.
+
+    Attributes:
+        qkv: float32 [D, 3, D], a dimension for (q, k, v), so that heads can be sharded.
+        q_bias, v_bias: float32 [D].
+    """
+
+    def __init__(self, cfg: EvaVitConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        width = cfg.width
+        self.qkv = param(_fused, (width, 3, width), ("embed", None, "heads"), rngs=rngs)
+        self.q_bias = param(zeros, (width,), ("heads",), rngs=rngs)
+        self.v_bias = param(zeros, (width,), ("heads",), rngs=rngs)
+        self.proj = Linear(
+            width, width, axes=("heads", "embed"), bias=True, dtype=cfg.dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
+        dtype = self.cfg.dtype
+        q_bias, v_bias = self.q_bias.astype(dtype), self.v_bias.astype(dtype)
+        bias = jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias])
+        qkv = jnp.einsum("bpd,dce->cbpe", x.astype(dtype), self.qkv.astype(dtype))
+        qkv = qkv + bias[:, None, None]
+        q, k, v = rearrange(qkv, "c b p (n h) -> c b p n h", n=self.cfg.heads)
+        return self.proj(rearrange(attention(q, k, v), "b p n h -> b p (n h)"))
+
+
+class EvaBlock(nnx.Module):
+    """One pre-norm block."""
+
+    def __init__(self, cfg: EvaVitConfig, *, rngs: nnx.Rngs):
+        def linear(i: int, o: int, axes: tuple[str, str]) -> Linear:
+            return Linear(i, o, axes=axes, bias=True, dtype=cfg.dtype, rngs=rngs)
+
+        self.norm1 = LayerNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+        self.attn = FusedAttention(cfg, rngs=rngs)
+        self.norm2 = LayerNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+        self.fc1 = linear(cfg.width, cfg.mlp_width, ("embed", "mlp"))
+        self.fc2 = linear(cfg.mlp_width, cfg.width, ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(gelu(self.fc1(self.norm2(x))))
+
+
+class EvaVit(nnx.Module):
+    """The tower: pixels to the class token and P patches.
+
+    Raises:
+        UserError: an image that patches do not tile, or a width that heads do not divide.
+    """
+
+    def __init__(self, cfg: EvaVitConfig, *, rngs: nnx.Rngs):
+        if cfg.image_size % cfg.patch_size or cfg.width % cfg.heads:
+            raise UserError(
+                f"model.vision: image_size {cfg.image_size}, patch_size {cfg.patch_size}, width "
+                f"{cfg.width}, heads {cfg.heads}: patch_size must divide image_size, heads width"
+            )
+        self.cfg = cfg
+        self.patch_embed = Linear(
+            3 * cfg.patch_size**2,
+            cfg.width,
+            axes=(None, "embed"),
+            bias=True,
+            dtype=cfg.dtype,
+            rngs=rngs,
+        )
+        self.cls_token = param(small_normal, (cfg.width,), ("embed",), rngs=rngs)
+        self.pos_embed = param(
+            small_normal, (1 + cfg.patches, cfg.width), ("patches", "embed"), rngs=rngs
+        )
+        self.blocks = stack(lambda rngs: EvaBlock(cfg, rngs=rngs), cfg.depth, rngs=rngs)
+
+    def __call__(self, pixels: Float[Array, "b s s 3"]) -> Float[Array, "b 1+p d"]:
+        """Already normalised pixels [B, S, S, 3] to [B, 1 + P, D], the class token first."""
+        patch = self.cfg.patch_size
+        cut = rearrange(pixels, "b (h i) (w j) c -> b (h w) (i j c)", i=patch, j=patch)
+        x = self.patch_embed(cut)  # [B, P, D]
+        cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([cls, x], axis=1) + self.pos_embed.astype(x.dtype)
+
+        def step(block: EvaBlock, x: jax.Array, _: None):
+            return block(x), None
+
+        return scan(self.blocks, step, x, remat=self.cfg.remat)[0]

@@ -1,0 +1,210 @@
+"""What two networks share: Linear with an optional adapter, norms, attention, rotary, layer stacks.
+
+Every parameter carries its logical axis names as the metadata `axes` (one name per dimension, see
+`sharding/rules.py`), parameters are float32 at birth, computation is in the network's `dtype`,
+norms and softmax are in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from emollama_jax.config import LoraConfig, Remat
+
+Module = TypeVar("Module", bound=nnx.Module)
+Init = Callable[[jax.Array, Sequence[int], Any], jax.Array]
+
+torch_linear = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default
+small_normal = nnx.initializers.normal(0.02)
+zeros = nnx.initializers.zeros
+
+
+def param(
+    init: Init, shape: Sequence[int], axes: Sequence[str | None], *, rngs: nnx.Rngs
+) -> nnx.Param:
+    """A float32 parameter with its logical axis names."""
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, with PEFT's low-rank update where `lora` asks for it.
+
+    Attributes:
+        kernel: float32 [in, out]; the transpose of PyTorch's `weight`.
+        bias: float32 [out], or None.
+        lora_A, lora_B: float32 [in, rank] and [rank, out], or None. B starts at zero.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        axes: tuple[str | None, str | None],
+        bias: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+        init: Init = torch_linear,
+        lora: LoraConfig | None = None,
+    ):
+        self.kernel = param(init, (in_width, out_width), axes, rngs=rngs)
+        self.bias = param(zeros, (out_width,), axes[1:], rngs=rngs) if bias else None
+        self.dtype = dtype
+        self.lora = lora if lora is not None and lora.rank > 0 else None
+        if self.lora is None:
+            self.lora_A = self.lora_B = None
+        else:
+            rank = self.lora.rank
+            self.lora_A = param(torch_linear, (in_width, rank), (axes[0], "rank"), rngs=rngs)
+            self.lora_B = param(zeros, (rank, out_width), ("rank", axes[1]), rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "... i"], *, dropout_key: jax.Array | None = None
+    ) -> Float[Array, "... o"]:
+        x = x.astype(self.dtype)
+        y = x @ self.kernel.astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias.astype(self.dtype)
+        if self.lora_A is not None:
+            low = dropout(x, self.lora.dropout, dropout_key) @ self.lora_A.astype(self.dtype)
+            y = y + low @ self.lora_B.astype(self.dtype) * (self.lora.alpha / self.lora.rank)
+        return y
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, statistics in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, axis: str = "embed"):
+        self.scale = param(nnx.initializers.ones, (width,), (axis,), rngs=rngs)
+        self.bias = param(zeros, (width,), (axis,), rngs=rngs)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        # The two-pass variance: E[x²] - E[x]² loses digits on EVA's large activations.
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.scale = param(nnx.initializers.ones, (width,), ("embed",), rngs=rngs)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact (erf) GELU of BERT, EVA and Swin; JAX's default is the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
+    """Inverted dropout; no key means evaluation."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def split_keys(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
+    """n dropout keys, or n times None in evaluation."""
+    return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+def attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    bias: Float[Array, "#b #n #t s"] | None = None,
+    mask: Bool[Array, "#b #n #t s"] | None = None,
+) -> Float[Array, "b t n h"]:
+    """Scaled dot-product attention with logits and softmax in float32; K divides N.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias: added to the logits.
+        mask: True where a query may look; a row that sees nothing attends evenly.
+    """
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+
+
+def rotary(
+    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], *, theta: float, scaling: float
+) -> Float[Array, "b t n h"]:
+    """Rotary position embedding in LLaMA's half-split layout (`transformers` `rotate_half`).
+
+    Args:
+        x: queries or keys.
+        positions: of each token.
+        theta: base of the wavelengths.
+        scaling: positions are divided by it (linear interpolation).
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None] / scaling * frequency  # [B, T, H/2]
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], Module], depth: int, *, rngs: nnx.Rngs) -> Module:
+    """`depth` layers as one module whose parameters have a leading axis `layers`."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def build(rngs: nnx.Rngs) -> Module:
+        return make(rngs)
+
+    layers = build(rngs)
+    for _, leaf in nnx.iter_graph(layers):
+        if isinstance(leaf, nnx.Param):
+            leaf.set_metadata("axes", ("layers", *leaf.axes))
+    return layers
+
+
+def scan(
+    layers: Module,
+    step: Callable[[Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: Remat,
+) -> tuple[Any, Any]:
+    """Runs stacked layers one after the other: one layer's code is compiled once.
+
+    Args:
+        layers: what `stack` made.
+        step: (layer, carry, x) → (carry, y).
+        carry: what enters the first layer.
+        xs: a tree with a leading layer axis (dropout keys, caches), or None.
+        remat: "none" keeps all activations, "dots" keeps matrix products, "full" keeps carries.
+
+    Returns:
+        What leaves the last layer, and the stacked ys.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def body(carry, layer):
+        state, x = layer
+        return step(nnx.merge(graphdef, state), carry, x)
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)  # scan keeps the two passes apart
+    elif remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    return jax.lax.scan(body, carry, (state, xs))

@@ -1,0 +1,196 @@
+"""LLaMA (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, grouped-query attention, LoRA.
+
+Mirrors `transformers` `LlamaForCausalLM`, parameter for parameter; what differs: layers are
+stacked and scanned, masks follow from positions alone, and embedding, network and logits are three
+calls, so that visual tokens can be merged in between and logits are computed only where they are
+read.
+
+One rule replaces padding masks: **a token's position is its slot**. Positions of a row are 0, 1,
+2, … from its first token; a key is visible to a query at its own position or a later one. Padding
+is on the right, so what is real never sees it. With a cache, a row's next token is written at slot
+`length`, over whatever padding lay there.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from emollama_jax.config import LlamaConfig
+from emollama_jax.errors import UserError
+from emollama_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    attention,
+    param,
+    rotary,
+    scan,
+    small_normal,
+    split_keys,
+    stack,
+)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys (after rotation) and values of every layer; slot = position."""
+
+    k: jax.Array  # [L, B, S, K, H]
+    v: jax.Array  # [L, B, S, K, H]
+
+
+@flax.struct.dataclass
+class LlamaOutput:
+    """What a pass gives."""
+
+    hidden: jax.Array  # [B, T, D], after the final norm
+    cache: KVCache | None  # with this pass's keys and values written in; None if none was given
+
+
+class LlamaLayer(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        def linear(name: str, i: int, o: int, axes: tuple[str, str]) -> Linear:
+            lora = cfg.lora if name in cfg.lora.targets else None
+            return Linear(i, o, axes=axes, bias=False, dtype=cfg.dtype, rngs=rngs, lora=lora)
+
+        heads, kv_heads = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+        self.cfg = cfg
+        self.input_layernorm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+        self.q_proj = linear("q_proj", cfg.width, heads, ("embed", "heads"))
+        self.k_proj = linear("k_proj", cfg.width, kv_heads, ("embed", "kv_heads"))
+        self.v_proj = linear("v_proj", cfg.width, kv_heads, ("embed", "kv_heads"))
+        self.o_proj = linear("o_proj", heads, cfg.width, ("heads", "embed"))
+        self.post_attention_layernorm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+        self.gate_proj = linear("gate_proj", cfg.width, cfg.mlp_width, ("embed", "mlp"))
+        self.up_proj = linear("up_proj", cfg.width, cfg.mlp_width, ("embed", "mlp"))
+        self.down_proj = linear("down_proj", cfg.mlp_width, cfg.width, ("mlp", "embed"))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        positions: Int[Array, "b t"],
+        cache: KVCache | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        """x → (x, this layer's cache); `cache` holds one layer, [B, S, K, H]."""
+        cfg = self.cfg
+        keys = split_keys(dropout_key, 7)
+        y = self.input_layernorm(x)
+        q = rearrange(self.q_proj(y, dropout_key=keys[0]), "b t (n h) -> b t n h", n=cfg.heads)
+        k = rearrange(self.k_proj(y, dropout_key=keys[1]), "b t (k h) -> b t k h", k=cfg.kv_heads)
+        v = rearrange(self.v_proj(y, dropout_key=keys[2]), "b t (k h) -> b t k h", k=cfg.kv_heads)
+        q = rotary(q, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
+        k = rotary(k, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
+        if cache is None:
+            key_positions = positions
+        else:
+            cache = KVCache(
+                k=_write(cache.k, k, positions[:, 0]), v=_write(cache.v, v, positions[:, 0])
+            )
+            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+            key_positions = jnp.arange(k.shape[1])[None]  # [1, S]
+        visible = key_positions[:, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
+        mixed = rearrange(attention(q, k, v, mask=visible), "b t n h -> b t (n h)")
+        x = x + self.o_proj(mixed, dropout_key=keys[3])
+        y = self.post_attention_layernorm(x)
+        gate = jax.nn.silu(self.gate_proj(y, dropout_key=keys[4]))
+        y = gate * self.up_proj(y, dropout_key=keys[5])
+        return x + self.down_proj(y, dropout_key=keys[6]), cache
+
+
+def _write(
+    slots: Float[Array, "b s k h"], new: Float[Array, "b t k h"], start: Int[Array, " b"]
+) -> Float[Array, "b s k h"]:
+    """Writes each row's new keys or values from its own start slot on."""
+
+    def row(slots: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=0)
+
+    return jax.vmap(row)(slots, new.astype(slots.dtype), start)
+
+
+class Llama(nnx.Module):
+    """The decoder with its embedding and its head (untied).
+
+    Raises:
+        UserError: heads that kv_heads do not divide, or a head width without halves to rotate.
+    """
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        if cfg.heads % cfg.kv_heads or cfg.head_dim % 2:
+            raise UserError(
+                f"model.llama: heads {cfg.heads}, kv_heads {cfg.kv_heads}, head_dim "
+                f"{cfg.head_dim}: kv_heads must divide heads and head_dim must be even"
+            )
+        self.cfg = cfg
+        self.embed_tokens = param(
+            small_normal, (cfg.vocab_size, cfg.width), ("vocab", "embed"), rngs=rngs
+        )
+        self.layers = stack(lambda rngs: LlamaLayer(cfg, rngs=rngs), cfg.layers, rngs=rngs)
+        self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+        self.lm_head = Linear(
+            cfg.width,
+            cfg.vocab_size,
+            axes=("embed", "vocab"),
+            bias=False,
+            dtype=cfg.dtype,
+            rngs=rngs,
+        )
+
+    def embed(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Embeds ids; negative ones (places of visual tokens) get row 0 until `merge` fills them.
+
+        An id beyond the vocabulary gives NaN, so that it cannot pass unseen.
+        """
+        rows = jnp.take(self.embed_tokens[...], jnp.maximum(ids, 0), axis=0, mode="fill")
+        return rows.astype(self.cfg.dtype)
+
+    def __call__(
+        self,
+        embeds: Float[Array, "b t d"],
+        *,
+        positions: Int[Array, "b t"],
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> LlamaOutput:
+        """Runs the decoder.
+
+        Args:
+            embeds: what enters the first layer.
+            positions: of each token, consecutive along a row; with a cache also its slot, and the
+                last one must be below S (a write beyond the end would be moved back, unseen).
+            cache: earlier keys and values; None to attend among `embeds` only.
+            dropout_key: of LoRA's dropout; None in evaluation.
+
+        Raises:
+            UserError: more tokens or slots than `max_positions` × `rope_scaling`.
+        """
+        cfg = self.cfg
+        reach = int(cfg.max_positions * cfg.rope_scaling)
+        tokens = embeds.shape[1] if cache is None else cache.k.shape[2]
+        if tokens > reach:
+            raise UserError(
+                f"model.llama: {tokens} tokens, but positions reach {reach} (max_positions × "
+                "rope_scaling): shorten data.text_length, data.clip_text_length or "
+                "generate.max_new_tokens, or raise model.llama.rope_scaling"
+            )
+        keys = None if dropout_key is None else jax.random.split(dropout_key, cfg.layers)
+
+        def step(layer: LlamaLayer, x: jax.Array, xs: tuple[KVCache | None, jax.Array | None]):
+            cache, key = xs
+            return layer(x, positions=positions, cache=cache, dropout_key=key)
+
+        x, cache = scan(self.layers, step, embeds.astype(cfg.dtype), (cache, keys), remat=cfg.remat)
+        return LlamaOutput(hidden=self.norm(x), cache=cache)
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Float32 logits of the next token; `hidden` may be any choice of positions."""
+        # The product's float32 sums are kept: logits in bfloat16 would cost the loss digits.
+        kernel = self.lm_head.kernel.astype(self.cfg.dtype)
+        hidden = hidden.astype(self.cfg.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)

@@ -1,0 +1,133 @@
+"""LLaMA-VID's two kinds of visual tokens (Li et al. 2024), and their merge into the prompt.
+
+Per frame, one *context* token holds what the question asks of the picture (attention of the
+Q-Former's queries over the patches), and n *content* tokens hold the pooled patches. Mirrors
+`vlm_attention` and `token_generation` of `llamavid_arch.py`; what differs: both softmax and the
+context's sum are in float32, and the class token is left out by the caller, always (the original
+drops it only where the number of tokens is odd).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from emollama_jax.batch import IMAGE_TOKEN
+from emollama_jax.config import QFormerConfig
+from emollama_jax.errors import UserError
+from emollama_jax.models.layers import LayerNorm, Linear, gelu
+
+
+def content_tokens(kind: str, patches: int) -> int:
+    """Content tokens of a frame: `patches` for "all", 1 for "mean", else the grid's cells.
+
+    "grid:n" pools windows of side // n, and leaves out what does not fill a window. So the result
+    has n × n cells only where n divides the side: 16 × 16 patches give 3 × 3 for "grid:3" (the last
+    row and column left out), but 8 × 8 for "grid:6".
+    """
+    if kind == "all":
+        return patches
+    if kind == "mean":
+        return 1
+    return _grid(kind, patches)[1] ** 2
+
+
+def _grid(kind: str, patches: int) -> tuple[int, int]:
+    """The window and the cells along one side of "grid:n"."""
+    side = math.isqrt(patches)
+    n = int(kind.removeprefix("grid:"))
+    if n > side:
+        raise UserError(
+            f"model.content: {kind}, but a frame has {side} × {side} patches: "
+            f"choose grid:{side} or smaller, or all"
+        )
+    window = side // n
+    return window, side // window
+
+
+def pool(patches: Float[Array, "b p d"], kind: str) -> Float[Array, "b n d"]:
+    """Patches, row by row, to n pooled ones; see `content_tokens`."""
+    if kind == "all":
+        return patches
+    if kind == "mean":
+        return patches.mean(axis=1, keepdims=True)
+    window, cells = _grid(kind, patches.shape[1])
+    picture = rearrange(patches, "b (h w) d -> b h w d", h=math.isqrt(patches.shape[1]))
+    picture = picture[:, : cells * window, : cells * window]
+    blocks = rearrange(picture, "b (h i) (w j) d -> b (h w) (i j) d", i=window, j=window)
+    return blocks.mean(axis=2)
+
+
+class VisualTokens(nnx.Module):
+    """What stands between the vision tower, the Q-Former and the LLM.
+
+    Attributes:
+        ln: norm of the vision tokens that the Q-Former reads (`vlm_att_ln`).
+        projector, key_projector, val_projector: of the context token (`vlm_att_…`).
+        mm_projector_in, mm_projector_out: of the content tokens (`mm_projector.0`, `.2`).
+
+    Raises:
+        UserError: a Q-Former that reads another width than the vision tower gives.
+    """
+
+    def __init__(
+        self,
+        cfg: QFormerConfig,
+        *,
+        visual_width: int,
+        llm_width: int,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        if cfg.encoder_width != visual_width:
+            raise UserError(
+                f"model.qformer.encoder_width is {cfg.encoder_width}, but model.vision.width is "
+                f"{visual_width}: set both alike"
+            )
+
+        def linear(i: int, o: int, axes: tuple[str, str]) -> Linear:
+            return Linear(i, o, axes=axes, bias=True, dtype=dtype, rngs=rngs)
+
+        self.ln = LayerNorm(visual_width, eps=cfg.encoder_norm_eps, rngs=rngs)
+        self.projector = linear(cfg.width, visual_width, ("embed", "heads"))
+        self.key_projector = linear(visual_width, visual_width, ("embed", "heads"))
+        self.val_projector = linear(visual_width, llm_width, ("mlp", "embed"))
+        self.mm_projector_in = linear(visual_width, llm_width, ("embed", "mlp"))
+        self.mm_projector_out = linear(llm_width, llm_width, ("mlp", "embed"))
+
+    def context(
+        self, patches: Float[Array, "b p d"], queries: Float[Array, "b q e"]
+    ) -> Float[Array, "b 1 h"]:
+        """The context token: the mean, over the queries, of what each looks at.
+
+        Args:
+            patches: vision tokens without the class token, not normed: keys after a projection,
+                and the values themselves.
+            queries: what the Q-Former gives.
+        """
+        q, k = self.projector(queries), self.key_projector(patches)
+        logits = jnp.einsum("bqd,bpd->bqp", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits / math.sqrt(k.shape[-1]))
+        # The mean over queries commutes with the sum over patches and is Q times cheaper first.
+        looked = jnp.einsum("bp,bpd->bd", weights.mean(1), patches.astype(jnp.float32))
+        return self.val_projector(looked[:, None])
+
+    def content(self, patches: Float[Array, "b p d"], *, kind: str) -> Float[Array, "b n h"]:
+        """The content tokens: "all", "mean" or "grid:n" of the patches, projected."""
+        return self.mm_projector_out(gelu(self.mm_projector_in(pool(patches, kind))))
+
+
+def merge(
+    embeds: Float[Array, "b t d"], ids: Int[Array, "b t"], visual: Float[Array, "b v d"]
+) -> Float[Array, "b t d"]:
+    """Puts visual tokens into their places: a row's j-th IMAGE_TOKEN takes `visual[j]`.
+
+    A row may use fewer than V; a place beyond the V-th becomes NaN, so that it cannot pass unseen.
+    """
+    places = ids == IMAGE_TOKEN
+    index = jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0)
+    taken = jnp.take_along_axis(visual, index[..., None], axis=1, mode="fill")  # [B, T, D]
+    return jnp.where(places[..., None], taken.astype(embeds.dtype), embeds)

@@ -1,0 +1,1 @@
+"""Answers for people: one picture or clip and a question."""

@@ -1,0 +1,88 @@
+"""Logical axis → mesh axis: one table, applied to the `axes` metadata that every parameter carries.
+
+A rule is not followed where it cannot be: a dimension that the mesh axis does not divide, or a
+second dimension on a mesh axis that the parameter already uses. Such a dimension stays replicated
+and is listed in `Shardings.replicated`, so that nothing is replicated unseen.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Mapping[str | None, str | None]
+
+# The preset "fsdp+tensor": Megatron's split of heads, feed-forward and vocabulary over `tensor`,
+# the width of the residual stream over `fsdp`.
+FSDP_TENSOR: Rules = {
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "layers": None,  # scanned over
+    "rank": None,  # of LoRA: too small to be worth a collective
+    "head_dim": None,
+    "patches": None,
+    "queries": None,
+    "fourier": None,
+    None: None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shardings:
+    """Where every parameter lives."""
+
+    params: dict[str, NamedSharding]  # by path
+    replicated: tuple[str, ...]  # one line for each dimension whose rule was not followed
+
+
+def param_shardings(
+    params: Mapping[str, nnx.Param], mesh: Mesh, *, rules: Rules = FSDP_TENSOR
+) -> Shardings:
+    """Applies the rules to parameters, real or abstract.
+
+    Args:
+        params: by path; each has `axes`, one logical name per dimension.
+        mesh: of `make_mesh`.
+        rules: logical axis → mesh axis, None for replicated.
+
+    Raises:
+        ValueError: a parameter without `axes`, with another number of them than dimensions, or
+            with a name that no rule knows.
+    """
+    notes: list[str] = []
+    shardings = {
+        path: NamedSharding(mesh, PartitionSpec(*_spec(path, param, mesh, rules, notes)))
+        for path, param in params.items()
+    }
+    return Shardings(params=shardings, replicated=tuple(notes))
+
+
+def _spec(
+    path: str, param: nnx.Param, mesh: Mesh, rules: Rules, notes: list[str]
+) -> list[str | None]:
+    """The mesh axis of each dimension; what a rule could not split joins `notes`."""
+    axes = param.get_metadata().get("axes")
+    if axes is None or len(axes) != len(param.shape):
+        raise ValueError(f"{path}: axes {axes} for shape {param.shape}: one name per dimension")
+    spec: list[str | None] = []
+    for axis, size in zip(axes, param.shape, strict=True):
+        if axis not in rules:
+            known = ", ".join(str(name) for name in rules)
+            raise ValueError(f"{path}: no rule for the axis {axis!r} (known: {known})")
+        target = rules[axis]
+        parts = 1 if target is None else mesh.shape[target]
+        if parts == 1:
+            spec.append(None)
+        elif size % parts:
+            notes.append(f"{path}: {axis} of {size} is not divisible by {target} {parts}")
+            spec.append(None)
+        elif target in spec:
+            notes.append(f"{path}: {axis} of {size}, but {target} splits an earlier dimension")
+            spec.append(None)
+        else:
+            spec.append(target)
+    return spec

@@ -1,0 +1,265 @@
+"""The training run: restore → [save → draw a batch → step → log], as kauldron orders it.
+
+The data iterator is touched only after a save, so that a checkpoint's iterator stands exactly where
+its parameters do. Ctrl-C or SIGTERM lets the step finish, saves and returns; the same command
+continues, and the loss curve is the one of an uninterrupted run, bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from rich.console import Console
+
+from emollama_jax.batch import Batch
+from emollama_jax.checkpoint import Checkpoints, init_model, matching
+from emollama_jax.config import Config
+from emollama_jax.data.pipeline import make_train_iterator
+from emollama_jax.errors import UserError
+from emollama_jax.faces.priors import open_priors
+from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
+from emollama_jax.sharding.rules import param_shardings
+from emollama_jax.train.metrics import RunLog
+from emollama_jax.train.optimizer import make_optimizer
+from emollama_jax.train.step import (
+    Metrics,
+    Params,
+    TrainState,
+    compile_step,
+    init_state,
+    state_shardings,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    step: int  # updates done
+    steps: int  # updates wanted
+    loss: float | None  # of the last logged step
+    seconds: float  # of this call
+    stopped_by: signal.Signals | None  # None: it reached its end, or `until`
+
+    @property
+    def exit_status(self) -> int:
+        """As a shell reports a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 0 if self.stopped_by is None else 128 + self.stopped_by
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM instead of dying; a context manager.
+
+    The first one is noted, and gives the signal back its default: a second Ctrl-C kills. Outside
+    the main thread, where Python cannot take signals, none is noted.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+            for number in self.SIGNALS:
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        for other in self.SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+
+    def agreed(self) -> signal.Signals | None:
+        """What any host received; all hosts ask at the same step and hear the same."""
+        if jax.process_count() == 1:
+            return self._received
+        everywhere = multihost_utils.process_allgather(np.int32(self._received or 0))
+        return signal.Signals(int(everywhere.max())) if everywhere.any() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a run steps with."""
+
+    step: Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]
+    frozen: Params
+    state: TrainState  # to start from: new, or restored
+
+
+def fit(
+    cfg: Config,
+    out: pathlib.Path,
+    *,
+    until: int | None = None,
+    console: Console | None = None,
+) -> FitResult:
+    """Trains, or continues to train, the run in a folder.
+
+    Args:
+        cfg: the run.
+        out: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+        until: stop after this step as a signal would; the next call continues.
+        console: where progress goes; the terminal by default.
+
+    Raises:
+        UserError: a batch or mesh that does not divide, a pattern that matches nothing, a folder
+            that holds a checkpoint of another config, a loss that is no longer finite.
+    """
+    start = time.monotonic()
+    out = pathlib.Path(out)
+    console = Console() if console is None else console
+    mesh = make_mesh(cfg.mesh)
+    _check_batches(cfg, mesh)
+    end = cfg.train.steps if until is None else min(until, cfg.train.steps)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        stop = stack.enter_context(StopSignals())
+        checkpoints = stack.enter_context(Checkpoints(out, cfg))
+        data = make_train_iterator(
+            cfg,
+            open_priors=open_priors,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+        stack.callback(data.close)
+        machine = assemble(cfg, mesh, checkpoints=checkpoints, data=data, console=console)
+        state = machine.state
+        step = saved = int(state.step)
+        log = stack.enter_context(RunLog(out, console, steps=cfg.train.steps, done=step))
+
+        while step < end and stop.agreed() is None:
+            if step % cfg.train.save_every == 0 and step != saved:
+                checkpoints.save(state, data=data)
+                saved = step
+            batch = next(data)
+            with jax.transfer_guard("disallow"):
+                state, metrics = machine.step(machine.frozen, state, _place(batch, mesh))
+            step += 1
+            logged = step % cfg.train.log_every == 0
+            values = _read(metrics, step=step, saved=saved) if logged else None
+            log.step(step, values, **_size(batch))
+        if step != saved:
+            checkpoints.save(state, data=data)
+        stopped_by = stop.agreed() if step < cfg.train.steps else None
+        result = FitResult(
+            step=step,
+            steps=cfg.train.steps,
+            loss=log.loss,
+            seconds=time.monotonic() - start,
+            stopped_by=stopped_by,
+        )
+    if step < cfg.train.steps:
+        console.print(f"stopped at step {step} of {cfg.train.steps}; the same command continues")
+    return result
+
+
+def assemble(
+    cfg: Config,
+    mesh: Mesh,
+    *,
+    checkpoints: Checkpoints,
+    data: grain.DatasetIterator,
+    console: Console,
+) -> Machine:
+    """Model, optimizer and compiled step, at the newest checkpoint or at the start.
+
+    Args:
+        cfg: the run.
+        mesh: already entered.
+        checkpoints: of the run.
+        data: moved to where the checkpoint stands.
+        console: told what is unusual.
+    """
+    resumes = checkpoints.latest is not None
+    model = init_model(cfg, mesh, given=cfg.train.trainable if resumes else ())
+    leaves = named_parameters(model)
+    trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
+    where = param_shardings(leaves, mesh)
+    if where.replicated:
+        console.print(
+            f"{len(where.replicated)} dimensions stay whole on every device, e.g. "
+            f"{where.replicated[0]}"
+        )
+    params = {name: leaves[name][...] for name in sorted(trainable)}
+    frozen = {name: leaf[...] for name, leaf in leaves.items() if name not in trainable}
+    optimizer = make_optimizer(cfg.train, leaves, trainable=trainable)
+
+    def start(params: Params) -> TrainState:
+        return init_state(optimizer, params, seed=cfg.train.seed)
+
+    abstract = jax.eval_shape(start, params)
+    shardings = state_shardings(abstract, where.params, mesh)
+    if resumes:
+        wanted = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        state = checkpoints.restore(wanted, data=data)
+        console.print(f"continues at step {int(state.step)}")
+    else:
+        state = jax.jit(start, out_shardings=shardings)(params)
+    step = compile_step(
+        nnx.graphdef(model),
+        optimizer,
+        frozen={name: where.params[name] for name in frozen},
+        state=shardings,
+        mesh=mesh,
+        accumulation=cfg.train.accumulation,
+    )
+    return Machine(step=step, frozen=frozen, state=state)
+
+
+def _check_batches(cfg: Config, mesh: Mesh) -> None:
+    parts = batch_shards(mesh) * cfg.train.accumulation
+    kinds = {source.kind for source in cfg.data.sources}
+    for kind, size in (("image", cfg.train.image_batch), ("clip", cfg.train.clip_batch)):
+        if kind in kinds and size % parts:
+            raise UserError(
+                f"train.{kind}_batch is {size}, wanted a multiple of {parts}: mesh.data × "
+                "mesh.fsdp × train.accumulation"
+            )
+
+
+def _place(batch: Batch, mesh: Mesh) -> Batch:
+    """Each host's examples become its devices' part of the global batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def _size(batch: Batch) -> dict[str, int]:
+    """Tokens and frames of the global batch; every host's part has the same shape."""
+    examples, frames = batch.frames.shape[:2]
+    return {
+        "tokens": int(batch.length.sum()) * jax.process_count(),
+        "frames": examples * frames * jax.process_count(),
+    }
+
+
+def _read(metrics: Metrics, *, step: int, saved: int) -> dict[str, float]:
+    """Metrics as plain floats; float32 fits into them without loss."""
+    values = {name: float(x) for name, x in vars(jax.device_get(metrics)).items()}
+    if not np.isfinite(values["loss"]):
+        raise UserError(
+            f"step {step}: loss is {values['loss']}: lower train.learning_rate or "
+            f"train.clip_norm and start anew (the last checkpoint is step {saved})"
+        )
+    return values

@@ -1,0 +1,516 @@
+"""`emollama pretrain tiny`: makes the small towers that the package carries.
+
+The real EMO-LLaMA starts from pretrained EVA-ViT, FaceXFormer and Vicuna; the tiny one starts from
+towers trained here on `actionfaces` training identities alone:
+
+- the vision tower learns emotion and action-unit intensities from its mean patch,
+- FaceXFormer learns landmarks, head pose, age-gender-race and the determined CelebA attributes
+  through its own heads,
+- the LLaMA learns the text of the instruction items.
+
+Transformers this small learn slowly from one label a picture, so both picture networks also learn
+*where* each landmark is, from a heat map over their tokens (soft-argmax, Sun et al. 2018). The
+heads that the networks do not have are dropped afterwards.
+
+Each finished tower is a file; the same command again continues with the first that is missing.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from emollama_jax.config import Config, TokenizerConfig
+from emollama_jax.data.actionfaces.action_units import EMOTIONS
+from emollama_jax.data.actionfaces.describe import conversation as describe
+from emollama_jax.data.instruct import category_item
+from emollama_jax.data.pictures import Pictures, draw_pictures
+from emollama_jax.data.prompts import agr_sentence, build_training, read_turns, render
+from emollama_jax.data.tokenizers import load_tokenizer, train_bpe
+from emollama_jax.models import pretrained
+from emollama_jax.models.eva_vit import EvaVit, normalise
+from emollama_jax.models.facexformer import FaceXFormer
+from emollama_jax.models.layers import LayerNorm, Linear
+from emollama_jax.models.llama import Llama
+
+LANDMARKS = 68
+# Left and right change places in a mirrored picture (iBUG 68 order).
+MIRROR = np.array(
+    [
+        *range(16, -1, -1),  # jaw
+        *range(26, 16, -1),  # brows
+        *(27, 28, 29, 30, 35, 34, 33, 32, 31),  # nose
+        *(45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40),  # eyes
+        *(54, 53, 52, 51, 50, 49, 48, 59, 58, 57, 56, 55),  # outer lips
+        *(64, 63, 62, 61, 60, 67, 66, 65),  # inner lips
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+
+    pictures: int = 60_000
+    clips: int = 1_000  # whose frames join the pictures, without an emotion
+    held_out: int = 1_000  # pictures of validation identities
+    vision_steps: int = 3_000
+    face_steps: int = 3_000
+    texts: int = 12_000
+    text_length: int = 256
+    llama_steps: int = 600
+    text_batch: int = 32
+    batch: int = 128
+    learning_rate: float = 1.0e-3
+    seed: int = 0
+
+
+class HeatMaps(nnx.Module):
+    """Landmark positions from a map of tokens: a softmax over the cells, then its mean position."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(width, eps=1e-6, rngs=rngs)
+        self.score = Linear(
+            width, LANDMARKS, axes=("embed", "mlp"), bias=True, dtype="float32", rngs=rngs
+        )
+
+    def __call__(self, tokens: Float[Array, "b p d"]) -> Float[Array, "b 68 2"]:
+        side = int(tokens.shape[1] ** 0.5)
+        weights = jax.nn.softmax(self.score(self.norm(tokens)) * 4, axis=1)  # [B, P, 68]
+        centre = (2 * jnp.arange(side) + 1) / side - 1
+        x, y = jnp.meshgrid(centre, centre)
+        grid = jnp.stack([x.reshape(-1), y.reshape(-1)], axis=-1)  # [P, 2]
+        # Cells are coarse: the mean may leave them by half a cell at the border.
+        return jnp.einsum("bpl,pc->blc", weights, grid) * (side + 1) / side
+
+
+class VisionLearner(nnx.Module):
+    """The vision tower with what it is asked in pretraining."""
+
+    def __init__(self, config: Config, units: int, emotions: int, *, rngs: nnx.Rngs):
+        self.cfg = config.model.vision
+        self.tower = EvaVit(self.cfg, rngs=rngs)
+        self.heat = HeatMaps(self.cfg.width, rngs=rngs)
+        self.norm = LayerNorm(self.cfg.width, eps=1e-6, rngs=rngs)
+        self.head = Linear(
+            self.cfg.width,
+            units + emotions,
+            axes=("embed", "mlp"),
+            bias=True,
+            dtype="float32",
+            rngs=rngs,
+        )
+        self.units = units
+
+    def __call__(self, frames: jax.Array) -> dict[str, jax.Array]:
+        tokens = self.tower(normalise(frames, self.cfg.image_mean, self.cfg.image_std))[:, 1:]
+        y = self.head(self.norm(tokens.mean(1)))
+        return {
+            "action_units": y[:, : self.units],
+            "emotion": y[:, self.units :],
+            "landmarks": self.heat(tokens),
+        }
+
+    def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        y = self(batch["picture"])
+        labelled = batch["emotion"] >= 0
+        nll = optax.softmax_cross_entropy_with_integer_labels(
+            y["emotion"], jnp.maximum(batch["emotion"], 0)
+        )
+        parts = {
+            "emotion": jnp.sum(nll * labelled) / jnp.maximum(labelled.sum(), 1),
+            "action_units": jnp.mean((y["action_units"] - batch["action_units"]) ** 2),
+            "landmarks": jnp.mean(jnp.abs(y["landmarks"] - batch["landmarks"])),
+        }
+        return parts["emotion"] + 20 * parts["action_units"] + 5 * parts["landmarks"], parts
+
+
+class FaceLearner(nnx.Module):
+    """FaceXFormer with its own heads, and heat maps on its fused map."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.cfg = config.model.face
+        self.tower = FaceXFormer(self.cfg, rngs=rngs)
+        self.heat = HeatMaps(self.cfg.width, rngs=rngs)
+
+    def __call__(self, faces: jax.Array) -> tuple[Any, jax.Array]:
+        y = self.tower(normalise(faces, self.cfg.image_mean, self.cfg.image_std))
+        return y, self.heat(y.fused.reshape(y.fused.shape[0], -1, y.fused.shape[-1]))
+
+    def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        y, heat = self(batch["picture"])
+        nll = optax.softmax_cross_entropy_with_integer_labels
+        known = ~jnp.isnan(batch["attributes"])
+        wanted = jnp.where(known, batch["attributes"], 0)
+        bce = optax.sigmoid_binary_cross_entropy(y.attributes, wanted)
+        parts = {
+            "landmarks": jnp.mean(jnp.abs(y.landmarks - batch["landmarks"])),
+            "heat": jnp.mean(jnp.abs(heat - batch["landmarks"])),
+            "pose": jnp.mean((y.headpose - batch["pose"]) ** 2),
+            "attributes": jnp.sum(bce * known) / known.sum(),
+            "age": nll(y.age, batch["agr"][:, 0]).mean(),
+            "gender": nll(y.gender, batch["agr"][:, 1]).mean(),
+            "race": nll(y.race, batch["agr"][:, 2]).mean(),
+        }
+        loss = (
+            10 * (parts["landmarks"] + parts["heat"])
+            + 5 * parts["pose"]
+            + parts["attributes"]
+            + 0.2 * (parts["age"] + parts["gender"] + parts["race"])
+        )
+        return loss, parts
+
+
+def mirror(batch: dict[str, jax.Array], flip: jax.Array) -> dict[str, jax.Array]:
+    """Mirrors the pictures where `flip` holds, and every label with them."""
+    landmarks = batch["landmarks"][:, MIRROR] * jnp.array([-1.0, 1.0])
+    pose = batch["pose"] * jnp.array([1.0, -1.0, -1.0])  # pitch stays; yaw and roll turn
+    return batch | {
+        "picture": jnp.where(
+            flip[:, None, None, None], batch["picture"][:, :, ::-1], batch["picture"]
+        ),
+        "landmarks": jnp.where(flip[:, None, None], landmarks, batch["landmarks"]),
+        "pose": jnp.where(flip[:, None], pose, batch["pose"]),
+    }
+
+
+def shift(batch: dict[str, jax.Array], key: jax.Array, most: int = 4) -> dict[str, jax.Array]:
+    """Moves each picture by up to `most` pixels, edges repeated, landmarks with it."""
+    picture = batch["picture"]
+    size = picture.shape[1]
+    by = jax.random.randint(key, (picture.shape[0], 2), -most, most + 1)  # (y, x)
+    padded = jnp.pad(picture, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    cut = jax.vmap(lambda p, d: jax.lax.dynamic_slice(p, (d[0], d[1], 0), (size, size, 3)))
+    landmarks = batch["landmarks"] + by[:, None, ::-1] * 2 / size
+    return batch | {"picture": cut(padded, most - by), "landmarks": landmarks}
+
+
+def fit(
+    learner: nnx.Module,
+    batch_of: Callable[[int], dict[str, np.ndarray]],
+    *,
+    augment: Callable[[dict[str, jax.Array], jax.Array], dict[str, jax.Array]],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    saved: pathlib.Path,
+    report: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Trains a learner in place: AdamW, 5 % warm-up, cosine; continues from `saved`.
+
+    Args:
+        learner: has `loss(batch) -> (loss, parts)`.
+        batch_of: the batch of a step; the same for the same step.
+        augment: (batch, key) → batch, inside the compiled step.
+        steps: in all.
+        learning_rate: at the peak.
+        seed: of the augmentation.
+        saved: an `.npz` file, written every 250 steps and read where it exists.
+        report: called every 50 steps with the step and the loss's parts.
+    """
+    graphdef, state = nnx.split(learner)
+    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 20 + 1, steps)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            schedule,
+            b2=0.98,
+            weight_decay=0.02,
+            mask=jax.tree.map(lambda x: x.ndim > 1, state),
+        ),
+    )
+
+    @jax.jit
+    def step(both, batch, key):
+        state, opt_state = both
+        batch = augment(batch, key)
+        (_, parts), grads = jax.value_and_grad(
+            lambda s: nnx.merge(graphdef, s).loss(batch), has_aux=True
+        )(state)
+        updates, opt_state = tx.update(grads, opt_state, state)
+        return (optax.apply_updates(state, updates), opt_state), parts
+
+    both, first = (state, tx.init(state)), 1
+    if saved.exists():
+        with np.load(saved) as file:
+            leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
+            first = int(file["step"]) + 1
+        both = jax.tree.unflatten(jax.tree.structure(both), leaves)
+    key = jax.random.key(seed)
+    for number in range(first, steps + 1):
+        both, parts = step(both, batch_of(number), jax.random.fold_in(key, number))
+        if number % 50 == 0 or number == steps:
+            report(number, {name: float(value) for name, value in parts.items()})
+        if number % 250 == 0:
+            partial = saved.with_suffix(".partial.npz")
+            np.savez(partial, *map(np.asarray, jax.tree.leaves(both)), step=number)
+            partial.replace(saved)  # whole or not at all
+    nnx.update(learner, both[0])
+
+
+def picture_batch(
+    pictures: Pictures, which: str, *, batch: int, seed: int
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """The random batch of a step; `which` names the picture: "frames" or "faces"."""
+    landmarks = pictures.frame_landmarks if which == "frames" else pictures.landmarks
+
+    def batch_of(step: int) -> dict[str, np.ndarray]:
+        rng = np.random.Generator(np.random.PCG64([seed, step]))
+        at = np.sort(rng.choice(len(pictures.emotion), batch, replace=False))
+        return {
+            "picture": getattr(pictures, which)[at],
+            "landmarks": landmarks[at],
+            "pose": pictures.pose[at],
+            "agr": pictures.agr[at],
+            "attributes": pictures.attributes[at],
+            "action_units": pictures.action_units[at],
+            "emotion": pictures.emotion[at],
+        }
+
+    return batch_of
+
+
+def pretrain(
+    config: Config,
+    plan: Plan,
+    out: pathlib.Path,
+    console: Any,
+    towers: Sequence[str] = tuple(pretrained.TINY),
+) -> dict[str, Any]:
+    """Draws the pictures and trains every tower whose file `out` lacks.
+
+    Args:
+        config: whose `model` gives the sizes.
+        plan: how much.
+        out: gets `tiny_*.safetensors` with a `.json` of metrics beside each, `tiny_bpe.json`, and
+            the drawn pictures.
+        console: a rich console for the progress lines.
+        towers: which; two processes may share the work on two cores.
+
+    Returns:
+        Held-out metrics, seconds and settings of every tower trained.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"plan": dataclasses.asdict(plan)}
+    stages = {
+        "llama": lambda: _llama(config, plan, out, console),
+        "vision": lambda: _vision(config, plan, out, console),
+        "face": lambda: _face(config, plan, out, console),
+    }
+    for tower in towers:
+        path = out / f"{pretrained.TINY[tower]}.safetensors"
+        if path.exists():
+            console.print(f"{tower}: {path} is there already")
+            continue
+        start = time.monotonic()
+        module, metrics = stages[tower]()
+        pretrained.save(module, path)
+        record[tower] = metrics | {"seconds": round(time.monotonic() - start)}
+        path.with_suffix(".json").write_text(json.dumps(record[tower] | record["plan"], indent=1))
+        console.print(f"{tower}: {record[tower]}")
+    return record
+
+
+def _pictures(config: Config, plan: Plan, out: pathlib.Path, console: Any, split: str) -> Pictures:
+    held = split != "train"
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 10:
+            last = time.monotonic()
+            console.print(f"drawing {split}: {done}/{total} chunks")
+
+    return draw_pictures(
+        out / "pictures" / split,
+        split=split,
+        pictures=plan.held_out if held else plan.pictures,
+        clips=0 if held else plan.clips,
+        frame_size=config.model.vision.image_size,
+        face_size=config.model.face.swin.image_size,
+        margin=config.data.face_margin,
+        seed=plan.seed,
+        processes=2,
+        progress=progress,
+    )
+
+
+def _reporter(name: str, steps: int, console: Any) -> Callable[[int, dict[str, float]], None]:
+    start = time.monotonic()
+
+    def report(number: int, parts: dict[str, float]) -> None:
+        values = "  ".join(f"{key} {value:.4f}" for key, value in parts.items())
+        console.print(
+            f"{name} {number}/{steps}  {time.monotonic() - start:.0f} s  {values}", highlight=False
+        )
+
+    return report
+
+
+def _augment(batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    mirrored, moved = jax.random.split(key)
+    flip = jax.random.bernoulli(mirrored, 0.5, (batch["picture"].shape[0],))
+    return shift(mirror(batch, flip), moved)
+
+
+def _predict(learner: nnx.Module, pictures: np.ndarray, batch: int = 200) -> Any:
+    """The learner's outputs on all pictures, as NumPy."""
+    graphdef, state = nnx.split(learner)
+    run = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))
+    chunks = [run(state, pictures[i : i + batch]) for i in range(0, len(pictures), batch)]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+
+
+def _vision(config: Config, plan: Plan, out: pathlib.Path, console: Any):
+    train = _pictures(config, plan, out, console, "train")
+    held = _pictures(config, plan, out, console, "validation")
+    learner = VisionLearner(
+        config, train.action_units.shape[1], int(train.emotion.max()) + 1, rngs=nnx.Rngs(plan.seed)
+    )
+    fit(
+        learner,
+        picture_batch(train, "frames", batch=plan.batch, seed=plan.seed),
+        augment=_augment,
+        steps=plan.vision_steps,
+        learning_rate=plan.learning_rate,
+        seed=plan.seed,
+        saved=out / "vision.npz",
+        report=_reporter("vision", plan.vision_steps, console),
+    )
+    y = _predict(learner, held.frames)
+    right = y["emotion"].argmax(1) == held.emotion
+    recalls = [right[held.emotion == c].mean() for c in np.unique(held.emotion)]
+    return learner.tower, {
+        "WAR": float(right.mean()),
+        "UAR": float(np.mean(recalls)),
+        "action_unit_mae": float(np.abs(y["action_units"] - held.action_units).mean()),
+        "n": len(held.emotion),
+    }
+
+
+def _face(config: Config, plan: Plan, out: pathlib.Path, console: Any):
+    train = _pictures(config, plan, out, console, "train")
+    held = _pictures(config, plan, out, console, "validation")
+    learner = FaceLearner(config, rngs=nnx.Rngs(plan.seed + 1))
+    fit(
+        learner,
+        picture_batch(train, "faces", batch=plan.batch, seed=plan.seed + 1),
+        augment=_augment,
+        steps=plan.face_steps,
+        learning_rate=plan.learning_rate,
+        seed=plan.seed + 1,
+        saved=out / "face.npz",
+        report=_reporter("face", plan.face_steps, console),
+    )
+    y, _ = _predict(learner, held.faces)
+    known = ~np.isnan(held.attributes)
+    eyes = held.landmarks[:, 36:42].mean(1) - held.landmarks[:, 42:48].mean(1)
+    error = np.linalg.norm(y.landmarks - held.landmarks, axis=-1).mean(1)
+    return learner.tower, {
+        "landmark_nme": float((error / np.linalg.norm(eyes, axis=-1)).mean()),  # inter-pupil
+        "pose_mae_degrees": float(np.degrees(np.abs(y.headpose - held.pose)).mean()),
+        "attribute_accuracy": float(((y.attributes > 0) == held.attributes)[known].mean()),
+        "age_accuracy": float((y.age.argmax(1) == held.agr[:, 0]).mean()),
+        "gender_accuracy": float((y.gender.argmax(1) == held.agr[:, 1]).mean()),
+        "race_accuracy": float((y.race.argmax(1) == held.agr[:, 2]).mean()),
+        "n": len(held.emotion),
+    }
+
+
+def _conversations(config: Config, plan: Plan, pictures: Pictures) -> Iterator[tuple[Any, str]]:
+    """(turns, AGR sentence) of instruction items: the text alone, without the pictures."""
+    rng = np.random.Generator(np.random.PCG64([plan.seed, 3]))
+    labelled = np.flatnonzero(pictures.emotion >= 0)
+    for i in rng.choice(labelled, plan.texts):
+        kind = ("image", "clip")[int(rng.integers(2))]
+        emotion = int(pictures.emotion[i])
+        units = pictures.action_units[i]
+        if kind == "clip":  # any course serves: the text alone is learned
+            onset, offset = np.sort(rng.random(2))
+            course = np.interp(np.arange(16) / 15, [0, onset, offset, 1], [0, 1, 1, 0])
+            units = course[:, None] * units
+        conversation = (
+            describe(units, emotion, kind, rng)
+            if rng.random() < 0.8
+            else category_item(EMOTIONS, emotion, kind)
+        )
+        age, gender, race = map(int, pictures.agr[i])
+        agr = agr_sentence(
+            kind=kind,
+            age=age,
+            gender=gender,
+            race=race,
+            probability=rng.random(3),
+            threshold=0.3,
+            race_labels=config.model.face.race_labels,
+        )
+        yield read_turns(conversation), agr
+
+
+class TextLearner(nnx.Module):
+    """The LLaMA on plain text: every token is predicted."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        cfg = config.model.llama
+        plain = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=0))
+        self.tower = Llama(plain, rngs=rngs)
+
+    def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        ids = batch["ids"]
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        hidden = self.tower(self.tower.embed(ids), positions=positions).hidden
+        nll = optax.softmax_cross_entropy_with_integer_labels(
+            self.tower.logits(hidden[:, :-1]), ids[:, 1:]
+        )
+        real = jnp.arange(1, ids.shape[1]) < batch["length"][:, None]
+        loss = jnp.sum(nll * real) / real.sum()
+        return loss, {"loss": loss}
+
+
+def _llama(config: Config, plan: Plan, out: pathlib.Path, console: Any):
+    texts = list(_conversations(config, plan, _pictures(config, plan, out, console, "train")))
+    vocabulary = train_bpe(
+        (piece for turns, agr in texts for piece in render(turns, agr=agr)),
+        config.model.llama.vocab_size,
+    )
+    (out / "tiny_bpe.json").write_text(vocabulary)
+    tokenizer = load_tokenizer(TokenizerConfig(kind="bpe", path=str(out / "tiny_bpe.json")))
+    encoded = [
+        build_training(
+            turns, n_visual=0, agr=agr, tokenizer=tokenizer, text_length=plan.text_length
+        )
+        for turns, agr in texts
+    ]
+    ids = np.stack([e.ids for e in encoded])
+    length = np.array([e.length for e in encoded], np.int32)
+    cut = int(len(ids) * 0.95)
+
+    def batch_of(step: int) -> dict[str, np.ndarray]:
+        rng = np.random.Generator(np.random.PCG64([plan.seed, step]))
+        at = rng.choice(cut, plan.text_batch, replace=False)
+        return {"ids": ids[at], "length": length[at]}
+
+    learner = TextLearner(config, rngs=nnx.Rngs(plan.seed + 2))
+    fit(
+        learner,
+        batch_of,
+        augment=lambda batch, key: batch,
+        steps=plan.llama_steps,
+        learning_rate=2 * plan.learning_rate,
+        seed=plan.seed,
+        saved=out / "llama.npz",
+        report=_reporter("llama", plan.llama_steps, console),
+    )
+    graphdef, state = nnx.split(learner)
+    held = {"ids": ids[cut:], "length": length[cut:]}
+    loss = jax.jit(lambda s, b: nnx.merge(graphdef, s).loss(b)[0])(state, held)
+    return learner.tower, {"held_out_loss": float(loss), "n": len(ids) - cut}

@@ -1,0 +1,71 @@
+"""What every test stands on: eight CPU devices, full precision, a compilation cache, no network.
+
+Environment variables are set before JAX is imported, so that subprocesses of a test (the command
+line) inherit them. Eight devices cost single-device tests nothing measurable: without a mesh,
+everything runs on the first.
+"""
+
+import os
+import pathlib
+import socket
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Matrix products of the parity tests; on a CPU float32 is exact anyway.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs under pytest's cache: a second run starts much sooner."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only this machine may be connected to, e.g. a test's own server."""
+    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def guard(original):
+        def guarded(self, address, *args):
+            if self.family != socket.AF_UNIX and address[0] not in (
+                "127.0.0.1",
+                "::1",
+                "localhost",
+            ):
+                raise RuntimeError(f"a test wants the network: {address}; tests run without it")
+            return original(self, address, *args)
+
+        return guarded
+
+    monkeypatch.setattr(socket.socket, "connect", guard(connect))
+    monkeypatch.setattr(socket.socket, "connect_ex", guard(connect_ex))
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+    """The checkout."""
+    return pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def rng():
+    """A seeded NumPy generator, the same in every test."""
+    import numpy as np
+
+    return np.random.Generator(np.random.PCG64(0))
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """`configs/tiny.yaml`."""
+    from emollama_jax import config
+
+    return config.load("tiny")

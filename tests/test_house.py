@@ -1,0 +1,305 @@
+"""House rules that a machine can check: arrows, imports, parameter axes, files, documents."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from flax import nnx
+
+import emollama_jax
+from emollama_jax import cli, config
+from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.sharding.rules import FSDP_TENSOR
+
+# Which part of the package may import which other. `models` and `data` do not know each other;
+# they meet in `batch`. Nothing imports `cli`.
+BASE = {"errors", "config", "batch"}
+LOWER = BASE | {"models", "data", "sharding", "checkpoint"}
+MAY_IMPORT = {
+    "errors": set(),
+    "batch": set(),
+    "config": {"errors"},
+    "models": BASE,
+    "sharding": BASE,
+    "data": BASE,
+    "checkpoint": BASE | {"models", "sharding"},
+    "faces": LOWER,
+    "generate": LOWER,
+    "train": LOWER | {"faces"},
+    "evaluate": LOWER | {"faces", "generate", "train"},
+    "serve": LOWER | {"faces", "generate", "train"},
+    "scale": LOWER | {"faces", "generate", "train"},
+    "demo": LOWER | {"faces", "generate", "train", "evaluate", "serve", "scale"},
+    "cli": LOWER | {"faces", "generate", "train", "evaluate", "serve", "scale", "demo"},
+    "testing": LOWER,
+}
+# Modules that anyone above `errors` may import: plain NumPy, and they import nothing but `errors`.
+LEAVES = {"emollama_jax.faces.labels", "emollama_jax.faces.track"}
+
+HEAVY = ("torch", "matplotlib", "transformers", "gradio", "tensorflow")
+
+
+def sources(root, *folders):
+    for folder in folders:
+        yield from sorted((root / folder).rglob("*.py"))
+
+
+def module_of(root, path):
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree):
+    """(module or module.name, at import time) of every import statement."""
+
+    def visit(node, top):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ImportFrom):
+                yield from ((f"{child.module}.{name.name}", top) for name in child.names)
+            elif isinstance(child, ast.Import):
+                yield from ((name.name, top) for name in child.names)
+            else:
+                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from visit(child, top and not inside)
+
+    yield from visit(tree, True)
+
+
+@pytest.fixture(scope="module")
+def modules(root):
+    """Module name → its imports, of the whole package."""
+    return {
+        module_of(root, path): list(imports(ast.parse(path.read_text())))
+        for path in sources(root, "emollama_jax")
+    }
+
+
+# ------------------------------------------------------------------ imports
+
+
+def test_arrows_point_down(modules):
+    wrong = []
+    for name, imported in modules.items():
+        part = [*name.split("."), ""][1]
+        for target, _ in imported:
+            pieces = target.split(".")
+            if pieces[0] != "emollama_jax" or not part or len(pieces) < 2 or pieces[1] == part:
+                continue
+            leaf = any(target == leaf or target.startswith(f"{leaf}.") for leaf in LEAVES)
+            if not leaf and pieces[1] not in MAY_IMPORT[part]:
+                wrong.append(f"{name} imports {target}")
+    assert wrong == []
+
+
+def test_leaves_import_nothing_of_the_package_but_errors(modules):
+    for leaf in LEAVES:
+        inner = [target for target, _ in modules[leaf] if target.startswith("emollama_jax")]
+        assert [target for target in inner if ".errors." not in target] == []
+
+
+def test_torch_is_not_in_the_package_and_heavy_libraries_are_imported_where_used(modules):
+    wrong = [
+        f"{name} imports {target}"
+        for name, imported in modules.items()
+        for target, top in imported
+        if target.split(".")[0] in HEAVY and (top or target.split(".")[0] == "torch")
+    ]
+    assert wrong == []
+
+
+def test_every_imported_package_is_declared(root, modules):
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0].lower() for line in project["dependencies"]}
+    providers = importlib.metadata.packages_distributions()
+    own = {*sys.stdlib_module_names, "emollama_jax"}
+    used = {target.split(".")[0] for imported in modules.values() for target, _ in imported}
+    missing = {
+        name: providers.get(name)
+        for name in used - own
+        if not {dist.lower().replace("_", "-") for dist in providers.get(name, [])} & declared
+    }
+    assert missing == {}
+
+
+def probe(code):
+    """Runs code in a new interpreter and reads the JSON that it prints last."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("module", ["emollama_jax", "emollama_jax.cli"])
+def test_import_is_quick_and_light(module):
+    seconds, loaded = probe(
+        "import json, sys, time; import jax; start = time.process_time()\n"
+        f"import {module}\n"
+        "print(json.dumps([time.process_time() - start, sorted(sys.modules)]))"
+    )
+    assert seconds < 1
+    assert [name for name in loaded if name.split(".")[0] in HEAVY] == []
+
+
+def test_no_module_of_the_package_loads_a_heavy_library(modules):
+    loaded = probe(
+        "import importlib, json, sys\n"
+        f"for name in {sorted(modules)!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert "emollama_jax.models.emollama" in loaded
+    # jaxtyping and TFDS may look at what is there; they load none of these.
+    assert [name for name in loaded if name in HEAVY] == []
+
+
+def test_public_names_exist():
+    for name in emollama_jax.__all__:
+        assert getattr(emollama_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = emollama_jax.nothing
+
+
+# ------------------------------------------------------------------ parameters
+
+
+@pytest.mark.parametrize("name", ["tiny", "emollama_7b", "emollama_13b"])
+def test_every_parameter_names_its_axes(name):
+    cfg = config.load(name).model
+    model = nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))
+    wrong = [
+        f"{path} {leaf.shape}: {axes}"
+        for path, leaf in named_parameters(model).items()
+        for axes in [leaf.get_metadata().get("axes")]
+        if axes is None or len(axes) != len(leaf.shape) or not set(axes) <= set(FSDP_TENSOR)
+    ]
+    assert wrong == []
+
+
+def test_every_axis_of_the_rules_is_used():
+    used = set()
+    for name in ("tiny", "emollama_7b"):
+        cfg = config.load(name).model
+        model = nnx.eval_shape(lambda cfg=cfg: EmoLlama(cfg, rngs=nnx.Rngs(0)))
+        for leaf in named_parameters(model).values():
+            used |= set(leaf.axes)
+    assert set(FSDP_TENSOR) - used == set()
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_files_stay_short(root):
+    long = {
+        str(path.relative_to(root)): lines
+        for path in sources(root, "emollama_jax", "tests", "tools", "benchmarks")
+        if (lines := path.read_text().count("\n")) > 500
+    }
+    assert long == {}
+
+
+def test_modules_say_what_they_are(root):
+    silent = [
+        str(path.relative_to(root))
+        for path in sources(root, "emollama_jax", "tests", "tools", "benchmarks")
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert silent == []
+
+
+def test_nothing_is_left_for_later(root):
+    words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX|NotImplemented" + r"Error)\b")
+    left = [
+        f"{path.relative_to(root)}:{number}: {line.strip()}"
+        for path in sources(root, "emollama_jax", "tests", "tools", "benchmarks")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if words.search(line)
+    ]
+    assert left == []
+
+
+def test_changelog_has_the_version(root):
+    version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## {version}" in (root / "CHANGELOG.md").read_text()
+
+
+# ------------------------------------------------------------------ documents
+
+
+def documents(root):
+    return [root / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
+        (root / "docs").glob("*.md")
+    )
+
+
+def commands(root):
+    """(document, words) of every line in a shell block, prompts and comments left out."""
+    for path in documents(root):
+        for block in re.findall(
+            r"^```(?:sh|bash|console)\n(.*?)^```", path.read_text(), re.M | re.S
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words:
+                    yield path.name, words
+
+
+def help_of(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_documented_commands_exist(root, capsys):
+    found = list(commands(root))
+    assert any(words[:2] == ["emollama", "demo"] for _, words in found)
+    makefile = (root / "Makefile").read_text()
+    for document, words in found:
+        program, *args = words
+        where = f"{document}: {' '.join(words)}"
+        if program == "make":
+            targets = [word for word in args if "=" not in word]
+            assert all(f"\n{target}:" in makefile for target in targets), where
+        elif program.endswith("emollama"):
+            verb = args[:2] if args[0] == "data" else args[:1]
+            text = help_of(verb, capsys)
+            for word in args[len(verb) :]:
+                if word.startswith("--"):
+                    flag = word.partition("=")[0]
+                    assert re.search(rf"{re.escape(flag)}\b", text), f"{where}: no {flag}"
+            if verb == ["train"]:
+                overrides = [word for word in args if re.match(r"[a-z_.]+=", word)]
+                config.load(args[1], overrides)
+        elif program in (".ci/run",):
+            assert (root / program).is_file(), where
+        else:
+            assert program in ("git", "cd", "pip", "pre-commit", ".venv/bin/pre-commit"), where
+
+
+def test_every_verb_is_in_the_readme(root):
+    text = (root / "README.md").read_text()
+    verbs = [verb for verb in cli.VERBS if verb != "data"]
+    verbs += [f"data {verb}" for verb in cli.DATA_VERBS]
+    assert [verb for verb in verbs if f"`emollama {verb}" not in text] == []
+
+
+def test_documents_link_to_what_exists(root):
+    broken = []
+    for path in documents(root):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
+            if not (path.parent / target).exists():
+                broken.append(f"{path.relative_to(root)} → {target}")
+    assert broken == []
+
+
+def test_tests_have_no_network():
+    with (
+        socket.socket() as connection,
+        pytest.raises(RuntimeError, match="tests run without it"),
+    ):
+        connection.connect(("192.0.2.1", 80))  # a documentation address: RFC 5737

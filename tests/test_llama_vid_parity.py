@@ -1,0 +1,451 @@
+"""LLaMA-VID as a whole against what the original classes computed, and what must be detected."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import llama_vid_golden as lv
+import numpy as np
+import pytest
+from flax import nnx
+from llama_vid_golden import WHOLE, off
+
+from emollama_jax import config
+from emollama_jax.batch import IMAGE_TOKEN
+from emollama_jax.errors import UserError
+from emollama_jax.models import eva_vit, qformer, visual_tokens
+from emollama_jax.models.eva_vit import EvaVit
+from emollama_jax.models.llama import KVCache, Llama
+from emollama_jax.models.qformer import QFormer
+from emollama_jax.models.visual_tokens import VisualTokens, content_tokens, merge, pool
+
+KINDS = {"none": "all", "mean": "mean", "grid2": "grid:2"}
+
+
+@pytest.fixture(autouse=True)
+def highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+# --- real width, weights made from keys -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The model, what the golden file holds, and the tower's output of the five pictures."""
+    model = lv.build(lv.REAL_LLAMA, lv.REAL_VISION, lv.REAL_QFORMER, lv.real_state_dict())
+    with np.load(lv.FOLDER / "llama_vid.npz") as file:
+        wanted = dict(file)
+    rng = np.random.Generator(np.random.PCG64([21, 2]))
+    questions = {"a": rng.integers(1000, 30000, 9), "b": rng.integers(1000, 30000, 14)}
+    pictures = rng.standard_normal((5, 3, 224, 224), dtype=np.float32)
+    meta = lv.real_manifest()["meta"]
+    for name, ids in questions.items():
+        assert [101, *ids.tolist(), 102] == meta["question_ids"][name]
+    with jax.default_matmul_precision("highest"):
+        return model, wanted, meta, model.vision(lv.pixels(pictures))
+
+
+def test_vision_tower(real):
+    _, wanted, _, visual = real
+    assert off(visual[:, ::16, ::32], wanted["vision_slice"]) < WHOLE
+
+
+@pytest.mark.parametrize("case", ["image", "image_grid4", "video_mean", "video_grid2"])
+def test_from_pictures_to_loss(real, case):
+    model, wanted, meta, visual = real
+    about = meta[case]
+    visual = visual[:1] if about["frames"] == 1 else visual[1:]
+    text = np.asarray([meta["question_ids"][about["question"]]])
+    kind = about["compress_type"] or "all"
+    blocks = model.frame_tokens(visual, text=text, text_mask=np.ones_like(text), kind=kind)
+    tokens = blocks.reshape(1, -1, blocks.shape[-1])
+    assert tokens.shape[1] == about["n_visual_tokens"]
+    step = 16 if tokens.shape[1] == 257 else 1
+    assert off(tokens[:, ::step], wanted[f"{case}.visual_tokens"]) < WHOLE
+
+    prompt = np.asarray(meta["ids_image" if about["frames"] == 1 else "ids_video"])
+    labels = np.where(np.arange(len(prompt)) < about["label_prefix_masked"], -100, prompt)
+    ids = lv.expand(prompt, prompt, tokens.shape[1])[None]
+    logits = model.read(jnp.asarray(ids), tokens)
+    assert off(logits[:, -(len(prompt) - 8) :], wanted[f"{case}.logits"]) < WHOLE
+    expanded = lv.expand_labels(prompt, labels, tokens.shape[1])[None]
+    assert lv.loss(logits, expanded) == pytest.approx(float(wanted[f"{case}.loss"]), rel=WHOLE)
+
+
+# --- tiny: a batch of an image with two turns, a text, and a video ------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return lv.tiny_model()
+
+
+def tiny_tokens(model, kind, **changes):
+    """Visual tokens of the image under its two questions [2, …] and of the video [1, …]."""
+    a = {**lv.tiny_arrays(), **changes}
+    image = model.vision(lv.pixels(a["pixel_image"][None]))
+    turns = [
+        model.frame_tokens(
+            image,
+            text=a["bert_ids_turns"][i : i + 1],
+            text_mask=a["bert_mask_turns"][i : i + 1],
+            kind=kind,
+        )
+        for i in range(2)
+    ]
+    video = model.frame_tokens(
+        model.vision(lv.pixels(a["pixel_video"])),
+        text=a["bert_ids_video"],
+        text_mask=a["bert_mask_video"],
+        kind=kind,
+    )
+    return jnp.concatenate(turns), video.reshape(1, -1, video.shape[-1])
+
+
+def tiny_batch(kind):
+    """Expanded ids, labels and validity of the batch of three, right-padded."""
+    a = lv.tiny_arrays()
+    n = 1 + content_tokens(kind, 16)
+    rows = list(zip(a["input_ids"], a["labels"], a["attention_mask"], (n, n, 3 * n), strict=True))
+    columns = (
+        ([lv.expand(ids, ids, block) for ids, _, _, block in rows], 0),
+        ([lv.expand_labels(ids, labels, block) for ids, labels, _, block in rows], -100),
+        ([lv.expand(ids, mask, block) for ids, _, mask, block in rows], False),
+    )
+    longest = max(len(ids) for ids in columns[0][0])
+    return [
+        np.stack([np.pad(x, (0, longest - len(x)), constant_values=fill) for x in column])
+        for column, fill in columns
+    ]
+
+
+def tiny_visual_rows(turns, video):
+    """[3, V, H]: the image's two blocks; none; the video's. V is the longest."""
+    image = turns.reshape(-1, turns.shape[-1])
+    longest = max(image.shape[0], video.shape[1])
+    rows = [image, jnp.zeros((0, image.shape[1])), video[0]]
+    return jnp.stack([jnp.pad(row, ((0, longest - row.shape[0]), (0, 0))) for row in rows])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tiny_batch_of_three(tiny, name):
+    a, kind = lv.tiny_arrays(), KINDS[name]
+    turns, video = tiny_tokens(tiny, kind)
+    assert off(turns, a[f"{name}/visual_image_2turns"]) < WHOLE
+    assert off(video, a[f"{name}/visual_video"]) < WHOLE
+    ids, labels, valid = tiny_batch(kind)
+    np.testing.assert_array_equal(valid, a[f"{name}/merged_mask"])
+    np.testing.assert_array_equal(labels, a[f"{name}/merged_labels"])
+    logits = tiny.read(jnp.asarray(ids), tiny_visual_rows(turns, video))
+    assert off(np.asarray(logits)[valid], a[f"{name}/logits"][valid]) < WHOLE
+    assert lv.loss(logits, labels) == pytest.approx(float(a[f"{name}/loss"]), rel=WHOLE)
+
+
+def test_padding_reaches_nothing(tiny):
+    """What fills the padding, ids or visual rows, leaves the valid logits bit for bit."""
+    ids, _, valid = tiny_batch("mean")
+    rows = tiny_visual_rows(*tiny_tokens(tiny, "mean"))
+    plain = np.asarray(tiny.read(jnp.asarray(ids), rows))
+    other = np.asarray(tiny.read(jnp.asarray(np.where(valid, ids, 77)), rows))
+    np.testing.assert_array_equal(plain[valid], other[valid])
+    assert (plain[~valid] != other[~valid]).any()
+
+
+def test_long_video_tokens(tiny):
+    """Long videos are the same maths without the class token (the features' loader drops it)."""
+    a = lv.tiny_arrays()
+    visual = tiny.vision(lv.pixels(a["pixel_video"]))[:, 1:]
+    frames = visual.shape[0]
+    text = jnp.asarray(np.repeat(a["bert_ids_long"], frames, 0), jnp.int32)
+    queries = tiny.qformer(
+        tiny.visual_tokens.ln(visual), text=text, text_mask=jnp.ones(text.shape, bool)
+    )
+    context = tiny.visual_tokens.context(visual, queries)
+    content = tiny.visual_tokens.content(visual, kind="mean")
+    tokens = jnp.concatenate([context, content], 1).reshape(1, 2 * frames, -1)
+    assert off(tokens, a["longvideo_tokens_mean"]) < WHOLE
+
+
+# --- what a wrong implementation would do must show ---------------------------------------------
+
+
+def without_class_token(model):
+    """A Q-Former that reads the patches alone."""
+    inner = model.qformer
+
+    def qformer(encoded, **rest):
+        return inner(encoded[:, 1:], **rest)
+
+    model.qformer = qformer
+    return model
+
+
+SENSITIVE = ("padding mask", "class token", "token order", "another question", "tanh GELU")
+
+
+@pytest.mark.parametrize("what", SENSITIVE)
+def test_a_mistake_is_detected(what, monkeypatch):
+    a = lv.tiny_arrays()
+    model, changes = lv.tiny_model(), {}
+    if what == "padding mask":
+        changes = {"bert_mask_turns": np.ones_like(a["bert_mask_turns"])}
+    elif what == "class token":
+        model = without_class_token(lv.tiny_model())
+    elif what == "another question":
+        changes = {"bert_ids_turns": a["bert_ids_turns"][::-1]}
+        changes["bert_mask_turns"] = a["bert_mask_turns"][::-1]
+    elif what == "tanh GELU":
+        for module in (eva_vit, qformer, visual_tokens):
+            monkeypatch.setattr(module, "gelu", jax.nn.gelu)
+    turns, _ = tiny_tokens(model, "mean", **changes)
+    if what == "token order":
+        turns = turns[:, ::-1]
+    assert off(turns, a["mean/visual_image_2turns"]) > 2 * WHOLE
+
+
+def test_norm_eps_of_the_real_sizes():
+    """Too small to show at float32's tolerance (up to 2e-5), so held by name."""
+    for name in ("emollama_7b", "emollama_13b"):
+        model = config.load(name).model
+        assert model.vision.norm_eps == 1e-6
+        assert model.qformer.encoder_norm_eps == 1e-5
+        assert model.qformer.norm_eps == 1e-12
+        assert model.llama.norm_eps == 1e-5
+
+
+# --- every field of the four configs matters ----------------------------------------------------
+
+LORA = config.LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=("q_proj", "down_proj"))
+BASE = {
+    "llama": dataclasses.replace(lv.TINY_LLAMA, lora=LORA, max_positions=9),
+    "vision": lv.TINY_VISION,
+    "qformer": lv.TINY_QFORMER,
+    "lora": LORA,
+}
+CHANGES = {
+    "llama": {
+        "vocab_size": 208,
+        "width": 60,
+        "mlp_width": 80,
+        "layers": 3,
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "norm_eps": 1e-2,
+        "rope_theta": 500.0,
+        "rope_scaling": 4.0,
+        "max_positions": 8,
+        "dtype": "bfloat16",
+        "remat": "full",
+        "lora": dataclasses.replace(LORA, rank=0),
+    },
+    "lora": {"rank": 3, "alpha": 8.0, "dropout": 0.25, "targets": ("q_proj",)},
+    "vision": {
+        "image_size": 35,
+        "patch_size": 4,
+        "width": 48,
+        "depth": 3,
+        "heads": 4,
+        "mlp_width": 64,
+        "norm_eps": 1e-2,
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+        "dtype": "bfloat16",
+        "remat": "dots",
+    },
+    "qformer": {
+        "vocab_size": 70,
+        "width": 32,
+        "layers": 6,
+        "heads": 6,
+        "mlp_width": 48,
+        "max_positions": 32,
+        "encoder_width": 40,
+        "encoder_norm_eps": 1e-1,
+        "cross_attention_every": 4,
+        "queries": 5,
+        "norm_eps": 1e-2,
+        "dropout": 0.3,
+        "dtype": "bfloat16",
+        "remat": "full",
+    },
+}
+
+
+def observe_llama(cfg):
+    model = lv.fill(nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0))), 3)
+    ids = jnp.arange(9)[None]
+
+    def run(model):
+        out = model(model.embed(ids), positions=ids, dropout_key=jax.random.key(0))
+        return model.logits(out.hidden)
+
+    return model, run
+
+
+def observe_vision(cfg):
+    model = lv.fill(nnx.eval_shape(lambda: EvaVit(cfg, rngs=nnx.Rngs(0))), 3)
+    size = cfg.image_size
+    frames = (jnp.arange(size * size * 3).reshape(1, size, size, 3) % 251).astype(jnp.uint8)
+    # The statistics belong to the tower's weights, but it takes normalised pixels.
+    return model, lambda model: model(eva_vit.normalise(frames, cfg.image_mean, cfg.image_std))
+
+
+def observe_qformer(cfg):
+    class Both(nnx.Module):  # `encoder_norm_eps` belongs to the norm before the Q-Former
+        def __init__(self, rngs):
+            self.qformer = QFormer(cfg, rngs=rngs)
+            self.tokens = VisualTokens(
+                cfg, visual_width=cfg.encoder_width, llm_width=8, dtype="float32", rngs=rngs
+            )
+
+    model = lv.fill(nnx.eval_shape(lambda: Both(nnx.Rngs(0))), 3)
+    encoded = jnp.sin(jnp.arange(5.0 * cfg.encoder_width)).reshape(1, 5, -1)
+    text = jnp.arange(6)[None]
+
+    def run(model):
+        return model.qformer(
+            model.tokens.ln(encoded),
+            text=text,
+            text_mask=text < 5,
+            dropout_key=jax.random.key(0),
+        )
+
+    return model, run
+
+
+def observe(section, cfg):
+    """All that a config can change: parameters, the values computed, remat, the refusal."""
+    if section == "lora":
+        section, cfg = "llama", dataclasses.replace(BASE["llama"], lora=cfg)
+    model, run = {
+        "llama": observe_llama,
+        "vision": observe_vision,
+        "qformer": observe_qformer,
+    }[section](cfg)
+    shapes = {path: leaf.shape for path, leaf in lv.parameters(model).items()}
+    graphdef, state = nnx.split(model)
+    try:
+        traced = jax.jit(lambda state: run(nnx.merge(graphdef, state))).trace(state)
+    except UserError as error:
+        return shapes, str(error)
+    y = traced.lower().compile()(state)
+    return shapes, y.dtype, np.asarray(y, np.float32).tobytes(), str(traced.jaxpr).count("remat")
+
+
+@functools.cache
+def observed_base(section):
+    return observe(section, BASE[section])
+
+
+def test_every_field_is_perturbed():
+    for section, cfg in BASE.items():
+        assert {field.name for field in dataclasses.fields(cfg)} == set(CHANGES[section])
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), [(section, field) for section in CHANGES for field in CHANGES[section]]
+)
+def test_every_field_matters(section, field):
+    changed = dataclasses.replace(BASE[section], **{field: CHANGES[section][field]})
+    assert observe(section, changed) != observed_base(section)
+
+
+def test_the_observation_repeats():
+    """Otherwise every change above would show, whether it matters or not."""
+    for section, cfg in BASE.items():
+        assert observe(section, cfg) == observed_base(section)
+
+
+# --- visual tokens, alone -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "patches", "n"),
+    [("all", 256, 256), ("mean", 256, 1)]
+    + [(f"grid:{g}", 256, n * n) for g, n in ((2, 2), (3, 3), (4, 4), (5, 5), (6, 8), (16, 16))]
+    + [("grid:4", 576, 16)],
+)
+def test_content_tokens(kind, patches, n):
+    assert content_tokens(kind, patches) == n
+    assert pool(jnp.zeros((1, patches, 2)), kind).shape == (1, n, 2)
+
+
+@pytest.mark.parametrize("g", [2, 3, 5, 6])
+def test_pool_is_torch_average_pooling(g):
+    torch = pytest.importorskip("torch", reason="torch is the reference (extra `convert`)")
+    x = np.random.default_rng(g).standard_normal((2, 256, 3), dtype=np.float32)
+    picture = torch.from_numpy(x).reshape(2, 16, 16, 3).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.avg_pool2d(picture, 16 // g).permute(0, 2, 3, 1)
+    assert off(pool(jnp.asarray(x), f"grid:{g}"), wanted.reshape(2, -1, 3).numpy()) < 1e-6
+
+
+def test_a_grid_finer_than_the_patches_is_refused():
+    with pytest.raises(UserError, match=r"grid:5, but a frame has 4 × 4 patches"):
+        content_tokens("grid:5", 16)
+
+
+def test_encoder_width_must_fit():
+    with pytest.raises(UserError, match=r"encoder_width is 32, but model.vision.width is 40"):
+        VisualTokens(
+            lv.TINY_QFORMER, visual_width=40, llm_width=8, dtype="float32", rngs=nnx.Rngs(0)
+        )
+
+
+def test_merge():
+    ids = jnp.asarray([[1, IMAGE_TOKEN, IMAGE_TOKEN, 2], [IMAGE_TOKEN, 3, 4, 5], [6, 7, 8, 9]])
+    embeds = -jnp.ones((3, 4, 1))
+    visual = jnp.asarray([[10.0, 11], [20, 21], [30, 31]])[..., None]
+    merged = merge(embeds, ids, visual)[..., 0]
+    np.testing.assert_array_equal(merged, [[-1, 10, 11, -1], [20, -1, -1, -1], [-1] * 4])
+
+
+def test_merge_beyond_the_visual_tokens_is_nan():
+    ids = jnp.asarray([[IMAGE_TOKEN, IMAGE_TOKEN, 2]])
+    merged = merge(jnp.zeros((1, 3, 1)), ids, jnp.ones((1, 1, 1)))[0, :, 0]
+    np.testing.assert_array_equal(merged, [1, np.nan, 0])
+
+
+def test_context_softmax_is_float32_in_bfloat16():
+    """bfloat16 inputs, float32 softmax and sum: within bfloat16's rounding of float32."""
+    tokens = lv.fill(
+        nnx.eval_shape(
+            lambda: VisualTokens(
+                lv.TINY_QFORMER, visual_width=32, llm_width=8, dtype="bfloat16", rngs=nnx.Rngs(0)
+            )
+        ),
+        5,
+    )
+    patches = jnp.asarray(np.random.default_rng(0).standard_normal((2, 256, 32)), jnp.bfloat16)
+    queries = jnp.asarray(np.random.default_rng(1).standard_normal((2, 4, 24)), jnp.bfloat16)
+    jaxpr = str(jax.make_jaxpr(tokens.context)(patches, queries))
+    exps = [line for line in jaxpr.splitlines() if "= exp" in line]
+    assert exps and all(":f32[" in line for line in exps)
+    assert tokens.context(patches, queries).dtype == jnp.bfloat16
+
+
+# --- greedy decoding, with the cache ------------------------------------------------------------
+
+
+def test_greedy_continuation(tiny):
+    """The original's greedy ids of the video under `mean`, by our cache."""
+    a = lv.tiny_arrays()
+    _, video = tiny_tokens(tiny, "mean")
+    prompt = a["input_ids"][2][a["attention_mask"][2]]
+    wanted = a["greedy_mean"][0]
+    cfg = tiny.llama.cfg
+    ids = jnp.asarray(lv.expand(prompt, prompt, video.shape[1]))[None]
+    slots = ids.shape[1] + len(wanted)
+    shape = (cfg.layers, 1, slots, cfg.kv_heads, cfg.head_dim)
+    cache = KVCache(k=jnp.zeros(shape), v=jnp.zeros(shape))
+    embeds = merge(tiny.llama.embed(ids), ids, video)
+    out = tiny.llama(embeds, positions=jnp.arange(ids.shape[1])[None], cache=cache)
+    got = []
+    for position in range(ids.shape[1], slots):
+        got.append(int(tiny.llama.logits(out.hidden[:, -1]).argmax()))
+        embeds = tiny.llama.embed(jnp.asarray([got[-1:]]))
+        out = tiny.llama(embeds, positions=jnp.asarray([[position]]), cache=out.cache)
+    assert got == wanted.tolist()

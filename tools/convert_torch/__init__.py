@@ -1,0 +1,1 @@
+"""PyTorch weights to ours and back: one table per source, one engine."""
