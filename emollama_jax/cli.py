@@ -132,7 +132,7 @@ def train(
     overrides: Positional[tuple[str, ...]] = (),
     out: pathlib.Path = pathlib.Path("runs/train"),
 ) -> None:
-    """Trains, or continues the run in the folder. Ctrl-C or SIGTERM saves; the same command goes on.
+    """Trains a run, or continues it. Ctrl-C or SIGTERM saves; the same command goes on.
 
     Args:
         config: a name in configs/ or a .yaml file.

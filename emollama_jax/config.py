@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, dataclass_transform
 
 import pydantic
 import yaml
@@ -20,6 +20,7 @@ Remat = Literal["none", "dots", "full"]
 Branches = Literal["both", "global", "local", "none"]
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def _config(cls):
     """A frozen dataclass whose fields are checked and that refuses unknown ones."""
     options = pydantic.ConfigDict(extra="forbid")

@@ -7,6 +7,7 @@ continues.
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -150,7 +151,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     with watch.stage("ask"):
         photo = _photo(console)
         _ask(cfg, model, out, console)
-        items = {name: _items(cfg, model, results[name][0], size) for name in (IMAGES, CLIPS)}
+        items = {name: _items(cfg, model, *results[name]["generate"]) for name in (IMAGES, CLIPS)}
     summary: dict[str, Any] = {
         "image": _summary(results[IMAGES]["generate"][1]),
         "clip": _summary(results[CLIPS]["generate"][1]),
@@ -233,9 +234,8 @@ def _evaluate(
         write_predictions(out / "predictions" / f"{kind}-{answering}.jsonl", predictions)
         evaluation = evaluate(predictions, label_space(name))
         results[answering] = (predictions, evaluation)
-        console.print(
-            f"{name} {answering}: WAR {evaluation.war:.3f} UAR {evaluation.uar:.3f} n {evaluation.n}"
-        )
+        numbers = f"WAR {evaluation.war:.3f}  UAR {evaluation.uar:.3f}  n {evaluation.n}"
+        console.print(f"{name}, {answering}: {numbers}")
     return results
 
 
@@ -311,18 +311,17 @@ def _ask(cfg: Config, model: EmoLlama, out: pathlib.Path, console: Console) -> N
 
 
 def _items(
-    cfg: Config, model: EmoLlama, result: tuple[list[Prediction], Evaluation], size: Size
+    cfg: Config, model: EmoLlama, predictions: Sequence[Prediction], evaluation: Evaluation
 ) -> list[pages.Item]:
     """Held-out examples for the page, the classes taken in turn."""
-    predictions, evaluation = result
     name = predictions[0].source.partition(":")[0]
     of_class = [
         [i for i, item in enumerate(predictions) if item.label == label]
         for label in evaluation.classes
     ]
     wanted = 28 if name == IMAGES else 8
-    turns = [i for row in zip(*(c + [-1] * 4 for c in of_class), strict=False) for i in row]
-    chosen = [i for i in turns if i >= 0][:wanted]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*of_class))
+    chosen = [i for i in turns if i is not None][:wanted]
     medium = "image" if name == IMAGES else "video"
     sentences = describe(cfg, model, _source(name), chosen, QUESTION.format(medium=medium))
     data = open_source(cfg.data.dir, name, "test")

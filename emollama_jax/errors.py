@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input. The message names the thing, the value found, the value wanted and the next step."""
+    """Bad input; its one line names the thing, the values found and wanted, and the next step."""

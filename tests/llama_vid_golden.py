@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -104,14 +105,9 @@ class LlamaVid(nnx.Module):
             rngs=rngs,
         )
 
-    def frame_tokens(self, visual, *, text, text_mask, kind):
-        """[F, 1 + P, D] under one question [1, L] → [F, 1 + n, H]."""
-        frames = visual.shape[0]
-        queries = self.qformer(
-            self.visual_tokens.ln(visual),
-            text=jnp.repeat(jnp.asarray(text, jnp.int32), frames, 0),
-            text_mask=jnp.repeat(jnp.asarray(text_mask, bool), frames, 0),
-        )
+    def frame_tokens(self, visual, text, text_mask, *, kind):
+        """[F, 1 + P, D], each frame under its question [F, L] → [F, 1 + n, H]."""
+        queries = self.qformer(self.visual_tokens.ln(visual), text=text, text_mask=text_mask)
         patches = visual[:, 1:]
         context = self.visual_tokens.context(patches, queries)
         return jnp.concatenate([context, self.visual_tokens.content(patches, kind=kind)], axis=1)
@@ -160,12 +156,31 @@ def real_state_dict() -> dict[str, np.ndarray]:
     }
 
 
+def jitted(module: nnx.Module, function):
+    """`function(module, *args)` compiled as one, without its first argument."""
+    graphdef, state = nnx.split(module)
+    compiled = jax.jit(lambda state, *args: function(nnx.merge(graphdef, state), *args))
+    return functools.partial(compiled, state)
+
+
 def fill(module: nnx.Module, seed: int) -> nnx.Module:
-    """Gives an abstract module deterministic weights, by path; each leaf keeps its dtype."""
+    """Gives an abstract module weights by path, large enough for every part to show.
+
+    Norm scales are around 1, biases around 0, the rest is divided by the root of its fan-in.
+    """
     for path, leaf in nnx.iter_graph(module):
-        if isinstance(leaf, nnx.Param):
-            value = det_weights.tensor("/".join(map(str, path)), leaf.shape, seed)
-            leaf.set_value(jnp.asarray(value, leaf.dtype))
+        if not isinstance(leaf, nnx.Param):
+            continue
+        *_, name = path
+        rng = np.random.default_rng([seed, zlib.crc32("/".join(map(str, path)).encode())])
+        x = rng.standard_normal(leaf.shape, dtype=np.float32)
+        if name == "scale":
+            x = 1 + 0.1 * x
+        elif "bias" in str(name) or leaf.ndim == 1:
+            x = 0.1 * x
+        else:
+            x = x / np.sqrt(leaf.shape[-3 if name == "qkv" else -2])
+        leaf.set_value(jnp.asarray(x, leaf.dtype))
     return module
 
 

@@ -69,7 +69,7 @@ def _plain_person():
     raise AssertionError("no such person")
 
 
-def _softmax_regression(x, y, x_test, y_test, steps=600):
+def _softmax_regression(x, y, x_test, y_test, steps=300):
     mean, spread = x.mean(0), x.std(0) + 1e-6
     x, x_test = (
         np.concatenate([(a - mean) / spread, np.ones((len(a), 1))], 1) for a in (x, x_test)
@@ -224,11 +224,11 @@ def _images(count: int, split: str):
 
 
 def test_emotions_are_readable_from_true_intensities():
-    train, test = _images(2500, "train"), _images(1000, "test")
+    train, test = _images(2000, "train"), _images(700, "test")
     assert _softmax_regression(*train, *test) >= 0.98
     neutral = train[0][train[1] == NEUTRAL]
     assert neutral.max() <= NOISE
-    assert 0 <= train[0].min() and train[0].max() <= 1
+    assert train[0].min() >= 0 and train[0].max() <= 1
 
 
 def test_classes_are_long_tailed():
@@ -287,7 +287,7 @@ def test_another_size_shows_the_same_face():
 def test_landmarks_lie_on_what_is_drawn():
     person = _plain_person()
     surprised = _units(AU26=1.0, AU25=1.0, AU5=0.5)
-    view = View(0.05, 0.2, 0.1, 30.0, (46.0, 50.0))
+    view = View(0.05, 0.2, 0.1, 28.0, (46.0, 42.0))
     points = place(person, surprised, STILL, view)
     grey = render(points, person, surprised, PLAIN, SIZE).mean(2)
     face = points.landmarks
@@ -390,7 +390,7 @@ def _course_features(units: np.ndarray) -> np.ndarray:
 
 
 def test_the_course_tells_the_emotion_and_the_middle_frame_does_not():
-    (train, y), (test, y_test) = _clips(2500, "train"), _clips(800, "test")
+    (train, y), (test, y_test) = _clips(2000, "train"), _clips(600, "test")
     whole = [np.stack([_course_features(c.units) for c in clips]) for clips in (train, test)]
     middle = [np.stack([c.units[len(c.units) // 2] for c in clips]) for clips in (train, test)]
     assert _softmax_regression(whole[0], y, whole[1], y_test) >= 0.97
@@ -400,7 +400,7 @@ def test_the_course_tells_the_emotion_and_the_middle_frame_does_not():
 
 
 def test_apex_lies_off_centre_in_about_half_of_the_expressive_clips():
-    clips, _ = _clips(1500, "train")
+    clips, _ = _clips(800, "train")
     timing = np.array([clip.timing for clip in clips])
     expressive = timing != "none"
     off = np.isin(timing, ("early", "late"))
@@ -420,7 +420,7 @@ def test_pairs_share_their_apex_and_differ_in_course():
             if course.timing in ("sudden", "slow"):
                 found.setdefault(name, []).append(course.units)
     for (sudden, slow), apex in courses.SHARED_APEX.items():
-        columns = [AU[unit] for unit in apex if unit != 25]
+        columns = [AU[unit] for unit in apex if unit not in (25, 26)]  # speech moves these two
         peaks = {
             name: np.mean([units.max(0)[columns] for units in found[name]], axis=0)
             for name in (sudden, slow)
@@ -471,7 +471,9 @@ def test_conversations_have_the_format_and_a_small_vocabulary():
     assert turns == {2, 4}
     assert 60 < len(words) < 250
     clip, _ = _clips(1, "train")
-    assert "video" in conversation(clip[0].units, 0, "clip", _rng(0))[0]["value"]
+    asked = {conversation(clip[0].units, 0, "clip", _rng(i))[0]["value"] for i in range(20)}
+    assert any("video" in question for question in asked)
+    assert not any("image" in question.removeprefix("<image>") for question in asked)
 
 
 def test_category_item_is_worded_as_in_ferid():

@@ -343,19 +343,28 @@ def test_labels_without_tokens_are_refused():
 # ---- the assembled model
 
 
-def test_emollama_answers_from_what_it_sees():
+def small_emollama() -> EmoLlama:
+    """A small EMO-LLaMA with normal weights (built abstractly: initialisers compile slowly)."""
     overrides = [
         *("llama.layers=1", "llama.vocab_size=64", "vision.depth=1", "vision.image_size=32"),
-        *("qformer.vocab_size=64", "face.swin.image_size=32", "face.swin.depths=[1, 1]"),
+        *("qformer.vocab_size=64", "face.swin.image_size=32", "face.swin.depths=[2, 2]"),
         *("face.swin.heads=[1, 2]", "face.decoder_depth=1"),
     ]
     cfg = config.load("tiny", [f"model.{override}" for override in overrides]).model
-    seeing = EmoLlama(cfg, rngs=nnx.Rngs(0))
-    seeing.llama.embed_tokens[...] *= 40
-    seeing.llama.layers.o_proj.kernel[...] *= 12
+    model = nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    rng = np.random.default_rng(1)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), state)
+    )
+
+
+def test_emollama_answers_from_what_it_sees():
+    seeing = small_emollama()
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 64, (2, 14), np.int32)
-    ids[:, 2 : 2 + cfg.tokens_per_frame] = IMAGE_TOKEN
+    visual = slice(2, 2 + seeing.cfg.tokens_per_frame)
+    ids[:, visual] = IMAGE_TOKEN
     batch = Batch(
         frames=rng.integers(0, 256, (2, 1, 32, 32, 3), np.uint8),
         faces=rng.integers(0, 256, (2, 1, 32, 32, 3), np.uint8),
@@ -371,19 +380,25 @@ def test_emollama_answers_from_what_it_sees():
     )
     out = generate(seeing, batch)
     scores = score.score_labels(seeing, batch, score.pad_labels(LABELS))
-    embeds = prompt.read(seeing, batch).embeds  # the same compiled towers; text follows by hand
-    for row in range(2):
-        sequence = embeds[row : row + 1, : batch.length[row]]
-        for step in range(3):
-            hidden = seeing.llama(sequence, positions=jnp.arange(sequence.shape[1])[None]).hidden
-            logits = seeing.llama.logits(hidden[:, -1])
-            if step == 0:
-                np.testing.assert_allclose(
-                    scores[row, 2], jax.nn.log_softmax(logits)[0, LABELS[2][0]], rtol=1e-5
-                )
-            assert out.ids[row, step] == logits[0].argmax()
-            new = seeing.llama.embed(out.ids[row : row + 1, step : step + 1])
-            sequence = jnp.concatenate([sequence, new], axis=1)
+    embeds = np.asarray(prompt.read(seeing, batch).embeds)
+    graphdef, state = nnx.split(seeing.llama)
+
+    @jax.jit
+    def uncached(state, embeds):
+        llama = nnx.merge(graphdef, state)
+        positions = jnp.broadcast_to(jnp.arange(WIDTH), (2, WIDTH))
+        return llama.logits(llama(embeds, positions=positions).hidden)
+
+    sequence = np.zeros((2, WIDTH, embeds.shape[-1]), np.float32)
+    sequence[:, : embeds.shape[1]] = embeds
+    rows = np.arange(2)
+    for step in range(STEPS):
+        logits = uncached(state, sequence)[rows, batch.length + step - 1]
+        assert out.ids[:, step].tolist() == logits.argmax(-1).tolist()
+        if step == 0:
+            want = jax.nn.log_softmax(logits)[:, LABELS[2][0]]
+            np.testing.assert_allclose(scores[:, 2], want, rtol=1e-5)
+        sequence[rows, batch.length + step] = seeing.llama.embed_tokens[out.ids[:, step]]
     blind = prompt.read(seeing, batch.replace(frames=np.zeros_like(batch.frames))).embeds
-    assert abs(embeds - blind)[:, 2:4].max() > 1e-3
+    assert (abs(embeds - blind)[:, visual].max(-1) > 1e-3).any()
     np.testing.assert_array_equal(embeds[:, :2], blind[:, :2])

@@ -1,10 +1,9 @@
-"""House rules that a machine can check: arrows, imports, parameter axes, files, documents."""
+"""House rules that a machine can check: arrows, imports, parameter axes, files."""
 
 import ast
 import importlib.metadata
 import json
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from flax import nnx
 
 import emollama_jax
-from emollama_jax import cli, config
+from emollama_jax import config
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding.rules import FSDP_TENSOR
@@ -225,76 +224,6 @@ def test_nothing_is_left_for_later(root):
 def test_changelog_has_the_version(root):
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (root / "CHANGELOG.md").read_text()
-
-
-# ------------------------------------------------------------------ documents
-
-
-def documents(root):
-    return [root / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
-        (root / "docs").glob("*.md")
-    )
-
-
-def commands(root):
-    """(document, words) of every line in a shell block, prompts and comments left out."""
-    for path in documents(root):
-        for block in re.findall(
-            r"^```(?:sh|bash|console)\n(.*?)^```", path.read_text(), re.M | re.S
-        ):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line.removeprefix("$ "), comments=True)
-                if words:
-                    yield path.name, words
-
-
-def help_of(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*words, "--help"])
-    assert stop.value.code == 0
-    return capsys.readouterr().out
-
-
-def test_documented_commands_exist(root, capsys):
-    found = list(commands(root))
-    assert any(words[:2] == ["emollama", "demo"] for _, words in found)
-    makefile = (root / "Makefile").read_text()
-    for document, words in found:
-        program, *args = words
-        where = f"{document}: {' '.join(words)}"
-        if program == "make":
-            targets = [word for word in args if "=" not in word]
-            assert all(f"\n{target}:" in makefile for target in targets), where
-        elif program.endswith("emollama"):
-            verb = args[:2] if args[0] == "data" else args[:1]
-            text = help_of(verb, capsys)
-            for word in args[len(verb) :]:
-                if word.startswith("--"):
-                    flag = word.partition("=")[0]
-                    assert re.search(rf"{re.escape(flag)}\b", text), f"{where}: no {flag}"
-            if verb == ["train"]:
-                overrides = [word for word in args if re.match(r"[a-z_.]+=", word)]
-                config.load(args[1], overrides)
-        elif program in (".ci/run",):
-            assert (root / program).is_file(), where
-        else:
-            assert program in ("git", "cd", "pip", "pre-commit", ".venv/bin/pre-commit"), where
-
-
-def test_every_verb_is_in_the_readme(root):
-    text = (root / "README.md").read_text()
-    verbs = [verb for verb in cli.VERBS if verb != "data"]
-    verbs += [f"data {verb}" for verb in cli.DATA_VERBS]
-    assert [verb for verb in verbs if f"`emollama {verb}" not in text] == []
-
-
-def test_documents_link_to_what_exists(root):
-    broken = []
-    for path in documents(root):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
-            if not (path.parent / target).exists():
-                broken.append(f"{path.relative_to(root)} → {target}")
-    assert broken == []
 
 
 def test_tests_have_no_network():

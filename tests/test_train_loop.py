@@ -1,7 +1,6 @@
 """The run: resume bit for bit, signals, and what it refuses."""
 
 import dataclasses
-import io
 import json
 import os
 import pathlib
@@ -12,8 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
-from train_toy import ToyData, read, toy_config, use_toy
+from train_toy import ToyData, quiet, read, toy_config, use_toy
 
 from emollama_jax.checkpoint import Checkpoints, load_for_inference
 from emollama_jax.errors import UserError
@@ -25,10 +23,6 @@ from emollama_jax.train.loop import fit
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch):
     use_toy(monkeypatch)
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
 
 
 def parameters(run: pathlib.Path) -> dict[str, np.ndarray]:

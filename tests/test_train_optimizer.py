@@ -64,7 +64,7 @@ def test_reported_learning_rate_is_the_one_applied(leaves, steps):
         update, state = optimizer.tx.update(params, state, params)
     # Adam's update of a constant gradient is its sign.
     assert update["llama/norm/scale"][0] == pytest.approx(
-        -optimizer.learning_rate(steps - 1), rel=1e-5
+        -float(optimizer.learning_rate(steps - 1)), rel=1e-5
     )
 
 
@@ -97,7 +97,7 @@ def test_large_gradients_are_clipped(leaves):
     assert second(1000.0, 1e9) != pytest.approx(second(0.25, 1e9), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["tiny", "emollama_7b", "emollama_13b"])
+@pytest.mark.parametrize("name", ["tiny", "emollama_7b"])
 def test_shipped_patterns_match(name):
     from emollama_jax import config
     from emollama_jax.models.emollama import EmoLlama

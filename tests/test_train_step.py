@@ -1,6 +1,6 @@
 """The pure step: loss, accumulation, what trains and what does not."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ def _mesh():
         yield
 
 
+@functools.cache
 def setting(**train):
     """A toy before its first step: (frozen, state, the jitted step)."""
     cfg = toy_config(**train)
@@ -48,12 +49,6 @@ def setting(**train):
         )
 
     return frozen, init_state(optimizer, params, seed=cfg.train.seed), step
-
-
-def without_dropout(cfg):
-    lora = dataclasses.replace(cfg.model.llama.lora, dropout=0.0)
-    llama = dataclasses.replace(cfg.model.llama, lora=lora)
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, llama=llama))
 
 
 def plain_loss(logits, labels, weight):
@@ -106,20 +101,17 @@ def test_metrics_of_a_step(rng):
     assert metrics.learning_rate == pytest.approx(0.5e-2)
 
 
-def test_four_micro_batches_equal_one_batch(rng, monkeypatch):
-    import train_toy
-
-    plain = without_dropout(train_toy.TINY)
-    monkeypatch.setattr(train_toy, "TINY", plain)
-    batch = make_batch(rng, examples=8, frames=2)
+def test_four_micro_batches_equal_one_batch(rng):
+    batch = make_batch(rng, examples=8, frames=1)
     results = []
     for accumulation in (1, 4):
-        frozen, state, step = setting(accumulation=accumulation, clip_norm=1e9)
+        frozen, state, step = setting(accumulation=accumulation, dropout=0.0)
         state, metrics = step(frozen, state, batch)
-        results.append((state.params, vars(metrics)))
+        # Adam's first moment after one step is the gradient times 1 - b1.
+        results.append((state.opt_state[1].mu, vars(metrics)))
     assert results[0][1]["grad_norm"] > 0.01
     for one, four in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
-        np.testing.assert_allclose(one, four, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(one, four, rtol=1e-6, atol=1e-6 * np.abs(one).max())
 
 
 def test_micro_batches_hold_every_example_once(rng):
@@ -175,14 +167,14 @@ def test_weightless_example_changes_nothing(rng):
     assert all(map(np.array_equal, jax.tree.leaves(vars(one[1])), jax.tree.leaves(vars(two[1]))))
 
 
-def test_dropout_depends_on_seed_and_step(rng):
-    trainable = ("llama/layers/lora_B",)
+def test_dropout_depends_on_key_and_step(rng):
+    # While lora_B is zero, dropout changes only lora_B's gradient.
+    frozen, state, step = setting()
     batch = make_batch(rng, examples=4, frames=1)
 
     def norm(seed: int, number: int) -> float:
-        frozen, state, step = setting(trainable=trainable, seed=seed)
-        state = state.replace(step=jnp.int32(number))
-        return float(step(frozen, state, batch)[1].grad_norm)
+        begun = state.replace(step=jnp.int32(number), key=jax.random.key(seed))
+        return float(step(frozen, begun, batch)[1].grad_norm)
 
     assert norm(0, 0) == norm(0, 0)
     assert len({norm(0, 0), norm(0, 1), norm(1, 0)}) == 3

@@ -5,6 +5,7 @@ that training asks for: `hidden` and `llama.logits`.
 """
 
 import dataclasses
+import io
 import pathlib
 
 import grain
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from emollama_jax import checkpoint
 from emollama_jax.batch import IGNORE, Batch
@@ -123,9 +125,9 @@ class ToyData(grain.DatasetIterator):
         self.step = state["step"]
 
 
-def toy_config(**train) -> Config:
+def toy_config(*, dropout: float = 0.1, **train) -> Config:
     """The tiny config, sized for the toy."""
-    lora = dataclasses.replace(TINY.model.llama.lora, rank=2, dropout=0.1)
+    lora = dataclasses.replace(TINY.model.llama.lora, rank=2, dropout=dropout)
     llama = dataclasses.replace(
         TINY.model.llama, vocab_size=VOCAB, width=WIDTH, layers=3, lora=lora
     )
@@ -156,6 +158,11 @@ def use_toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs train the toy on the toy's data."""
     monkeypatch.setattr(checkpoint, "EmoLlama", Toy)
     monkeypatch.setattr(loop, "make_train_iterator", lambda cfg, **_: ToyData(cfg))
+
+
+def quiet() -> Console:
+    """A console that keeps what it is told."""
+    return Console(file=io.StringIO(), width=200)
 
 
 def read(path: pathlib.Path) -> str:

@@ -115,8 +115,8 @@ def render(report: Report) -> str:
 
 
 _SEEN = (
-    "Faces of people that no training has seen, with the landmarks that were found, the true "
-    "emotion, and the model's own words. Wrong answers are framed."
+    "With the landmarks that were found, the emotion that was answered, and the model's own "
+    "words. Wrong answers are framed, and the true emotion stands beside them."
 )
 _SEEN_CLIPS = "From left to right in time. Wrong answers are framed."
 

@@ -1,8 +1,8 @@
 """Face priors: box, landmarks and age-gender-race of every example, computed once per data set.
 
 The dense face features are not stored: the frozen FaceXFormer computes them inside the train step.
-A split's priors are a folder of `.npy` files in the data directory, read through memory maps; frames
-of all examples lie one after the other and `offsets` says where each example's begin.
+A split's priors are a folder of `.npy` files in the data directory, read through memory maps; the
+frames of all examples lie one after the other, and `offsets` says where each example's begin.
 """
 
 import dataclasses

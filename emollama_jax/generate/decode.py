@@ -8,7 +8,7 @@ over the whole sequence without a cache.
 import enum
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import flax.struct
 import jax
@@ -125,7 +125,7 @@ def stream(
     max_new_tokens: int,
     stop: Sequence[int],
     pad: int,
-) -> Iterator[str]:
+) -> Generator[str, None, Stop]:
     """Answers one prompt piece by piece; joined, the pieces are what `generate` would answer.
 
     Args:

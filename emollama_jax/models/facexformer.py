@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emollama_jax.config import FaceXFormerConfig
-from emollama_jax.models.layers import LayerNorm, Linear, attention, gelu, param, zeros
-from emollama_jax.models.swin import Swin
+from emollama_jax.models.layers import LayerNorm, Linear, gelu, param, zeros
+from emollama_jax.models.swin import Swin, attend, by_token
 
 # The decoder's tokens in their order, with the width of each one's head.
 TASKS = {
@@ -81,9 +81,13 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b t d"]:
         q, k, v = (
             rearrange(projected, "b s (n h) -> b s n h", n=self.heads)
-            for projected in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+            for projected in (
+                by_token(self.q_proj, q),
+                by_token(self.k_proj, k),
+                by_token(self.v_proj, v),
+            )
         )
-        return self.out_proj(rearrange(attention(q, k, v), "b t n h -> b t (n h)"))
+        return by_token(self.out_proj, rearrange(attend(q, k, v), "b t n h -> b t (n h)"))
 
 
 class TwoWayBlock(nnx.Module):
@@ -133,7 +137,7 @@ class TwoWayBlock(nnx.Module):
         tokens = self.norm2(
             tokens + self.cross_attn_token_to_image(tokens + token_pe, k=placed, v=face)
         )
-        tokens = self.norm3(tokens + self.lin2(jax.nn.relu(self.lin1(tokens))))
+        tokens = self.norm3(tokens + by_token(self.lin2, jax.nn.relu(by_token(self.lin1, tokens))))
         face = self.norm4(
             face + self.cross_attn_image_to_token(placed, k=tokens + token_pe, v=tokens)
         )
@@ -274,7 +278,7 @@ class FaceXFormer(nnx.Module):
         kernels = kernels.reshape(len(stages), self.cfg.width, self.cfg.width)[::-1]
         fused = jnp.zeros((), self.cfg.dtype)
         for stage, linear, kernel in zip(stages, self.linear_c, kernels, strict=True):
-            part = linear(stage) @ kernel
+            part = by_token(linear, stage) @ kernel
             wanted = (part.shape[0], *stages[0].shape[1:3], self.cfg.width)
             fused = fused + jax.image.resize(part, wanted, "bilinear")
         return fused

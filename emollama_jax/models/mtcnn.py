@@ -14,8 +14,6 @@ facenet-pytorch's down to its uneven +1s. What differs:
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,33 +23,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
 from emollama_jax.models.layers import Linear, param, torch_linear, zeros
-from emollama_jax.models.mtcnn_boxes import (
-    area,
-    area_resize,
-    front,
-    integral_image,
-    keep_best,
-    over_smaller,
-    over_union,
-    shift,
-    square,
-    trunc_crops,
-)
+from emollama_jax.models.mtcnn_search import Capacity, Found, Level, Rules, pyramid, search
 from emollama_jax.models.pretrained import WEIGHTS, load
 
 log = logging.getLogger(__name__)
-
-CELL, STRIDE = 12, 2  # pixels that one output of P sees, and the step between two
-R_SIZE, O_SIZE = 24, 48  # of the crops that R and O read
-R_CHUNK, O_CHUNK = 64, 16  # crops that pass R and O together
-
-
-class Capacity(NamedTuple):
-    """Lengths of the candidate lists."""
-
-    scale: int  # of P, in each scale
-    proposals: int  # that R reads, a multiple of R_CHUNK
-    refined: int  # that O reads, a multiple of O_CHUNK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,26 +61,6 @@ class Faces:
 
     def __len__(self) -> int:
         return len(self.boxes)
-
-
-class Level(NamedTuple):
-    """One scale of the pyramid."""
-
-    scale: float
-    height: int
-    width: int
-
-
-def pyramid(height: int, width: int, cfg: MtcnnConfig) -> list[Level]:
-    """The scales at which a picture is searched; none if its shorter side is below `min_face`."""
-    scale = CELL / cfg.min_face
-    side = min(height, width) * scale
-    levels = []
-    while side >= CELL:
-        levels.append(Level(scale, int(height * scale + 1), int(width * scale + 1)))
-        scale *= cfg.factor
-        side *= cfg.factor
-    return levels
 
 
 class Conv(nnx.Module):
@@ -144,19 +99,24 @@ class PNet(nnx.Module):
         self.conv4_2 = Conv(32, 4, size=1, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "h w 3"], *, height: Int[Array, ""], width: Int[Array, ""]
-    ) -> tuple[Float[Array, "y x"], Float[Array, "y x 4"]]:
-        """Probabilities, -1 beyond the picture, and boxes of a scale whose own size is given."""
-        y = self.prelu1(self.conv1(x[None]))
+        self, x: Float[Array, "b h w 3"], *, sizes: Int[Array, "b 2"]
+    ) -> tuple[Float[Array, "b y x"], Float[Array, "b y x 4"]]:
+        """Probabilities and box shifts of each cell.
+
+        Args:
+            x: levels of the pyramid, each in the upper left corner.
+            sizes: height and width of each; the probability beyond them is -1.
+        """
+        x = self.prelu1(self.conv1(x))
         # The pool's last window may hang over the edge (ceil mode): what lies beyond the picture
         # must not win, and where nothing else is in a window, must not spread infinities.
-        y = max_pool(jnp.where(_inside(y, height - 2, width - 2), y, -jnp.inf), window=2)
-        rows, columns = (height - 1) // 2, (width - 1) // 2
-        y = jnp.where(_inside(y, rows, columns), y, 0)
-        y = self.prelu3(self.conv3(self.prelu2(self.conv2(y))))
-        probability = jax.nn.softmax(self.conv4_1(y))[..., 1:]
-        inside = _inside(probability, rows - 4, columns - 4)
-        return jnp.where(inside, probability, -1)[0, ..., 0], self.conv4_2(y)[0]
+        x = max_pool(jnp.where(_inside(x, sizes - 2), x, -jnp.inf), window=2)
+        sizes = (sizes - 1) // 2
+        x = jnp.where(_inside(x, sizes), x, 0)
+        x = self.prelu3(self.conv3(self.prelu2(self.conv2(x))))
+        probability = jax.nn.softmax(self.conv4_1(x))[..., 1:]
+        probability = jnp.where(_inside(probability, sizes - 4), probability, -1)
+        return probability[..., 0], self.conv4_2(x)
 
 
 class RNet(nnx.Module):
@@ -239,19 +199,11 @@ def _flatten(x: Float[Array, "b h w c"]) -> Float[Array, "b f"]:
     return x.swapaxes(1, 2).reshape(len(x), -1)  # [B, W·H·C]: columns first, as the original
 
 
-def _inside(x: Float[Array, "b h w c"], height: Array, width: Array) -> Bool[Array, "h w 1"]:
-    rows, columns = jnp.arange(x.shape[1]), jnp.arange(x.shape[2])
-    return ((rows < height)[:, None] & (columns < width))[..., None]
-
-
-class Found(NamedTuple):
-    """What `_search` gives: rows of a fixed length, the largest valid box first."""
-
-    boxes: Float[Array, "k 4"]
-    probability: Float[Array, " k"]
-    landmarks: Float[Array, "k 5 2"]
-    valid: Bool[Array, " k"]
-    load: Int[Array, "3"]  # candidates that asked for a place in each list of `Capacity`
+def _inside(x: Float[Array, "b h w c"], sizes: Int[Array, "b 2"]) -> Bool[Array, "b h w 1"]:
+    """Which positions lie within each item's own height and width."""
+    rows = jnp.arange(x.shape[1]) < sizes[:, :1]
+    columns = jnp.arange(x.shape[2]) < sizes[:, 1:]
+    return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 
 class Detector:
@@ -283,17 +235,21 @@ class Detector:
     def _find(self, picture: np.ndarray) -> Faces:
         cfg = self.cfg
         height, width = picture.shape[:2]
-        levels = pyramid(height, width, cfg)
+        levels = pyramid(height, width, min_face=cfg.min_face, factor=cfg.factor)
         if not levels:
             return Faces(np.zeros((0, 4), "f4"), np.zeros(0, "f4"), np.zeros((0, 5, 2), "f4"))
         canvas = np.zeros((_fit(height, cfg), _fit(width, cfg), 3), np.uint8)
         canvas[:height, :width] = picture
-        sizes = np.zeros((len(pyramid(*canvas.shape[:2], cfg)), 2), np.int32)
+        room = pyramid(*canvas.shape[:2], min_face=cfg.min_face, factor=cfg.factor)
+        sizes = np.zeros((len(room), 2), np.int32)
         sizes[: len(levels)] = [level[1:] for level in levels]
         size = np.array([height, width], np.int32)
+        rules = Rules(np.array(cfg.thresholds, np.float32), np.array(cfg.overlaps, np.float32))
         for capacity in cfg.capacities:
             found = jax.device_get(
-                _search(self._graphdef, self._state, canvas, size, sizes, cfg, capacity)
+                _search(
+                    self._graphdef, self._state, canvas, size, sizes, rules, tuple(room), capacity
+                )
             )
             if (found.load <= capacity).all():
                 break
@@ -321,149 +277,26 @@ def _shrink(picture: np.ndarray, longest: int) -> np.ndarray:
     return np.asarray(image.resize(size, Image.Resampling.BOX))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "capacity"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "levels", "capacity"))
 def _search(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     canvas: UInt8[Array, "h w 3"],
     size: Int[Array, "2"],
     sizes: Int[Array, "l 2"],
-    cfg: MtcnnConfig,
+    rules: Rules,
+    levels: tuple[Level, ...],
     capacity: Capacity,
 ) -> Found:
-    """The whole search on one canvas.
-
-    Args:
-        graphdef: of Mtcnn.
-        state: of Mtcnn.
-        canvas: the picture in its upper left corner.
-        size: height and width of the picture.
-        sizes: height and width of the picture at each level; zeros for levels it does not have.
-        cfg: of the search.
-        capacity: lengths of the candidate lists.
-    """
+    mtcnn = nnx.merge(graphdef, state)
     # The default precision of TPUs and of TF32 moves candidates across the thresholds.
     with jax.default_matmul_precision("highest"):
-        mtcnn = nnx.merge(graphdef, state)
-        integral = integral_image(canvas)
-        boxes, valid, load = _propose(mtcnn.pnet, integral, size, sizes, cfg, capacity)
-        height, width = size
-
-        crops, some = trunc_crops(boxes, height=height, width=width)
-        valid, boxes, crops = front(valid & some, boxes, crops)
-        outputs = _read(mtcnn.rnet, integral, crops, valid.sum(), size=R_SIZE, chunk=R_CHUNK)
-        score = jnp.where(valid & (outputs[0] > cfg.thresholds[1]), outputs[0], -1)
-        order = jnp.argsort(-score, stable=True)
-        score, boxes, shifts = (x[order] for x in (score, boxes, outputs[1]))
-        valid = keep_best(boxes, score >= 0, threshold=cfg.overlaps[2], overlap=over_union)
-        boxes = square(shift(boxes, shifts, 1.0))
-
-        crops, some = trunc_crops(boxes, height=height, width=width)
-        valid, boxes, crops = front(valid & some, boxes, crops)
-        refined = valid.sum()
-        valid, boxes, crops = (x[: capacity.refined] for x in (valid, boxes, crops))
-        outputs = _read(mtcnn.onet, integral, crops, valid.sum(), size=O_SIZE, chunk=O_CHUNK)
-        found = _finish(valid, boxes, *outputs, cfg)
-        return found._replace(load=jnp.stack([*load, refined]))
-
-
-def _propose(
-    pnet: PNet,
-    integral: Int[Array, "h+1 w+1 3"],
-    size: Int[Array, "2"],
-    sizes: Int[Array, "l 2"],
-    cfg: MtcnnConfig,
-    capacity: Capacity,
-) -> tuple[Float[Array, "k 4"], Bool[Array, " k"], tuple[Int[Array, ""], Int[Array, ""]]]:
-    """Squares that P proposes on all scales, which are valid, and the loads of the two lists."""
-    (height, width), best = size, []
-    levels = pyramid(integral.shape[0] - 1, integral.shape[1] - 1, cfg)
-    for level, (h, w) in zip(levels, sizes, strict=True):
-        # A level that the picture does not have is computed as one pixel and masked by P.
-        pixels = area_resize(
-            integral,
-            (jnp.int32(0), height, jnp.maximum(h, 1)),
-            (jnp.int32(0), width, jnp.maximum(w, 1)),
-            height=level.height,
-            width=level.width,
+        return search(
+            canvas,
+            networks=(mtcnn.pnet, mtcnn.rnet, mtcnn.onet),
+            size=size,
+            sizes=sizes,
+            rules=rules,
+            levels=levels,
+            capacity=capacity,
         )
-        probability, shifts = pnet(pixels, height=h, width=w)
-        wanted = (probability >= cfg.thresholds[0]).sum()
-        columns = probability.shape[1]
-        missing = max(capacity.scale - probability.size, 0)
-        probability, index = jax.lax.top_k(  # equal probabilities stay in the order of the cells
-            jnp.pad(probability.ravel(), (0, missing), constant_values=-1), capacity.scale
-        )
-        index = jnp.minimum(index, len(shifts) * columns - 1)
-        low, high = _cell_edges(level.scale, max(shifts.shape[:2]))
-        y, x = index // columns, index % columns
-        boxes = jnp.stack([low[x], low[y], high[x], high[y]], axis=1)
-        best.append((probability, boxes, shifts.reshape(-1, 4)[index], wanted))
-    probability, boxes, shifts, wanted = (jnp.stack(x) for x in zip(*best, strict=True))  # [L, K]
-    keep = jax.vmap(functools.partial(keep_best, threshold=cfg.overlaps[0], overlap=over_union))(
-        boxes, probability >= cfg.thresholds[0]
-    )
-    probability = jnp.where(keep, probability, -1).ravel()
-    probability, index = jax.lax.top_k(probability, min(capacity.proposals, probability.size))
-    boxes, shifts = boxes.reshape(-1, 4)[index], shifts.reshape(-1, 4)[index]
-    valid = keep_best(boxes, probability >= 0, threshold=cfg.overlaps[1], overlap=over_union)
-    return square(shift(boxes, shifts, 0.0)), valid, (wanted.max(), keep.sum())
-
-
-def _cell_edges(scale: float, cells: int) -> tuple[Array, Array]:
-    """Where P's cells begin and end in the picture, along one axis."""
-    # On the host: XLA turns a division by a constant into a product, which may round across an
-    # integer before the floor.
-    first = STRIDE * np.arange(cells, dtype=np.float32)
-    low, high = (np.floor((first + edge) / np.float32(scale)) for edge in (1, CELL))
-    return jnp.asarray(low), jnp.asarray(high)
-
-
-def _read(
-    network: Callable[[Array], tuple[Array, ...]],
-    integral: Int[Array, "h+1 w+1 3"],
-    crops: Int[Array, "k 4"],
-    count: Int[Array, ""],
-    *,
-    size: int,
-    chunk: int,
-) -> tuple[Array, ...]:
-    """What R or O says of the first `count` crops, in chunks; zeros for the others."""
-
-    def cut(crop: Array) -> Array:
-        rows, columns = (crop[0], crop[1], size), (crop[2], crop[3], size)
-        return area_resize(integral, rows, columns, height=size, width=size)
-
-    def step(i: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        part = jax.lax.dynamic_slice_in_dim(crops, i * chunk, chunk)
-        new = network(jax.vmap(cut)(part))
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, x, i * chunk, 0)
-            for whole, x in zip(outputs, new, strict=True)
-        )
-
-    shapes = jax.eval_shape(network, jnp.zeros((len(crops), size, size, 3)))
-    outputs = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes)
-    return jax.lax.fori_loop(0, -(-count // chunk), step, outputs)
-
-
-def _finish(
-    valid: Bool[Array, " k"],
-    boxes: Float[Array, "k 4"],
-    probability: Float[Array, " k"],
-    shifts: Float[Array, "k 4"],
-    points: Float[Array, "k 10"],
-    cfg: MtcnnConfig,
-) -> Found:
-    """What O leaves, sorted by area; `load` is the caller's."""
-    sides = boxes[:, 2:] - boxes[:, :2] + 1
-    points = points.reshape(-1, 2, 5).swapaxes(1, 2)  # [K, 5, (x, y)]
-    landmarks = sides[:, None] * points + boxes[:, None, :2] - 1
-    score = jnp.where(valid & (probability > cfg.thresholds[2]), probability, -1)
-    # Ascending and then reversed, as the original's NumPy: of equal ones the last comes first.
-    order = jnp.argsort(score, stable=True)[::-1]
-    score, boxes, landmarks = (x[order] for x in (score, shift(boxes, shifts, 1.0), landmarks))
-    valid = keep_best(boxes, score >= 0, threshold=cfg.overlaps[3], overlap=over_smaller)
-    order = jnp.argsort(jnp.where(valid, area(boxes, 0.0), -jnp.inf), stable=True)[::-1]
-    boxes, score, landmarks, valid = (x[order] for x in (boxes, score, landmarks, valid))
-    return Found(boxes, score, landmarks, valid, jnp.zeros(3, jnp.int32))

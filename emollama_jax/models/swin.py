@@ -20,7 +20,6 @@ from emollama_jax.errors import UserError
 from emollama_jax.models.layers import (
     LayerNorm,
     Linear,
-    attention,
     gelu,
     param,
     scan,
@@ -29,6 +28,39 @@ from emollama_jax.models.layers import (
 )
 
 APART = -100.0  # Swin's logit offset between tokens that only the cyclic shift made neighbours
+
+
+def by_token(linear: Linear, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    """`linear` over flattened tokens.
+
+    The same numbers. On a CPU, XLA gets the kernel's gradient of a map (more than two axes) by
+    transposing it in memory first, which takes longer than the product.
+    """
+    return linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def attend(
+    q: Float[Array, "... t n h"],
+    k: Float[Array, "... s n h"],
+    v: Float[Array, "... s n h"],
+    *,
+    offset: Float[Array, "... n t s"] | None = None,
+) -> Float[Array, "... t n h"]:
+    """Scaled dot-product attention over any leading axes, logits and softmax in float32.
+
+    `layers.attention` knows no windows, and its grouped heads cost twice the time where heads and
+    sequences are this small.
+
+    Args:
+        q, k, v: queries, keys and values.
+        offset: added to the logits; leading axes broadcast.
+    """
+    logits = jnp.einsum("...tnh,...snh->...nts", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if offset is not None:
+        logits = logits + offset
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...nts,...snh->...tnh", weights, v)
 
 
 def relative_index(window: int) -> Int[np.ndarray, "t s"]:
@@ -81,7 +113,7 @@ class WindowAttention(nnx.Module):
         padded = tuple(-(-size // window) * window for size in (height, width))
         by = tuple(0 if size <= window else shift for size in padded)
 
-        qkv = self.qkv(x)
+        qkv = by_token(self.qkv, x)
         if padded != (height, width):
             inside = (np.arange(padded[0]) < height)[:, None] & (np.arange(padded[1]) < width)
             margin = ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0))
@@ -98,16 +130,16 @@ class WindowAttention(nnx.Module):
             n=self.heads,
         )
         table = self.relative_position_bias_table.astype(jnp.float32)
-        offset = rearrange(table[relative_index(window)], "t s n -> 1 n t s")
+        offset = rearrange(table[relative_index(window)], "t s n -> n t s")
         if any(by):
             offset = offset + shift_mask(*padded, window=window, shift=by)[:, None]  # [G, N, T, S]
-        y = jax.vmap(lambda q, k, v: attention(q, k, v, bias=offset))(*qkv)  # over examples
+        y = attend(*qkv, offset=offset)  # [B, G, T, N, H]
         y = rearrange(
             y, "b (i j) (r c) n h -> b (i r) (j c) (n h)", i=padded[0] // window, r=window
         )
         if any(by):
             y = jnp.roll(y, by, axis=(1, 2))
-        return self.proj(y[:, :height, :width])
+        return by_token(self.proj, y[:, :height, :width])
 
 
 class Block(nnx.Module):
@@ -123,7 +155,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w d"], *, shift: int) -> Float[Array, "b h w d"]:
         x = x + self.attn(self.norm1(x), shift=shift)
-        return x + self.fc2(gelu(self.fc1(self.norm2(x))))
+        return x + by_token(self.fc2, gelu(by_token(self.fc1, self.norm2(x))))
 
 
 class Pair(nnx.Module):
@@ -150,7 +182,7 @@ class PatchMerging(nnx.Module):
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 d2"]:
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
         x = rearrange(x, "b (h r) (w c) d -> b h w (c r d)", r=2, c=2)
-        return self.reduction(self.norm(x))
+        return by_token(self.reduction, self.norm(x))
 
 
 class Stage(nnx.Module):
@@ -215,7 +247,7 @@ class Swin(nnx.Module):
         patches = rearrange(
             pixels, "b (h r) (w c) k -> b h w (r c k)", r=self.patch_size, c=self.patch_size
         )
-        x = self.patch_norm(self.patch_embed(patches))
+        x = self.patch_norm(by_token(self.patch_embed, patches))
         outputs = []
         for stage in self.stages:
             x = stage(x)

@@ -91,21 +91,10 @@ class ActionFaces(schema.Builder):
         return generators
 
     def _generate_examples(self, split: str, before: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        config, count, total = (
-            self.builder_config.name,
-            self._sizes[split],
-            sum(self._sizes.values()),
-        )
-        tasks = [
-            (
-                config,
-                split,
-                range(start, min(start + _CHUNK[config], count)),
-                self._seed,
-                self._size,
-            )
-            for start in range(0, count, _CHUNK[config])
-        ]
+        config, count = self.builder_config.name, self._sizes[split]
+        step, total = _CHUNK[config], sum(self._sizes.values())
+        chunks = [range(start, min(start + step, count)) for start in range(0, count, step)]
+        tasks = [(config, split, indices, self._seed, self._size) for indices in chunks]
         number = 0
         for chunk in self._draw(tasks):
             for example in chunk:

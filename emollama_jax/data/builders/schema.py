@@ -18,7 +18,6 @@ import tensorflow_datasets as tfds
 
 from emollama_jax.errors import UserError
 
-
 TEXTS = ("id", "kind", "items")
 
 

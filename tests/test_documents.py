@@ -1,0 +1,150 @@
+"""README and docs: every command exists, every link leads somewhere, the Python runs."""
+
+import pathlib
+import re
+import shlex
+
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
+import pytest
+import skimage
+from flax import nnx
+from PIL import Image
+
+from emollama_jax import cli, config
+from emollama_jax.checkpoint import Checkpoints, init_model, matching
+from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.sharding.mesh import make_mesh
+
+
+def documents(root):
+    return [root / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
+        (root / "docs").glob("*.md")
+    )
+
+
+def commands(root):
+    """(document, words) of every line in a shell block, prompts and comments left out."""
+    for path in documents(root):
+        for block in re.findall(
+            r"^```(?:sh|bash|console)\n(.*?)^```", path.read_text(), re.M | re.S
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                while words and re.match(r"[A-Z_]+=", words[0]):  # an environment variable
+                    words.pop(0)
+                if words:
+                    yield path.name, words
+
+
+def help_of(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_documented_commands_exist(root, capsys):
+    found = list(commands(root))
+    assert ("README.md", ["make", "demo"]) in found
+    assert any("emollama" in words[0] for _, words in found)
+    makefile = (root / "Makefile").read_text()
+    for document, words in found:
+        program, *args = words
+        where = f"{document}: {' '.join(words)}"
+        if program == "make":
+            targets = [word for word in args if "=" not in word]
+            assert all(f"\n{target}:" in makefile for target in targets), where
+        elif program.endswith("emollama"):
+            verb = args[:2] if args[0] == "data" else args[:1]
+            text = help_of(verb, capsys)
+            for word in args[len(verb) :]:
+                if word.startswith("--"):
+                    flag = word.partition("=")[0]
+                    assert re.search(rf"{re.escape(flag)}\b", text), f"{where}: no {flag}"
+            if verb == ["train"]:
+                overrides = [word for word in args if re.match(r"[a-z_.]+=", word)]
+                config.load(args[1], overrides)
+        elif program == ".ci/run":
+            assert (root / program).is_file(), where
+        else:
+            assert program in ("git", "cd", ".venv/bin/pre-commit"), where
+
+
+def test_every_verb_is_in_the_readme(root):
+    text = (root / "README.md").read_text()
+    verbs = [verb for verb in cli.VERBS if verb != "data"]
+    verbs += [f"data {verb}" for verb in cli.DATA_VERBS]
+    assert [verb for verb in verbs if f"`emollama {verb}" not in text] == []
+
+
+def test_documents_link_to_what_exists(root):
+    broken = []
+    for path in documents(root):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
+            if not (path.parent / target).exists():
+                broken.append(f"{path.relative_to(root)} → {target}")
+    assert broken == []
+
+
+def test_parameter_table_is_what_is_built(root):
+    text = (root / "docs" / "model.md").read_text()
+    rows = {
+        "EVA-ViT": "vision",
+        "FaceXFormer": "face",
+        "Face Info Mining": "fim",
+        "Q-Former": "qformer",
+        "projectors": "visual_tokens",
+        "LLaMA": "llama",
+    }
+    models = []
+    for name in ("tiny", "emollama_7b", "emollama_13b"):
+        cfg = config.load(name).model
+        models.append(nnx.eval_shape(lambda cfg=cfg: EmoLlama(cfg, rngs=nnx.Rngs(0))))
+    for title, part in rows.items():
+        counts = [
+            sum(
+                leaf.size
+                for path, leaf in named_parameters(getattr(model, part)).items()
+                if not path.endswith(("lora_A", "lora_B"))
+            )
+            for model in models
+        ]
+        assert f"| {title} | {' | '.join(f'{count:,}' for count in counts)} |" in text
+
+
+@flax.struct.dataclass
+class Untrained:
+    """A train state as far as a checkpoint needs one."""
+
+    step: jax.Array
+    params: dict[str, jax.Array]
+
+
+def save_untrained(run):
+    """A run that stopped before its first step."""
+    cfg = config.load("tiny", ["generate.max_new_tokens=4"])
+    leaves = named_parameters(init_model(cfg, make_mesh(cfg.mesh)))
+    trained = matching(cfg.train.trainable, leaves, key="train.trainable")
+    params = {name: leaves[name][...] for name in sorted(trained)}
+    data = iter(grain.MapDataset.range(1).to_iter_dataset())
+    with Checkpoints(run, cfg) as checkpoints:
+        checkpoints.save(Untrained(step=jnp.int32(0), params=params), data=data)
+    data.close()
+
+
+def test_python_of_the_readme_runs(root, tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (root / "README.md").read_text(), re.M | re.S)
+    picture = pathlib.Path(skimage.__file__).parent / "data" / "astronaut.png"
+    face = Image.open(picture).convert("RGB").crop((130, 0, 330, 200))
+    face.save(tmp_path / "photo.jpg", quality=95)
+    save_untrained(tmp_path / "demo_out" / "run")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["faces"].boxes.shape == (1, 4)
+    assert names["seen"].prior.found.all()
+    assert capsys.readouterr().out.startswith("[[")

@@ -1,0 +1,369 @@
+"""FaceXFormer: against the original's numbers, its decoder against SAM's, sizes, conversion."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden import det_weights
+from llama_vid_golden import LAYER, WHOLE, fill, off
+
+from emollama_jax import config
+from emollama_jax.errors import UserError
+from emollama_jax.faces import labels
+from emollama_jax.models.facexformer import (
+    PARSING_CLASSES,
+    TASKS,
+    FaceXFormer,
+    TwoWayTransformer,
+    Upscale,
+    from_pixels,
+    to_pixels,
+)
+from emollama_jax.models.pretrained import named_parameters
+from tools.convert_torch import engine
+from tools.convert_torch.facexformer import (
+    CHECKPOINT_KEY,
+    IGNORE,
+    UPSCALE,
+    facexformer,
+    two_way_transformer,
+    unread,
+    unwrap,
+)
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+REAL = dataclasses.replace(config.load("emollama_7b").model.face, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+class Holder(nnx.Module):
+    """Weight tables name the network `face`."""
+
+    def __init__(self, face):
+        self.face = face
+
+
+def abstract(cfg) -> FaceXFormer:
+    return nnx.eval_shape(lambda: FaceXFormer(cfg, rngs=nnx.Rngs(0)))
+
+
+def manifest() -> dict:
+    return json.loads((FOLDER / "facexformer.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The tiny network with deterministic weights."""
+    return fill(abstract(config.load("tiny").model.face), seed=5)
+
+
+@pytest.fixture(scope="module")
+def said():
+    """What we make of the golden pictures, under the golden arrays' names and cuts."""
+    tensors = {
+        key: det_weights.tensor(key, tuple(entry["shape"]), 11)
+        for key, entry in manifest().items()
+        if entry["dtype"].startswith("float")
+    }
+    model = abstract(REAL)
+    engine.assign(Holder(model), tensors, facexformer(REAL), ignore=IGNORE)
+    generator = np.random.Generator(np.random.PCG64([11, 1]))
+    image = generator.standard_normal((2, 3, 224, 224), dtype=np.float32)
+
+    @jax.jit
+    def run(state, pixels):
+        model = nnx.merge(graphdef, state)
+        output = model(pixels)
+        return output, model.parsing(output), model.positions(56, 56)
+
+    graphdef, state = nnx.split(model)
+    with jax.default_matmul_precision("highest"):
+        output, parsing, positions = run(state, jnp.asarray(image.transpose(0, 2, 3, 1)))
+
+    def cut(x, every, step):
+        return np.asarray(x).transpose(0, 3, 1, 2)[:, ::every, ::step, ::step]
+
+    arrays = {f"stage{i}_slice": cut(stage, 16, 4) for i, stage in enumerate(output.stages)}
+    heads = ("headpose", "attributes", "visibility", "age", "gender", "race")
+    return arrays | {
+        "fused_slice": cut(output.fused, 16, 8),
+        "pe_slice": cut(positions.reshape(1, 56, 56, 256), 16, 8),
+        "task_tokens": output.task_tokens,
+        "landmarks": output.landmarks.reshape(2, 136),
+        "parsing_slice": parsing[:, :, ::16, ::16],
+        **{name: getattr(output, name) for name in heads},
+    }
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(FOLDER / "facexformer.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"stage{i}_slice" for i in range(4)]
+    + ["fused_slice", "pe_slice", "task_tokens", "landmarks", "headpose", "attributes"]
+    + ["visibility", "age", "gender", "race", "parsing_slice"],
+)
+def test_is_the_original(said, golden, name):
+    assert off(said[name], golden[name]) < WHOLE
+
+
+def test_every_golden_array_is_compared(said, golden):
+    assert set(said) == set(golden)
+
+
+def test_published_parameter_count():
+    """91,985,943, of which Swin's unused last norm has 2,048; the Fourier matrix is a buffer."""
+    sizes = {name: leaf.size for name, leaf in named_parameters(abstract(REAL)).items()}
+    assert sum(sizes.values()) - sizes["pe"] + 2048 == 91_985_943
+
+
+def test_table_and_unread_are_the_whole_state_dict():
+    shapes = {key: tuple(entry["shape"]) for key, entry in manifest().items()}
+    leaves = {f"face/{path}": leaf for path, leaf in named_parameters(abstract(REAL)).items()}
+    read = {key for row in facexformer(REAL) for key in row.keys(leaves[row.path].shape)}
+    rest = unread(REAL)
+    assert read.isdisjoint(rest)
+    assert read | set(rest) == set(shapes)
+    assert {key: value.shape for key, value in rest.items()} == {key: shapes[key] for key in rest}
+
+
+def test_conversion_round_trip_is_bit_identical(tiny):
+    cfg = tiny.cfg
+    tensors = engine.extract(Holder(tiny), facexformer(cfg))
+    again = abstract(cfg)
+    engine.assign(Holder(again), tensors | unread(cfg), facexformer(cfg), ignore=IGNORE)
+    wanted = named_parameters(tiny)
+    for name, leaf in named_parameters(again).items():
+        np.testing.assert_array_equal(leaf[...], wanted[name][...], err_msg=name)
+
+
+def test_unwrap_finds_the_network_in_the_release():
+    state = {"linear_fuse.weight": 0}
+    assert unwrap({CHECKPOINT_KEY: state, "optimizer": {}}) is state
+    assert unwrap(state) is state
+    with pytest.raises(UserError, match="it holds epoch; wanted"):
+        unwrap({"epoch": 3})
+
+
+@pytest.fixture(scope="module")
+def decoders():
+    """SAM's two-way transformer with random weights, and ours with the same."""
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    pytest.importorskip("transformers")
+    from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
+    from transformers.models.sam.modeling_sam import SamTwoWayTransformer
+
+    cfg = dataclasses.replace(
+        config.load("tiny").model.face, width=32, decoder_depth=3, decoder_mlp_width=48
+    )
+    torch.manual_seed(0)
+    theirs = SamTwoWayTransformer(
+        SamMaskDecoderConfig(
+            hidden_size=cfg.width,
+            num_hidden_layers=cfg.decoder_depth,
+            num_attention_heads=cfg.decoder_heads,
+            mlp_dim=cfg.decoder_mlp_width,
+            attention_downsample_rate=cfg.attention_downsample,
+            layer_norm_eps=cfg.norm_eps,
+        )
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.normal_(start, 0.1 if parameter.ndim == 1 else parameter.shape[1] ** -0.5)
+    ours = nnx.eval_shape(lambda: TwoWayTransformer(cfg, rngs=nnx.Rngs(0)))
+    tensors = {
+        f"theirs.{name.replace('layer_norm', 'norm')}": tensor.numpy()
+        for name, tensor in theirs.state_dict().items()
+    }
+    holder = Holder(nnx.Dict(transformer=ours))
+    rows = two_way_transformer(cfg.decoder_depth, torch="theirs")
+    engine.assign(holder, tensors, rows, ignore={})
+    return theirs, ours
+
+
+@pytest.fixture
+def scene(rng):
+    """A face map of 5 × 4 cells with its positions, and 18 tokens with theirs."""
+    return {
+        "face": rng.standard_normal((2, 20, 32), dtype=np.float32),
+        "face_pe": rng.standard_normal((20, 32), dtype=np.float32),
+        "tokens": rng.standard_normal((2, 18, 32), dtype=np.float32),
+        "token_pe": rng.standard_normal((18, 32), dtype=np.float32),
+    }
+
+
+def test_decoder_is_sams(decoders, scene):
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    theirs, ours = decoders
+
+    def as_map(x):  # [B, 20, 32] → [B, 32, 5, 4]
+        return torch.from_numpy(np.array(x).reshape(-1, 5, 4, 32)).permute(0, 3, 1, 2)
+
+    token_pe = np.broadcast_to(scene["token_pe"], (2, 1, 18, 32)).copy()
+    face_pe = np.broadcast_to(scene["face_pe"], (2, 20, 32))
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(token_pe), as_map(scene["face"]), as_map(face_pe), None)
+    tokens, face = ours(scene["face"], token_pe=scene["token_pe"], face_pe=scene["face_pe"])
+    assert off(tokens, wanted[0][:, 0].numpy()) < WHOLE
+    assert off(face, wanted[1][:, 0].numpy()) < WHOLE
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_two_way_block_is_sams(decoders, scene, index):
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    theirs, ours = decoders
+    tensors = {name: torch.from_numpy(value) for name, value in scene.items()}
+    with torch.no_grad():
+        wanted = theirs.layers[index](
+            queries=tensors["tokens"][:, None],
+            keys=tensors["face"][:, None],
+            query_point_embedding=tensors["token_pe"].expand(2, 1, 18, 32),
+            key_point_embedding=tensors["face_pe"].expand(2, 1, 20, 32),
+            attention_similarity=None,
+        )
+    layer, token_pe = ours.layers[index], scene["token_pe"]
+    tokens = jnp.asarray(scene["tokens"])
+    tokens = layer.first(tokens) if index == 0 else layer.later(tokens, token_pe=token_pe)
+    tokens, face = layer.cross(
+        tokens, face=scene["face"], token_pe=token_pe, face_pe=scene["face_pe"]
+    )
+    assert off(tokens, wanted[0][:, 0].numpy()) < LAYER
+    assert off(face, wanted[1][:, 0].numpy()) < LAYER
+
+
+def test_cross_attention_is_sams(decoders, scene):
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    theirs, ours = (side.final_attn_token_to_image for side in decoders)
+    tokens, face = (torch.from_numpy(scene[name])[:, None] for name in ("tokens", "face"))
+    with torch.no_grad():
+        wanted = theirs(query=tokens, key=face, value=face)[0][:, 0].numpy()
+    assert off(ours(jnp.asarray(scene["tokens"]), k=scene["face"], v=scene["face"]), wanted) < LAYER
+
+
+def test_fusion_is_torch(tiny, rng):
+    """Linear, resize, concatenation from coarse to fine, 1×1 convolution, in this order."""
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    sides, width = (16, 8, 4, 2), tiny.cfg.width
+    stages = [
+        rng.standard_normal((2, side, side, 32 * 2**i), dtype=np.float32)
+        for i, side in enumerate(sides)
+    ]
+    maps = []
+    for stage, linear in zip(stages, tiny.linear_c, strict=True):
+        y = torch.from_numpy(stage @ np.asarray(linear.kernel) + np.asarray(linear.bias))
+        maps.append(
+            torch.nn.functional.interpolate(
+                y.permute(0, 3, 1, 2), size=(16, 16), mode="bilinear", align_corners=False
+            )
+        )
+    kernel = torch.from_numpy(np.asarray(tiny.linear_fuse.kernel)).T[:, :, None, None]
+    wanted = torch.nn.functional.conv2d(torch.cat(maps[::-1], dim=1), kernel)
+    actual = tiny.fuse(tuple(map(jnp.asarray, stages)))
+    assert actual.shape == (2, 16, 16, width)
+    assert off(actual, wanted.permute(0, 2, 3, 1).numpy()) < LAYER
+
+
+def test_upscale_is_a_transposed_convolution(rng):
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    torch.manual_seed(0)
+    theirs = torch.nn.ConvTranspose2d(6, 5, kernel_size=2, stride=2)
+    ours = Upscale(6, 5, dtype="float32", rngs=nnx.Rngs(0))
+    ours.kernel.set_value(jnp.asarray(UPSCALE.to_ours(theirs.weight.detach().numpy())))
+    ours.bias.set_value(jnp.asarray(theirs.bias.detach().numpy()))
+    x = rng.standard_normal((2, 3, 4, 6), dtype=np.float32)
+    wanted = theirs(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert off(ours(jnp.asarray(x)), wanted.detach().numpy()) < LAYER
+
+
+@pytest.mark.parametrize(
+    ("name", "fused", "size"), [("tiny", (16, 16, 64), 64), ("emollama_7b", (56, 56, 256), 224)]
+)
+def test_shapes(name, fused, size):
+    cfg = config.load(name).model.face
+    model = abstract(cfg)
+    image = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
+    output = nnx.eval_shape(lambda m, x: m(x), model, image)
+    parsing = nnx.eval_shape(lambda m, y: m.parsing(y), model, output)
+    assert output.fused.shape == (3, *fused)
+    assert output.fused.dtype == cfg.dtype
+    assert output.face_tokens.shape == (3, fused[0] * fused[1], fused[2])
+    assert output.task_tokens.shape == (3, 18, fused[2])
+    assert [stage.shape[1] for stage in output.stages] == [fused[0] >> i for i in range(4)]
+    wanted = {
+        "landmarks": (68, 2),
+        "headpose": (3,),
+        "attributes": (len(labels.ATTRIBUTES),),
+        "visibility": (29,),
+        "age": (len(labels.AGE_LABELS),),
+        "gender": (len(labels.GENDER_LABELS),),
+        "race": (len(labels.RACE_LABELS["measured"]),),
+    }
+    for head, shape in wanted.items():
+        assert getattr(output, head).shape == (3, *shape)
+        assert getattr(output, head).dtype == jnp.float32
+    assert parsing.shape == (3, len(labels.PARSING_LABELS), size, size)
+
+
+def test_every_parameter_names_its_axes():
+    known = {"layers", "embed", "mlp", "heads", None}
+    for name, leaf in named_parameters(abstract(REAL)).items():
+        assert len(leaf.axes) == leaf.ndim, name
+        assert set(leaf.axes) <= known, name
+
+
+def test_bfloat16_stays_near(tiny, rng):
+    image = rng.standard_normal((2, 64, 64, 3), dtype=np.float32)
+    half = fill(abstract(dataclasses.replace(tiny.cfg, dtype="bfloat16")), seed=5)
+    assert off(half(image).task_tokens.astype(jnp.float32), tiny(image).task_tokens) < 0.1
+
+
+def test_frequencies_get_no_gradient(tiny, rng):
+    image = rng.standard_normal((1, 64, 64, 3), dtype=np.float32)
+    graphdef, state = nnx.split(tiny)
+    grads = jax.grad(lambda s: jnp.sum(nnx.merge(graphdef, s)(image).landmarks))(state)
+    assert not np.any(grads["pe"][...])
+    assert np.any(grads["tokens"]["landmarks"][...])
+
+
+@pytest.mark.parametrize("field", ["norm_eps", "parsing_norm_eps", "decoder_heads"])
+def test_fields_without_a_shape_matter(tiny, rng, field):
+    """Every other field of the network changes a parameter's shape, or the dtype."""
+    changed = dataclasses.replace(tiny.cfg, **{field: 8 if field == "decoder_heads" else 0.3})
+    image = rng.standard_normal((1, 64, 64, 3), dtype=np.float32)
+    before, after = tiny, fill(abstract(changed), seed=5)
+    assert off(after.parsing(after(image)), before.parsing(before(image))) > 1e-3
+
+
+def test_landmark_rule_both_ways(rng):
+    """The crop's outer edges are -1 and 1, half a pixel beyond the outer pixel centres."""
+    np.testing.assert_allclose(to_pixels(np.array([-1.0, 0, 1]), 224), [-0.5, 111.5, 223.5])
+    pixels = rng.uniform(0, 63, (68, 2))
+    np.testing.assert_allclose(to_pixels(from_pixels(pixels, 64), 64), pixels)
+
+
+def test_labels_are_the_heads():
+    sizes = {"age": labels.AGE_LABELS, "gender": labels.GENDER_LABELS}
+    assert {name: len(names) for name, names in sizes.items()} == {
+        name: TASKS[name] for name in sizes
+    }
+    assert len(set(labels.ATTRIBUTES)) == TASKS["attribute"]
+    assert len(set(labels.PARSING_LABELS)) == PARSING_CLASSES
+    measured, published = labels.RACE_LABELS["measured"], labels.RACE_LABELS["as_published"]
+    assert len(measured) == TASKS["race"]
+    assert [i for i in range(5) if measured[i] != published[i]] == [2, 3]
+    assert (measured[2], published[2]) == ("Asian", "Indian")
