@@ -157,7 +157,6 @@ class Checkpoints:
             UserError: the folder cannot be made.
         """
         self.directory = run / FOLDER
-        self._cfg = cfg
         self._metadata = {"config": _plain(config.to_dict(cfg)), "base": base_reference(cfg)}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.mtcnn import Detector
 from emollama_jax.serve.answer import Answerer
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.train.loop import fit
+from emollama_jax.train.loop import FitResult, fit
 from emollama_jax.train.metrics import METRICS, read_metrics
 
 IMAGES, CLIPS = "actionfaces/images", "actionfaces/clips"
@@ -174,18 +174,24 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
 def _train_with_interruption(cfg: Config, out: pathlib.Path, size: Size, console: Console) -> bool:
     """Trains, stopped once by SIGTERM and resumed; whether the loss curve shows no trace of it."""
     console.print(f"the first {size.compare} steps without a stop, to compare with")
-    fit(cfg, out / "reference", until=size.compare, console=console)
+    _whole(fit(cfg, out / "reference", until=size.compare, console=console))
     run = out / "run"
     if not (run / METRICS).exists():
         console.print(f"the run, with a SIGTERM after step {size.interrupt}")
         with _signal_after(run / METRICS, size.interrupt):
-            fit(cfg, run, console=console)
+            result = fit(cfg, run, console=console)
+        if result.stopped_by is not signal.SIGTERM:
+            _whole(result)
         console.print("the same again: it continues")
-    result = fit(cfg, run, console=console)
-    if result.step < result.steps:
-        sys.exit(result.exit_status)
+    _whole(fit(cfg, run, console=console))
     curves = [read_metrics(folder / METRICS) for folder in (out / "reference", run)]
     return curves[0] == curves[1][: size.compare]
+
+
+def _whole(result: FitResult) -> None:
+    """Ends the demo where the user stopped it; the same command continues."""
+    if result.stopped_by is not None:
+        sys.exit(result.exit_status)
 
 
 @contextmanager
@@ -365,9 +371,7 @@ def _ablation(
         for seed in range(3):
             cfg = configs.load("tiny", (*overrides, *_patterns(extra), f"train.seed={seed}"))
             folder = out / "ablation" / variant.replace(" ", "_") / str(seed)
-            result = fit(cfg, folder, console=console)
-            if result.step < result.steps:
-                sys.exit(result.exit_status)
+            _whole(fit(cfg, folder, console=console))
             _, model = load_for_inference(folder)
             for name, values in wars.items():
                 found = predict(

@@ -1,12 +1,17 @@
 """The drawn faces: labels that hold, action units that show, persons and splits that stay apart."""
 
 import dataclasses
-import re
 
 import numpy as np
 import pytest
+from actionfaces_labels import (
+    STILL,
+    draw_intensities,
+    softmax_regression,
+    stream,
+    units_of,
+)
 
-from emollama_jax.data.actionfaces import courses
 from emollama_jax.data.actionfaces.action_units import (
     ACTION_UNITS,
     AU,
@@ -17,13 +22,9 @@ from emollama_jax.data.actionfaces.action_units import (
     NEUTRAL,
     NOISE,
     OPTIONAL,
-    sample_mix,
-    sample_noise,
-    sample_strength,
 )
 from emollama_jax.data.actionfaces.attributes import ATTRIBUTES, attributes
 from emollama_jax.data.actionfaces.camera import Scene
-from emollama_jax.data.actionfaces.describe import conversation, describe
 from emollama_jax.data.actionfaces.draw import render
 from emollama_jax.data.actionfaces.geometry import (
     MEAN_FACE,
@@ -36,28 +37,15 @@ from emollama_jax.data.actionfaces.geometry import (
 from emollama_jax.data.actionfaces.identity import identities_of, make_identity
 from emollama_jax.data.actionfaces.sample import SPLITS, sample_clip, sample_image
 from emollama_jax.data.actionfaces.sheet import contact_sheet, film_strip
-from emollama_jax.data.instruct import category_item
 from emollama_jax.errors import UserError
 
 SIZE = 96
 FRONT = View(0.0, 0.0, 0.0, 30.0, (48.0, 50.0))
-STILL = np.zeros(len(ACTION_UNITS), np.float32)
 PLAIN = Scene(
     seed=1, light=(0.2, -0.2), gaze=(0.0, 0.0), clothes=(90.0, 110.0, 140.0), collar=0.1,
     occlusion="none", side=1, blur=0.0, noise=0.0, brightness=1.0, contrast=1.0,
     cast=(1.0, 1.0, 1.0), jpeg=0,
 )  # fmt: skip
-
-
-def _rng(*seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(seed))
-
-
-def _units(**values: float) -> np.ndarray:
-    units = STILL.copy()
-    for name, value in values.items():
-        units[ACTION_UNITS.index(name)] = value
-    return units
 
 
 def _plain_person():
@@ -67,22 +55,6 @@ def _plain_person():
         if person.age == 2 and person.glasses == "none" and not person.beard and person.race == 0:
             return person
     raise AssertionError("no such person")
-
-
-def _softmax_regression(x, y, x_test, y_test, steps=300):
-    mean, spread = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (
-        np.concatenate([(a - mean) / spread, np.ones((len(a), 1))], 1) for a in (x, x_test)
-    )
-    weights, speed = np.zeros((x.shape[1], len(EMOTIONS))), 0.0
-    target = np.eye(len(EMOTIONS))[y]
-    for _ in range(steps):
-        logits = x @ weights
-        share = np.exp(logits - logits.max(1, keepdims=True))
-        gradient = x.T @ (share / share.sum(1, keepdims=True) - target) / len(x)
-        speed = 0.9 * speed - 0.3 * gradient
-        weights = weights + speed
-    return float(((x_test @ weights).argmax(1) == y_test).mean())
 
 
 # ---------------------------------------------------------------- persons and splits
@@ -159,15 +131,15 @@ MOVES = {
 @pytest.mark.parametrize("name", ACTION_UNITS)
 def test_an_action_unit_moves_its_points_and_shows(name):
     person, none = _plain_person(), np.zeros(len(ACTION_UNITS), np.float32)
-    rest, moved = (place(person, _units(**{name: v}), none, FRONT) for v in (0.0, 1.0))
-    half = place(person, _units(**{name: 0.5}), none, FRONT)
+    rest, moved = (place(person, units_of(**{name: v}), none, FRONT) for v in (0.0, 1.0))
+    half = place(person, units_of(**{name: 0.5}), none, FRONT)
     for point, axis, direction in MOVES[name]:
         way = direction * (moved.landmarks - rest.landmarks)[point, axis]
         assert way > 0.8, (point, way)  # pixels
         assert 0.2 * way < direction * (half.landmarks - rest.landmarks)[point, axis] < 0.8 * way
     still, shown = (
         render(points, person, units, PLAIN, SIZE).astype(float)
-        for points, units in ((rest, STILL), (moved, _units(**{name: 1.0})))
+        for points, units in ((rest, STILL), (moved, units_of(**{name: 1.0})))
     )
     change = np.abs(shown - still).mean(2)
     assert (change > 25).sum() > 20  # pixels that change clearly
@@ -182,7 +154,7 @@ def test_the_table_of_movements_is_mirrored():
 
 def test_asymmetry_moves_one_side_further():
     person = _plain_person()
-    smile = _units(AU12=0.8)
+    smile = units_of(AU12=0.8)
     rest = place(person, STILL, STILL, FRONT).landmarks
     uneven = place(person, smile, np.full(len(ACTION_UNITS), 0.2, np.float32), FRONT).landmarks
     left, right = (rest - uneven)[48, 1], (rest - uneven)[54, 1]
@@ -190,7 +162,7 @@ def test_asymmetry_moves_one_side_further():
 
 
 def test_lids_and_lips_never_cross():
-    rng = _rng(3)
+    rng = stream(3)
     for _ in range(100):
         person = make_identity(int(rng.integers(4000)))
         units = rng.uniform(0, 1, len(ACTION_UNITS)).astype(np.float32)
@@ -210,22 +182,9 @@ def test_a_partial_mix_is_no_other_emotions_mix():
             assert all(rest != mixes[other] for other in EMOTIONS)
 
 
-def _images(count: int, split: str):
-    rng = _rng(11, SPLITS.index(split))
-    people = identities_of(split)
-    units, labels = [], []
-    for _ in range(count):
-        person = make_identity(people[int(rng.integers(len(people)))])
-        emotion = int(rng.choice(len(EMOTIONS), p=CLASS_SHARES[split]))
-        mix = sample_mix(emotion, person, sample_strength(rng), rng)
-        units.append(np.maximum(mix, sample_noise(rng)))
-        labels.append(emotion)
-    return np.stack(units), np.array(labels)
-
-
 def test_emotions_are_readable_from_true_intensities():
-    train, test = _images(2000, "train"), _images(700, "test")
-    assert _softmax_regression(*train, *test) >= 0.98
+    train, test = draw_intensities(2000, "train"), draw_intensities(700, "test")
+    assert softmax_regression(*train, *test) >= 0.98
     neutral = train[0][train[1] == NEUTRAL]
     assert neutral.max() <= NOISE
     assert train[0].min() >= 0 and train[0].max() <= 1
@@ -286,7 +245,7 @@ def test_another_size_shows_the_same_face():
 
 def test_landmarks_lie_on_what_is_drawn():
     person = _plain_person()
-    surprised = _units(AU26=1.0, AU25=1.0, AU5=0.5)
+    surprised = units_of(AU26=1.0, AU25=1.0, AU5=0.5)
     view = View(0.05, 0.2, 0.1, 28.0, (46.0, 42.0))
     points = place(person, surprised, STILL, view)
     grey = render(points, person, surprised, PLAIN, SIZE).mean(2)
@@ -326,13 +285,13 @@ def test_attributes_follow_action_units():
     def value(name: str, units: np.ndarray) -> float:
         return attributes(person, units, PLAIN)[ATTRIBUTES.index(name)]
 
-    assert value("Smiling", STILL) == 0 and value("Smiling", _units(AU12=0.8)) == 1
-    assert np.isnan(value("Smiling", _units(AU12=0.2)))
+    assert value("Smiling", STILL) == 0 and value("Smiling", units_of(AU12=0.8)) == 1
+    assert np.isnan(value("Smiling", units_of(AU12=0.2)))
     assert value("Mouth_Slightly_Open", STILL) == 0
-    assert value("Mouth_Slightly_Open", _units(AU26=0.8)) == 1
-    assert value("Narrow_Eyes", _units(AU45=1.0)) == 1
-    assert value("Narrow_Eyes", _units(AU5=1.0)) == 0
-    assert value("Arched_Eyebrows", _units(AU1=1.0, AU2=1.0)) == 1
+    assert value("Mouth_Slightly_Open", units_of(AU26=0.8)) == 1
+    assert value("Narrow_Eyes", units_of(AU45=1.0)) == 1
+    assert value("Narrow_Eyes", units_of(AU5=1.0)) == 0
+    assert value("Arched_Eyebrows", units_of(AU1=1.0, AU2=1.0)) == 1
     assert value("Young", STILL) == 1
     sun = dataclasses.replace(PLAIN, occlusion="sunglasses")
     assert attributes(person, STILL, sun)[ATTRIBUTES.index("Eyeglasses")] == 1
@@ -355,144 +314,11 @@ def test_an_unknown_split_is_named():
         sample_image("dev", 0)
 
 
-# ---------------------------------------------------------------- clips
-
-
-def test_a_clip_is_deterministic_and_labelled_per_frame():
-    clip, again = sample_clip("validation", 2), sample_clip("validation", 2)
-    np.testing.assert_array_equal(clip.frames, again.frames)
-    count = len(clip.frames)
-    assert courses.SHORTEST <= count <= courses.LONGEST
-    assert clip.fps == 12.0
-    assert clip.frames.shape == (count, SIZE, SIZE, 3)
-    assert clip.landmarks.shape == (count, 68, 2) and clip.boxes.shape == (count, 4)
-    assert clip.pose.shape == (count, 3) and clip.action_units.shape == (count, len(ACTION_UNITS))
-    step = np.abs(np.diff(clip.landmarks, axis=0)).max((1, 2))
-    assert (step > 0).all() and step.max() < 0.12 * SIZE  # it moves, and does not jump
-    assert (clip.frames[0] != clip.frames[1]).any()
-
-
-def _clips(count: int, split: str):
-    rng = _rng(12, SPLITS.index(split))
-    people = identities_of(split)
-    made, labels = [], []
-    for _ in range(count):
-        person = make_identity(people[int(rng.integers(len(people)))])
-        labels.append(int(rng.choice(len(EMOTIONS), p=CLASS_SHARES[split])))
-        made.append(courses.sample_course(labels[-1], person, rng))
-    return made, np.array(labels)
-
-
-def _course_features(units: np.ndarray) -> np.ndarray:
-    """Peak, mean and last value of each action unit: what came, how long, and what stays."""
-    last = units[-max(2, len(units) // 5) :].mean(0)
-    return np.concatenate([np.sort(units, axis=0)[-2], units.mean(0), last])
-
-
-def test_the_course_tells_the_emotion_and_the_middle_frame_does_not():
-    (train, y), (test, y_test) = _clips(2000, "train"), _clips(600, "test")
-    whole = [np.stack([_course_features(c.units) for c in clips]) for clips in (train, test)]
-    middle = [np.stack([c.units[len(c.units) // 2] for c in clips]) for clips in (train, test)]
-    assert _softmax_regression(whole[0], y, whole[1], y_test) >= 0.97
-    assert _softmax_regression(middle[0], y, middle[1], y_test) <= 0.75
-    lengths = {len(c.units) for c in train}
-    assert min(lengths) == courses.SHORTEST and max(lengths) == courses.LONGEST
-
-
-def test_apex_lies_off_centre_in_about_half_of_the_expressive_clips():
-    clips, _ = _clips(800, "train")
-    timing = np.array([clip.timing for clip in clips])
-    expressive = timing != "none"
-    off = np.isin(timing, ("early", "late"))
-    assert 0.35 < off[expressive].mean() < 0.6
-    for clip in clips:
-        calm = np.delete(clip.units, [AU[25], AU[26], AU[45]], axis=1)
-        if clip.timing in ("early", "late"):
-            assert calm[len(calm) // 2].max() < 0.3 < calm.max()
-
-
-def test_pairs_share_their_apex_and_differ_in_course():
-    person, found = make_identity(3), {}
-    rng = _rng(8)
-    for _ in range(400):
-        for name in ("surprise", "fear", "disgust", "anger"):
-            course = courses.sample_course(EMOTIONS.index(name), person, rng)
-            if course.timing in ("sudden", "slow"):
-                found.setdefault(name, []).append(course.units)
-    for (sudden, slow), apex in courses.SHARED_APEX.items():
-        columns = [AU[unit] for unit in apex if unit not in (25, 26)]  # speech moves these two
-        peaks = {
-            name: np.mean([units.max(0)[columns] for units in found[name]], axis=0)
-            for name in (sudden, slow)
-        }
-        np.testing.assert_allclose(peaks[sudden], peaks[slow], atol=0.12)
-        strong = columns[int(np.argmax(peaks[slow]))]
-        for units in found[sudden]:
-            over = units[:, strong] > 0.5 * units[:, strong].max()
-            first = int(np.argmax(over))
-            assert units[max(first - 3, 0), strong] < 0.2  # onset within three frames
-            assert units[-1, strong] < 0.2
-        for units in found[slow]:
-            assert units[-1, strong] > 0.8 * units[:, strong].max()
-
-
-# ---------------------------------------------------------------- words
-
-
-def test_descriptions_say_what_the_action_units_say():
-    rng = _rng(5)
-    happy = describe(_units(AU6=0.7, AU12=0.8), EMOTIONS.index("happiness"), "image", rng)
-    assert "cheeks" in happy and re.search(r"pulled up|raised in a smile", happy)
-    assert happy.rstrip(".").endswith("happiness")
-    angry = describe(_units(AU4=0.9, AU7=0.6, AU23=0.7), EMOTIONS.index("anger"), "image", rng)
-    assert "strongly lowered" in angry and "tight" in angry
-    calm = describe(_units(AU12=0.1), NEUTRAL, "image", rng)
-    assert "smile" not in calm and "neutral" in calm
-    late = np.zeros((20, len(ACTION_UNITS)), np.float32)
-    late[15:, [AU[1], AU[4], AU[15]]] = 0.8
-    sad = describe(late, EMOTIONS.index("sadness"), "clip", rng)
-    assert re.search(r"late|end", sad) and "down" in sad
-
-
-def test_conversations_have_the_format_and_a_small_vocabulary():
-    words, turns = set(), set()
-    rng = _rng(6)
-    units, labels = _images(400, "train")
-    for one, label in zip(units, labels, strict=True):
-        talk = conversation(one, int(label), "image", rng)
-        turns.add(len(talk))
-        assert [turn["from"] for turn in talk] == ["human", "gpt"] * (len(talk) // 2)
-        assert talk[0]["value"].startswith("<image>\n")
-        assert sum("<image>" in turn["value"] for turn in talk) == 1
-        named = [name for name in EMOTIONS if name in talk[1]["value"]]
-        assert named == [EMOTIONS[label]]
-        for turn in talk:
-            words.update(re.findall(r"[a-z]+", turn["value"].lower()))
-    assert turns == {2, 4}
-    assert 60 < len(words) < 250
-    clip, _ = _clips(1, "train")
-    asked = {conversation(clip[0].units, 0, "clip", _rng(i))[0]["value"] for i in range(20)}
-    assert any("video" in question for question in asked)
-    assert not any("image" in question.removeprefix("<image>") for question in asked)
-
-
-def test_category_item_is_worded_as_in_ferid():
-    question, answer = category_item(EMOTIONS, 3, "image")
-    assert question == {
-        "from": "human",
-        "value": "<image>\nWhat is the facial expression of the person in the image? Choose one "
-        "from the following options: "
-        "{surprise, fear, disgust, happiness, sadness, anger, neutral}.",
-    }
-    assert answer == {"from": "gpt", "value": "happiness"}
-    assert "in the video?" in category_item(EMOTIONS, 0, "clip")[0]["value"]
-
-
 # ---------------------------------------------------------------- curves and sheets
 
 
 def test_curves_pass_through_their_points():
-    points = _rng(1).uniform(0, 90, (6, 2)).astype(np.float32)
+    points = stream(1).uniform(0, 90, (6, 2)).astype(np.float32)
     np.testing.assert_allclose(curve(points, steps=4)[::4], points, atol=1e-4)
 
 

@@ -182,7 +182,7 @@ def test_save_that_was_cut_short_is_passed_over(copy):
 
 def test_broken_checkpoint_is_refused_and_the_older_one_named(copy):
     for file in (copy / "checkpoints/8/params").rglob("*"):
-        if file.is_file() and "ocdbt.process_0/d/" in str(file):
+        if file.parent.name == "d":
             file.write_bytes(b"no")
     with pytest.raises(UserError, match=r"8: checkpoint cannot be read .*continues from step 6"):
         loop.fit(toy_config(steps=9), copy, console=quiet())

@@ -17,12 +17,6 @@ from tools.convert_torch import engine
 from tools.convert_torch.llama_vid import eva_vit
 
 
-@pytest.fixture(autouse=True)
-def highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def test_tiny_is_the_original():
     a = lv.tiny_arrays()
     assert off(lv.tiny_model().vision(lv.pixels(a["pixel_video"])), a["eva_video"]) < WHOLE

@@ -20,12 +20,6 @@ GQA = dataclasses.replace(lv.TINY_LLAMA, heads=6, kv_heads=2, head_dim=8)
 LORA = config.LoraConfig(rank=2, alpha=6.0, dropout=0.5, targets=("q_proj", "down_proj"))
 
 
-@pytest.fixture(autouse=True)
-def highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 class Holder(nnx.Module):
     """Weight tables name the network `llama`."""
 

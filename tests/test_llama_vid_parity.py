@@ -23,12 +23,6 @@ from emollama_jax.models.visual_tokens import VisualTokens, content_tokens, merg
 KINDS = {"none": "all", "mean": "mean", "grid2": "grid:2"}
 
 
-@pytest.fixture(autouse=True)
-def highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 # --- real width, weights made from keys -------------------------------------------------------
 
 
@@ -44,8 +38,7 @@ def real():
     meta = lv.real_manifest()["meta"]
     for name, ids in questions.items():
         assert [101, *ids.tolist(), 102] == meta["question_ids"][name]
-    with jax.default_matmul_precision("highest"):
-        visual = lv.jitted(model.vision, lambda vision, x: vision(x))(lv.pixels(pictures))
+    visual = lv.jitted(model.vision, lambda vision, x: vision(x))(lv.pixels(pictures))
     return model, wanted, meta, visual
 
 

@@ -19,12 +19,6 @@ from tools.convert_torch.llama_vid import qformer as qformer_rows
 CFG = lv.TINY_QFORMER
 
 
-@pytest.fixture(autouse=True)
-def highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 class Holder(nnx.Module):
     """Weight tables name the network `qformer`."""
 

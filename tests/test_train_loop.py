@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from train_toy import ToyData, quiet, read, toy_config, use_toy
 
-from emollama_jax.checkpoint import Checkpoints, load_for_inference
+from emollama_jax.checkpoint import Checkpoints, init_model, load_for_inference
 from emollama_jax.errors import UserError
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train import loop
 from emollama_jax.train.loop import fit
 
@@ -65,10 +65,8 @@ def test_loss_falls_and_every_step_is_logged(whole):
     assert rows[0]["learning_rate"] == pytest.approx(0.5e-2)  # first of two warm-up steps
 
 
-def test_what_is_frozen_stays_frozen(whole, tmp_path):
-    fit(toy_config(), tmp_path, until=0, console=quiet())
-    with jax.set_mesh(loop.make_mesh(toy_config().mesh)):
-        start = loop.init_model(toy_config(), loop.make_mesh(toy_config().mesh))
+def test_what_is_frozen_stays_frozen(whole):
+    start = init_model(toy_config(), make_mesh(toy_config().mesh))
     before = {name: np.asarray(leaf[...]) for name, leaf in named_parameters(start).items()}
     after = parameters(whole)
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -113,6 +111,7 @@ def test_signal_finishes_the_step_saves_and_continues(whole, tmp_path, monkeypat
 SCRIPT = """
 import sys, time
 import pytest
+from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train import loop
 from train_toy import ToyData, toy_config, use_toy
 

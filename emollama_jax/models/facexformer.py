@@ -137,7 +137,8 @@ class TwoWayBlock(nnx.Module):
         tokens = self.norm2(
             tokens + self.cross_attn_token_to_image(tokens + token_pe, k=placed, v=face)
         )
-        tokens = self.norm3(tokens + by_token(self.lin2, jax.nn.relu(by_token(self.lin1, tokens))))
+        mlp = by_token(lambda x: self.lin2(jax.nn.relu(self.lin1(x))), tokens)
+        tokens = self.norm3(tokens + mlp)
         face = self.norm4(
             face + self.cross_attn_image_to_token(placed, k=tokens + token_pe, v=tokens)
         )
@@ -274,14 +275,15 @@ class FaceXFormer(nnx.Module):
 
     def fuse(self, stages: tuple[Float[Array, "b h w d"], ...]) -> Float[Array, "b h w d"]:
         """One map at the finest stage's size out of all stages; the coarsest comes first."""
+        size = stages[0].shape[1:3]
         kernels = self.linear_fuse.kernel.astype(self.cfg.dtype)
         kernels = kernels.reshape(len(stages), self.cfg.width, self.cfg.width)[::-1]
-        fused = jnp.zeros((), self.cfg.dtype)
-        for stage, linear, kernel in zip(stages, self.linear_c, kernels, strict=True):
-            part = by_token(linear, stage) @ kernel
-            wanted = (part.shape[0], *stages[0].shape[1:3], self.cfg.width)
-            fused = fused + jax.image.resize(part, wanted, "bilinear")
-        return fused
+
+        def part(stage: jax.Array, linear: Linear, kernel: jax.Array) -> jax.Array:
+            y = by_token(lambda x: linear(x) @ kernel, stage)
+            return jax.image.resize(y, (y.shape[0], *size, y.shape[-1]), "bilinear")
+
+        return sum(map(part, stages, self.linear_c, kernels))
 
     def positions(self, height: int, width: int) -> Float[Array, "s d"]:
         """Fourier features of the cells' centres, row-major (Tancik et al. 2020)."""

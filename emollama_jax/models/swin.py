@@ -8,6 +8,8 @@ Stochastic depth is left out: it is the identity in evaluation. Kernels start at
 for a Linear, which unlike torchvision's fixed 0.02 suits small widths too.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +32,15 @@ from emollama_jax.models.layers import (
 APART = -100.0  # Swin's logit offset between tokens that only the cyclic shift made neighbours
 
 
-def by_token(linear: Linear, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-    """`linear` over flattened tokens.
+def by_token(
+    f: Callable[[Float[Array, "s i"]], Float[Array, "s o"]], x: Float[Array, "... i"]
+) -> Float[Array, "... o"]:
+    """`f`, which treats every token alike, over flattened tokens.
 
     The same numbers. On a CPU, XLA gets the kernel's gradient of a map (more than two axes) by
     transposing it in memory first, which takes longer than the product.
     """
-    return linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    return f(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def attend(
@@ -155,7 +159,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w d"], *, shift: int) -> Float[Array, "b h w d"]:
         x = x + self.attn(self.norm1(x), shift=shift)
-        return x + by_token(self.fc2, gelu(by_token(self.fc1, self.norm2(x))))
+        return x + by_token(lambda x: self.fc2(gelu(self.fc1(x))), self.norm2(x))
 
 
 class Pair(nnx.Module):
