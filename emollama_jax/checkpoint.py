@@ -11,12 +11,16 @@ another base would give wrong answers without any error.
 Orbax' v1 API is used throughout.
 """
 
+import contextlib
 import difflib
+import gc
 import hashlib
 import json
+import logging
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
 import grain
@@ -276,32 +280,53 @@ def _base_paths(cfg: Config, paths: Collection[str]) -> set[str]:
 
 
 def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    try:
+    with _one_line_errors() as failure:
         return ocp.load_checkpointables(path.absolute(), wanted)
-    except Exception as error:  # Orbax passes on whatever its readers raise
-        older = [int(p.name) for p in path.parent.glob("*") if p.name.isdigit()]
-        older = sorted(step for step in older if step < int(path.name))
-        then = f"from step {older[-1]}" if older else "anew"
-        raise UserError(
-            f"{path}: checkpoint cannot be read ({_first_line(error)}): delete this folder, and "
-            f"the same command continues {then}"
-        ) from error
+    older = [int(p.name) for p in path.parent.glob("*") if p.name.isdigit()]
+    older = sorted(step for step in older if step < int(path.name))
+    then = f"from step {older[-1]}" if older else "anew"
+    raise UserError(
+        f"{path}: checkpoint cannot be read ({failure[0]}): delete this folder, and the same "
+        f"command continues {then}"
+    )
 
 
 def _read_metadata(path: pathlib.Path) -> dict[str, Any]:
     """The config and the base that a checkpoint was made with."""
-    try:
+    with _one_line_errors() as failure:
         saved = ocp.metadata(path.absolute(), "params").custom_metadata
         return {"config": saved["config"], "base": saved["base"]}
-    except Exception as error:  # Orbax passes on whatever its readers raise
-        raise UserError(
-            f"{path}: not a checkpoint of this program, or a broken one ({_first_line(error)}): "
-            "delete this folder, or name another"
-        ) from error
+    raise UserError(
+        f"{path}: not a checkpoint of this program, or a broken one ({failure[0]}): delete this "
+        "folder, or name another"
+    )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[list[str]]:
+    """Swallows an error of Orbax and gives its first line.
+
+    Its readers raise anything, and a failed read leaves pages of log and abandoned coroutines that
+    warn when they are collected, which is therefore done here.
+    """
+    failure: list[str] = []
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    disabled = [logger.disabled for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            for logger in loggers:
+                logger.disabled = True
+            try:
+                yield failure
+            except Exception as error:
+                lines = str(error).strip().splitlines()
+                failure.append((lines or [type(error).__name__])[0][:200])
+            if failure:
+                warnings.simplefilter("ignore")
+                gc.collect()
+    finally:
+        for logger, was in zip(loggers, disabled, strict=True):
+            logger.disabled = was
 
 
 def _check_base(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def pretrain(
     pictures: int = 36_000,
     clips: int = 1_200,
     vision_steps: int = 3_000,
-    face_steps: int = 2_000,
+    face_steps: int = 3_000,
     llama_steps: int = 600,
     seed: int = 0,
     towers: tuple[str, ...] = ("llama", "vision", "face"),
@@ -110,10 +110,12 @@ def pretrain(
         face_steps: of FaceXFormer.
         llama_steps: of the language model.
         seed: of everything.
-        towers: which to train.
+        towers: which to train; two processes in one folder may share the work.
     """
     from emollama_jax.train import pretrain as module
 
+    if unknown := set(towers) - {"llama", "vision", "face"}:
+        raise UserError(f"--towers: unknown {', '.join(sorted(unknown))} (llama, vision, face)")
     plan = module.Plan(
         pictures=pictures,
         clips=clips,
@@ -122,8 +124,6 @@ def pretrain(
         llama_steps=llama_steps,
         seed=seed,
     )
-    if unknown := set(towers) - {"llama", "vision", "face"}:
-        raise UserError(f"--towers: unknown {', '.join(sorted(unknown))} (llama, vision, face)")
     module.pretrain(_load(config), plan, out, _console(), towers)
 
 

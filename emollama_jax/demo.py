@@ -27,6 +27,7 @@ from rich.console import Console
 from emollama_jax import config as configs
 from emollama_jax.checkpoint import init_model, load_for_inference
 from emollama_jax.config import Config, SourceConfig
+from emollama_jax.data.elements import View
 from emollama_jax.data.emotions import label_space
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.pipeline import open_source
@@ -34,7 +35,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.evaluate import report as pages
 from emollama_jax.evaluate.difficulty import grey, pixel_regression
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
-from emollama_jax.evaluate.run import describe, predict
+from emollama_jax.evaluate.run import Answering, describe, predict
 from emollama_jax.faces.prepare import prepare_source
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.faces.track import crop_box, from_crop
@@ -219,8 +220,17 @@ def _source(name: str, split: str = "test") -> SourceConfig:
     return SourceConfig(name=name, split=split, kind=kind, weight=1.0)
 
 
-def _batch(name: str, size: Size) -> int:
-    return size.eval_images if name == IMAGES else size.eval_clips
+def _predict(
+    cfg: Config,
+    model: EmoLlama,
+    name: str,
+    size: Size,
+    *,
+    answerings: Sequence[Answering],
+    view: View = "all",
+) -> dict[Answering, list[Prediction]]:
+    batch = size.eval_images if name == IMAGES else size.eval_clips
+    return predict(cfg, model, _source(name), answerings=answerings, batch=batch, view=view)
 
 
 def _evaluate(
@@ -232,11 +242,9 @@ def _evaluate(
     console: Console,
 ) -> dict[str, tuple[list[Prediction], Evaluation]]:
     results = {}
-    for answering in ("generate", "score"):
-        predictions = predict(
-            cfg, model, _source(name), answering=answering, batch=_batch(name, size)
-        )
-        kind = name.partition("/")[2]
+    kind = name.partition("/")[2]
+    found = _predict(cfg, model, name, size, answerings=("generate", "score"))
+    for answering, predictions in found.items():
         write_predictions(out / "predictions" / f"{kind}-{answering}.jsonl", predictions)
         evaluation = evaluate(predictions, label_space(name))
         results[answering] = (predictions, evaluation)
@@ -255,10 +263,8 @@ def _difficulty(
         pictures = [read_image(data[i]["media"]) for i in range(len(data))]
         return grey(pictures), np.array([int(data[i]["label"]) for i in range(len(data))])
 
-    def war(name: str, view: str) -> tuple[float, list[Prediction]]:
-        found = predict(
-            cfg, model, _source(name), answering="generate", batch=_batch(name, size), view=view
-        )
+    def war(name: str, view: View) -> tuple[float, list[Prediction]]:
+        found = _predict(cfg, model, name, size, answerings=("generate",), view=view)["generate"]
         return evaluate(found, label_space(name)).war, found
 
     classes = label_space(IMAGES).classes
@@ -374,10 +380,8 @@ def _ablation(
             _whole(fit(cfg, folder, console=console))
             _, model = load_for_inference(folder)
             for name, values in wars.items():
-                found = predict(
-                    cfg, model, _source(name), answering="generate", batch=_batch(name, size)
-                )
-                values.append(evaluate(found, label_space(name)).war)
+                found = _predict(cfg, model, name, size, answerings=("generate",))
+                values.append(evaluate(found["generate"], label_space(name)).war)
         table[variant] = {
             key: {"mean": float(np.mean(wars[name])), "std": float(np.std(wars[name], ddof=1))}
             | {"seeds": wars[name]}

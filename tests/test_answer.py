@@ -116,8 +116,8 @@ def test_both_ways_of_answering(cfg, model, prepared, tmp_path):
     from emollama_jax.data.emotions import label_space
     from emollama_jax.evaluate.command import evaluate_run
 
-    scored = predict(cfg, model, prepared, answering="score", batch=2)
-    written = predict(cfg, model, prepared, answering="generate", batch=2)
+    found = predict(cfg, model, prepared, answerings=("score", "generate"), batch=2)
+    scored, written = found["score"], found["generate"]
     assert len(scored) == len(written) == 3
     assert {item.parsed for item in scored} == {"score"}
     assert all(item.predicted is not None for item in scored)

@@ -171,7 +171,7 @@ def test_folder_without_a_checkpoint_is_refused(tmp_path):
 
 def test_save_that_was_cut_short_is_passed_over(copy):
     """What a killed process leaves: a folder that was never renamed."""
-    half = copy / "checkpoints" / "9.orbax-checkpoint-tmp-0"
+    half = copy / "checkpoints" / "9.orbax-checkpoint-tmp"
     shutil.copytree(copy / "checkpoints" / "8", half)
     (half / "commit_success.txt").unlink()
     assert find(copy).name == "8"

@@ -15,6 +15,7 @@ only); the AGR sentence (EMO-LLaMA) stands after the first visual place.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -150,8 +151,8 @@ def build_training(
     for number, turn in enumerate(turns):
         after = number > 0 and rng is not None and rng.random() < 0.5
         before, human = _human(turn.question, agr=agr, first=number == 0, after=after)
-        head = tokenizer.encode(before) + [IMAGE_TOKEN] * n_visual
-        prompt = tokenizer.encode(human)
+        head = [*_encode(tokenizer, before), *[IMAGE_TOKEN] * n_visual]
+        prompt = list(_encode(tokenizer, human))
         whole = tokenizer.encode(f"{human} {turn.answer}")
         if whole[: len(prompt)] != prompt:
             raise UserError(
@@ -173,8 +174,8 @@ def build_prompt(
         UserError: it is longer than `text_length`.
     """
     before, human = _human(question, agr=agr, first=True, after=False)
-    ids = [tokenizer.bos, *tokenizer.encode(before), *[IMAGE_TOKEN] * n_visual]
-    ids += tokenizer.encode(human)
+    ids = [tokenizer.bos, *_encode(tokenizer, before), *[IMAGE_TOKEN] * n_visual]
+    ids += _encode(tokenizer, human)
     if len(ids) > text_length:
         raise UserError(
             f"the prompt has {len(ids)} tokens, {n_visual} of them visual, and the text length is "
@@ -207,11 +208,17 @@ def encode_question(
     Returns:
         Right-padded ids, and where they are not padding.
     """
-    text = tokenizer.encode(question)
+    text = _encode(tokenizer, question)
     kept = [tokenizer.bos, *text[max(0, len(text) - (length - 2)) :], tokenizer.eos]
     ids = np.full(length, tokenizer.pad, np.int32)
     ids[: len(kept)] = kept
     return ids, np.arange(length) < len(kept)
+
+
+@functools.lru_cache(maxsize=4096)
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of text that comes again and again: the system's, the questions of templates."""
+    return tuple(tokenizer.encode(text))
 
 
 def _human(question: str, *, agr: str, first: bool, after: bool) -> tuple[str, str]:

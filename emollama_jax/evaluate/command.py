@@ -51,10 +51,10 @@ def evaluate_run(
             cfg,
             model,
             source,
-            answering=answering,
+            answerings=(answering,),
             batch=batch,
             progress=lambda done: bars.update(task, completed=done),
-        )
+        )[answering]
     evaluation = evaluate(predictions, label_space(name))
     write_predictions(out / "predictions.jsonl", predictions)
     (out / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n")

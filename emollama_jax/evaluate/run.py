@@ -4,11 +4,12 @@
 - "score": the class whose word has the highest log-likelihood after the same prompt.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from flax import nnx
+from jaxtyping import Float
 
 from emollama_jax.batch import Batch
 from emollama_jax.config import Config, SourceConfig
@@ -16,16 +17,40 @@ from emollama_jax.data.elements import Encoder, View, stack
 from emollama_jax.data.emotions import LabelSpace, label_space
 from emollama_jax.data.pipeline import make_eval_batches, open_source
 from emollama_jax.data.prompts import answer_ids
-from emollama_jax.data.tokenizers import Tokenizer, load_tokenizer
+from emollama_jax.data.tokenizers import load_tokenizer
 from emollama_jax.evaluate.protocol import Prediction, best_label, parse_answer
 from emollama_jax.faces.priors import open_priors
-from emollama_jax.generate.decode import generate, texts
+from emollama_jax.generate.decode import decode, make_ending, texts
+from emollama_jax.generate.prompt import Prompt, embed
 from emollama_jax.generate.sampling import sampling
-from emollama_jax.generate.score import Labels, pad_labels, score_labels
+from emollama_jax.generate.score import Labels, pad_labels, score
 from emollama_jax.models.emollama import EmoLlama
 
 Answering = Literal["generate", "score"]
 ANSWER_TOKENS = 8  # of a class name, its end included; more would be an answer of another kind
+
+
+class Speaker:
+    """A model that answers batches of prompts; split once, for calls without end."""
+
+    def __init__(self, cfg: Config, model: EmoLlama):
+        self.tokenizer = load_tokenizer(cfg.data.llm_tokenizer)
+        self._model, self._llama = nnx.split(model), nnx.split(model.llama)
+        self._how = sampling(cfg.generate)
+        self._ending = make_ending((self.tokenizer.eos,), self.tokenizer.pad)
+
+    def read(self, batch: Batch) -> Prompt:
+        """Looks at the frames and reads the question."""
+        return embed(*self._model, batch)
+
+    def write(self, prompt: Prompt, *, max_new_tokens: int) -> list[str]:
+        """The model's own words."""
+        ids = decode(*self._llama, prompt, self._how, self._ending, max_new_tokens=max_new_tokens)
+        return texts(ids, self.tokenizer.decode)
+
+    def rate(self, prompt: Prompt, labels: Labels) -> Float[np.ndarray, "b c"]:
+        """The log-likelihood of each label."""
+        return np.asarray(score(*self._llama, prompt, labels))
 
 
 def predict(
@@ -33,45 +58,49 @@ def predict(
     model: EmoLlama,
     source: SourceConfig,
     *,
-    answering: Answering,
+    answerings: Sequence[Answering],
     batch: int,
     view: View = "all",
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Prediction]:
-    """One prediction for every example of a split.
+) -> dict[Answering, list[Prediction]]:
+    """One prediction for every example of a split, for each way of answering.
 
     Args:
         cfg: of the model's run.
         model: trained.
         source: the data set and split.
-        answering: how.
+        answerings: how; frames are looked at once for all ways.
         batch: examples at a time.
         view: "all" frames of a clip, its "middle" frame alone, or a "blank" picture.
         progress: called with the number of examples done.
     """
-    tokenizer = load_tokenizer(cfg.data.llm_tokenizer)
-    space = label_space(source.name)
+    speaker = Speaker(cfg, model)
+    tokenizer, space = speaker.tokenizer, label_space(source.name)
     labels = pad_labels(
         [[*answer_ids(name, tokenizer=tokenizer), tokenizer.eos] for name in space.classes]
     )
-    answer = {
-        "generate": functools.partial(_generated, cfg, model, tokenizer, space),
-        "score": functools.partial(_scored, model, labels, space),
-    }[answering]
-    predictions: list[Prediction] = []
-    batches = make_eval_batches(cfg, source, batch=batch, open_priors=open_priors, view=view)
-    for prompts in batches:
-        for example, known in zip(prompts.examples, answer(prompts.batch), strict=False):
-            predictions.append(
-                Prediction(
-                    id=example["id"],
-                    source=f"{source.name}:{source.split}",
-                    label=space.classes[int(example["label"])],
-                    subject=str(int(example["subject"])),
-                    **known,
+    ways = {
+        "generate": lambda prompt: _written(speaker, prompt, space),
+        "score": lambda prompt: _scored(speaker, prompt, labels, space),
+    }
+    predictions: dict[Answering, list[Prediction]] = {way: [] for way in answerings}
+    done = 0
+    for rows in make_eval_batches(cfg, source, batch=batch, open_priors=open_priors, view=view):
+        prompt = speaker.read(rows.batch)
+        for way, found in predictions.items():
+            # The answers to the last batch's padding are left over.
+            for example, answer in zip(rows.examples, ways[way](prompt), strict=False):
+                found.append(
+                    Prediction(
+                        id=example["id"],
+                        source=f"{source.name}:{source.split}",
+                        label=space.classes[int(example["label"])],
+                        subject=str(int(example["subject"])),
+                        **answer,
+                    )
                 )
-            )
-        progress(len(predictions))
+        done += len(rows.examples)
+        progress(done)
     return predictions
 
 
@@ -94,28 +123,13 @@ def describe(
     for index in indices:
         look = encoder.look(data[index]["media"], kind=source.kind, prior=priors[index])
         rows.append(encoder.prompt_row(look, kind=source.kind, question=question, index=index))
-    batch, _ = stack(rows)
-    return _write(cfg, model, encoder.llm, batch, max_new_tokens=cfg.generate.max_new_tokens)
+    speaker = Speaker(cfg, model)
+    prompt = speaker.read(stack(rows)[0])
+    return speaker.write(prompt, max_new_tokens=cfg.generate.max_new_tokens)
 
 
-def _write(
-    cfg: Config, model: EmoLlama, tokenizer: Tokenizer, batch: Batch, *, max_new_tokens: int
-) -> list[str]:
-    generated = generate(
-        model,
-        batch,
-        how=sampling(cfg.generate),
-        max_new_tokens=max_new_tokens,
-        stop=(tokenizer.eos,),
-        pad=tokenizer.pad,
-    )
-    return texts(generated, tokenizer.decode)
-
-
-def _generated(
-    cfg: Config, model: EmoLlama, tokenizer: Tokenizer, space: LabelSpace, batch: Batch
-) -> list[dict[str, Any]]:
-    answers = _write(cfg, model, tokenizer, batch, max_new_tokens=ANSWER_TOKENS)
+def _written(speaker: Speaker, prompt: Prompt, space: LabelSpace) -> list[dict[str, Any]]:
+    answers = speaker.write(prompt, max_new_tokens=ANSWER_TOKENS)
     parsed = [parse_answer(text, space) for text in answers]
     return [
         {"predicted": p.label, "parsed": p.how, "text": text, "scores": None}
@@ -124,10 +138,12 @@ def _generated(
 
 
 def _scored(
-    model: EmoLlama, labels: Labels, space: LabelSpace, batch: Batch
+    speaker: Speaker, prompt: Prompt, labels: Labels, space: LabelSpace
 ) -> list[dict[str, Any]]:
-    scores = np.asarray(score_labels(model, batch, labels))
-    rows = [dict(zip(space.classes, map(float, row), strict=True)) for row in scores]
+    rows = [
+        dict(zip(space.classes, map(float, row), strict=True))
+        for row in speaker.rate(prompt, labels)
+    ]
     return [
         {"predicted": best_label(row).label, "parsed": "score", "text": None, "scores": row}
         for row in rows

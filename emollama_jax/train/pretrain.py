@@ -60,16 +60,16 @@ MIRROR = np.array(
 class Plan:
     """How much of everything."""
 
-    pictures: int = 60_000
-    clips: int = 1_000  # whose frames join the pictures, without an emotion
+    pictures: int = 36_000
+    clips: int = 1_200  # whose frames join the pictures, without an emotion
     held_out: int = 1_000  # pictures of validation identities
     vision_steps: int = 3_000
     face_steps: int = 3_000
+    batch: int = 128
     texts: int = 12_000
     text_length: int = 256
     llama_steps: int = 600
     text_batch: int = 32
-    batch: int = 128
     learning_rate: float = 1.0e-3
     seed: int = 0
 
