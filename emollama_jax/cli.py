@@ -49,9 +49,10 @@ def data_prepare(
         processes: that draw side by side.
     """
     from emollama_jax.checkpoint import init_model
-    from emollama_jax.faces.prepare import prepare_source
+    from emollama_jax.faces.prepare import check, prepare_source
     from emollama_jax.sharding.mesh import make_mesh
 
+    check(name)  # before the model is made
     cfg = _load(config, () if out is None else (f"data.dir={json.dumps(str(out))}",))
     folder = prepare_source(
         cfg,

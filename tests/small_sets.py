@@ -1,4 +1,4 @@
-"""Two small data sets with face priors in memory, and a config for them: what pipeline tests read."""
+"""Small data sets with face priors in memory, and a config for them: what pipeline tests read."""
 
 import dataclasses
 import io
@@ -118,16 +118,27 @@ def small_bpe() -> str:
     return train_bpe(texts, 420)
 
 
+SOURCES = (
+    "data.sources=[{name: actionfaces/images, split: train, kind: image, weight: 0.6}, "
+    "{name: actionfaces/clips, split: train, kind: clip, weight: 0.4}]"
+)
+
+
 def make_config(bpe: str, *overrides: str) -> config.Config:
     both = f"{{kind: bpe, path: {bpe}}}"
     return config.load(
         "tiny",
         [
+            SOURCES,
             f"data.llm_tokenizer={both}",
             f"data.question_tokenizer={both}",
             "data.text_length=260",
             "data.clip_text_length=340",
             "data.question_length=32",
+            "data.clip_frames=16",
+            "data.sampling=segments",
+            "data.rounds=1",
+            "data.workers=0",
             "data.broken_share=1",
             "model.vision.image_size=64",
             "model.face.swin.image_size=48",

@@ -174,6 +174,9 @@ def test_save_that_was_cut_short_is_passed_over(copy):
     half = copy / "checkpoints" / "9.orbax-checkpoint-tmp"
     shutil.copytree(copy / "checkpoints" / "8", half)
     (half / "commit_success.txt").unlink()
+    metadata = json.loads((half / "_CHECKPOINT_METADATA").read_text())
+    metadata["commit_timestamp_nsecs"] = None
+    (half / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
     assert find(copy).name == "8"
     with Checkpoints(copy, toy_config()) as checkpoints:
         assert checkpoints.latest == 8

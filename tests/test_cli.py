@@ -47,7 +47,7 @@ def test_no_run(capsys, tmp_path):
         (("train", "tiny", "train.lr=1"), "did you mean train.learning_rate"),
         (("train", "tiny", "train.steps=many"), "train.steps"),
         (("train", "tiny", "train.steps"), "key=value"),
-        (("data", "prepare", "rafdb"), "no builder"),
+        (("data", "prepare", "rafdb"), "no such data set"),
         (("data", "prepare", "actionfaces/films"), "films"),
         (("pretrain", "tiny", "--towers", "ear"), "ear"),
     ],

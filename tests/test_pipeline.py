@@ -253,6 +253,21 @@ def test_too_many_broken_media_stop_the_run(bpe, store):
         take(iterator(cfg, store), 30)
 
 
+def test_broken_media_are_judged_once_per_split(bpe, store):
+    """Two sources that read the same split have 11 examples, not 22."""
+    store.data["actionfaces/images"][5]["media"] = store.data["actionfaces/images"][8]["media"] = (
+        b""
+    )
+    twice = (
+        "data.sources=[{name: actionfaces/images, split: train, kind: image, weight: 1, "
+        "items: category}, {name: actionfaces/images, split: train, kind: image, weight: 1, "
+        "items: conversation}]"
+    )
+    with pytest.raises(UserError, match=r"2 broken examples among the first 11"):
+        take(iterator(make_config(bpe, twice, "data.broken_share=0.15"), store), 12)
+    take(iterator(make_config(bpe, twice, "data.broken_share=0.2"), store), 12)
+
+
 def test_an_answer_that_does_not_fit_is_a_sentinel(bpe, store):
     cfg = make_config(bpe, "data.text_length=60")
     batch = next(b for b in take(iterator(cfg, store), 3) if not is_clip(b))

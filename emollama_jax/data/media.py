@@ -16,7 +16,7 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,7 @@ def is_video(source: Source) -> bool:
     Raises:
         UserError: neither of the two, missing or empty.
     """
-    if not isinstance(source, bytes) and pathlib.Path(source).is_dir():
+    if _is_folder(source):
         return bool(_frame_files(source))
     data = _read(source)
     try:
@@ -242,25 +242,25 @@ def _rgb(image: Image.Image, name: str) -> Picture:
 
 def _probe(source: Source) -> tuple[int, float | None]:
     """Frames of a clip and their average rate, without decoding."""
-    if not isinstance(source, bytes) and pathlib.Path(source).is_dir():
+    if _is_folder(source):
         return len(_frame_files(source)), None
     with _open(source) as (container, stream):
         packets = [packet.is_discard for packet in container.demux(stream) if packet.size]
         count = packets.count(False)
-        if count == 0:
-            raise UserError(_no_frames(source))
         # Only MP4's table counts what the file should hold; other headers are often estimates.
         if "mov" in container.format.name and len(packets) < stream.frames:
             raise UserError(
                 f"{_name(source)}: truncated video ({len(packets)} of {stream.frames} frames)"
             )
+        if count == 0:
+            raise UserError(_no_frames(source))
         rate = stream.average_rate or stream.guessed_rate
         return count, float(rate) if rate else None
 
 
-def _stream(source: Source, wanted) -> Iterator[tuple[int, Picture | None]]:
+def _stream(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Picture | None]]:
     """Decodes frame after frame; those that are not wanted come as None."""
-    if not isinstance(source, bytes) and pathlib.Path(source).is_dir():
+    if _is_folder(source):
         for index, path in enumerate(_frame_files(source)):
             yield index, read_image(path) if index in wanted else None
         return
@@ -274,7 +274,8 @@ def _stream(source: Source, wanted) -> Iterator[tuple[int, Picture | None]]:
                 yield index, None
                 continue
             picture = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            yield index, np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+            # A copy: the array would keep FFmpeg's padded buffer alive.
+            yield index, np.array(np.rot90(picture, round(frame.rotation / 90)), order="C")
 
 
 @contextmanager
@@ -314,6 +315,10 @@ def _frame_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     return sorted(files, key=order)
 
 
+def _is_folder(source: Source) -> bool:
+    return not isinstance(source, bytes) and os.path.isdir(source)
+
+
 def _read(source: Source) -> bytes:
     _check(source)
     return source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
@@ -325,7 +330,7 @@ def _check(source: Source) -> None:
         size = len(source)
     else:
         path = pathlib.Path(source)
-        if path.is_dir():
+        if _is_folder(path):
             raise UserError(f"{path}: is a directory, wanted a file")
         try:
             with path.open("rb") as file:

@@ -71,6 +71,9 @@ def make_train_iterator(
 ) -> "TrainIterator":
     """This host's training batches, without end.
 
+    With `data.workers` above 0 a script needs the usual `if __name__ == "__main__":`, since worker
+    processes import it anew.
+
     Args:
         cfg: the sources' weights are shares of the steps between the two kinds, and of the examples
             between the sources of a kind.
@@ -107,7 +110,7 @@ def make_train_iterator(
     return TrainIterator(
         _mix(steps, weights),
         workers=cfg.data.workers,
-        watch=_Watch(sum(map(len, sources)), cfg.data.broken_share),
+        watch=_Watch(_distinct(sources), cfg.data.broken_share),
     )
 
 
@@ -241,6 +244,11 @@ def _local_batch(cfg: Config, kind: Kind, hosts: int) -> int:
     if total % hosts or total < hosts:
         raise UserError(f"train.{field} is {total}, wanted a multiple of the {hosts} hosts")
     return total // hosts
+
+
+def _distinct(sources: Sequence[Examples]) -> int:
+    """How many examples there are; two sources may read the same split."""
+    return sum({(x.source.name, x.source.split): len(x) for x in sources}.values())
 
 
 class _Decode:

@@ -44,9 +44,8 @@ def prepare_source(
     Raises:
         UserError: an unknown data set.
     """
-    builder, _, config = name.partition("/")
-    if builder != actionfaces.NAME:
-        raise UserError(f"{name}: no builder of this name yet (known: {', '.join(known())})")
+    check(name)
+    config = name.partition("/")[2]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
 
@@ -73,6 +72,12 @@ def prepare_source(
     return folder
 
 
-def known() -> list[str]:
-    """The names that `prepare_source` takes."""
-    return [f"{actionfaces.NAME}/{config}" for config in actionfaces.SIZES]
+def check(name: str) -> None:
+    """Refuses a name that `prepare_source` does not take.
+
+    Raises:
+        UserError: with the names that it takes.
+    """
+    known = [f"{actionfaces.NAME}/{config}" for config in actionfaces.SIZES]
+    if name not in known:
+        raise UserError(f"{name}: no such data set to prepare (known: {', '.join(known)})")

@@ -223,7 +223,7 @@ class Upscale(nnx.Module):
 
 
 class FaceXFormer(nnx.Module):
-    """The whole network.
+    """The whole network. `remat` acts on Swin alone: the decoder's activations are few.
 
     Attributes:
         pe: float32 [2, D/2], the random Fourier frequencies of the face tokens' positions. A buffer

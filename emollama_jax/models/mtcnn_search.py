@@ -15,7 +15,7 @@ Network = Callable[..., tuple[Array, ...]]
 
 CELL, STRIDE = 12, 2  # pixels that one output of P sees, and the step between two
 R_SIZE, O_SIZE = 24, 48  # of the crops that R and O read
-R_CHUNK, O_CHUNK = 64, 16  # crops that pass R and O together
+R_CHUNK, O_CHUNK = 32, 8  # crops that pass R and O together
 # Levels that pass P together: fewer programs to compile for a fifth more arithmetic.
 GROUPS = (slice(0, 1), slice(1, 2), slice(2, 4), slice(4, None))
 

@@ -1,0 +1,323 @@
+"""MTCNN against facenet-pytorch's numbers and PyTorch's layers, and pictures of every size."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from emollama_jax.data.media import read_image
+from emollama_jax.models import mtcnn, mtcnn_search
+from emollama_jax.models.mtcnn import FACENET, Detector, Mtcnn, load_mtcnn
+from emollama_jax.models.mtcnn_search import Capacity
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "mtcnn.json").read_text())
+
+
+def photo(name):
+    if name == "astronaut.png":
+        skimage = pytest.importorskip("skimage", reason="scikit-image carries astronaut.png")
+        return read_image(pathlib.Path(skimage.__file__).parent / "data" / name)
+    import matplotlib.cbook
+
+    return read_image(matplotlib.cbook.get_sample_data(name, asfileobj=False))
+
+
+def resized(picture, width, height):
+    return np.array(Image.fromarray(picture).resize((width, height), Image.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return load_mtcnn()
+
+
+@pytest.fixture(scope="module")
+def detect(networks):
+    return Detector(networks)
+
+
+@pytest.fixture(scope="module")
+def portrait():
+    """A face of about 60 pixels in 100 × 96: the smallest canvas, and quick."""
+    return resized(photo("astronaut.png")[20:212, 130:330], 100, 96)
+
+
+def torch_weights(networks, name):
+    """One network's state dict in PyTorch's layout."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference")
+    from tools.convert_torch.engine import extract
+    from tools.convert_torch.mtcnn import table
+
+    state = extract(getattr(networks, name), table(name))
+    return torch, {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
+
+
+def torch_network(torch, state, x, *, pools, dense=None):
+    """P, R or O up to its heads: NHWC in, features out."""
+    f = torch.nn.functional
+    x = torch.from_numpy(np.asarray(x)).permute(0, 3, 1, 2)
+    for i, pool in enumerate(pools, 1):
+        x = f.conv2d(x, state[f"conv{i}.weight"], state[f"conv{i}.bias"])
+        x = f.prelu(x, state[f"prelu{i}.weight"])
+        if pool:
+            x = f.max_pool2d(x, pool, 2, ceil_mode=True)
+    if dense:
+        x = x.permute(0, 3, 2, 1).reshape(len(x), -1)
+        x = f.linear(x, state[f"dense{dense}.weight"], state[f"dense{dense}.bias"])
+        x = f.prelu(x, state[f"prelu{dense}.weight"])
+    return x
+
+
+def close(found, wanted):
+    """Within 1e-5 of the largest value, the tolerance of single layers."""
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+
+
+def test_weights(networks):
+    state = nnx.state(networks, nnx.Param)
+    leaves = jax.tree.leaves(state)
+    assert sum(x.size for x in leaves) == 495_850
+    counts = {n: sum(x.size for x in jax.tree.leaves(state[n])) for n in ("pnet", "rnet", "onet")}
+    assert counts == {"pnet": 6_632, "rnet": 100_178, "onet": 389_040}
+    for path, leaf in nnx.to_flat_state(state):
+        assert len(leaf.axes) == leaf.ndim, path
+
+
+def test_table_covers_everything(networks):
+    """Back to PyTorch and again into fresh networks: every leaf returns, bit for bit."""
+    from tools.convert_torch.engine import assign, extract
+    from tools.convert_torch.mtcnn import LAYERS, table
+
+    fresh = Mtcnn(rngs=nnx.Rngs(1))
+    for name in LAYERS:
+        assign(
+            getattr(fresh, name),
+            extract(getattr(networks, name), table(name)),
+            table(name),
+            ignore={},
+        )
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(fresh), nnx.state(networks))
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (13, 15), (40, 33), (31, 64)])
+def test_pnet(networks, shape):
+    """Odd and even sizes, alone and in a larger canvas with rubbish around."""
+    torch, state = torch_weights(networks, "pnet")
+    x = np.random.default_rng(0).uniform(-1, 1, (1, *shape, 3)).astype(np.float32)
+    features = torch_network(torch, state, x, pools=(2, 0, 0))
+    scores = torch.nn.functional.conv2d(features, state["conv4_1.weight"], state["conv4_1.bias"])
+    shifts = torch.nn.functional.conv2d(features, state["conv4_2.weight"], state["conv4_2.bias"])
+    scores = scores.softmax(1)[0, 1].numpy()
+    rows, columns = scores.shape
+    assert (rows, columns) == tuple(-(-(n - 2) // 2) - 4 for n in shape)
+    rubbish = np.full((1, 40, 70, 3), 1e3, np.float32)
+    rubbish[:, : shape[0], : shape[1]] = x
+    for canvas in (x, rubbish):
+        probability, boxes = networks.pnet(jnp.asarray(canvas), sizes=jnp.array([shape]))
+        close(probability[0, :rows, :columns], scores)
+        close(boxes[0, :rows, :columns], shifts[0].permute(1, 2, 0))
+        assert (probability[0, rows:] == -1).all() and (probability[0, :, columns:] == -1).all()
+
+
+def test_rnet_and_onet(networks):
+    x = np.random.default_rng(0).uniform(-1, 1, (3, 48, 48, 3)).astype(np.float32)
+    torch, state = torch_weights(networks, "rnet")
+    features = torch_network(torch, state, x[:, :24, :24], pools=(3, 3, 0), dense=4)
+    heads = {k: torch.nn.functional.linear(features, state[f"dense{k}.weight"], state[f"dense{k}.bias"])
+             for k in ("5_1", "5_2")}  # fmt: skip
+    probability, shifts = networks.rnet(jnp.asarray(x[:, :24, :24]))
+    close(probability, heads["5_1"].softmax(1)[:, 1])
+    close(shifts, heads["5_2"])
+
+    torch, state = torch_weights(networks, "onet")
+    features = torch_network(torch, state, x, pools=(3, 3, 2, 0), dense=5)
+    heads = {k: torch.nn.functional.linear(features, state[f"dense{k}.weight"], state[f"dense{k}.bias"])
+             for k in ("6_1", "6_2", "6_3")}  # fmt: skip
+    probability, shifts, points = networks.onet(jnp.asarray(x))
+    close(probability, heads["6_1"].softmax(1)[:, 1])
+    close(shifts, heads["6_2"])
+    close(points, heads["6_3"])
+
+
+@pytest.mark.parametrize(
+    "rectangle", [(0, 60, 0, 80), (7, 13, 20, 41), (59, 1, 3, 2), (5, 50, 9, 1)]
+)
+def test_area_resize(rectangle):
+    """PyTorch's area interpolation, up and down, of any rectangle."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference")
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    top, rows, left, columns = rectangle
+    part = torch.from_numpy(picture[top : top + rows, left : left + columns]).permute(2, 0, 1)
+    wanted = torch.nn.functional.interpolate(part[None].float(), size=(24, 31), mode="area")
+    integral = jax.jit(mtcnn_search.integral_image)(picture)
+    np.testing.assert_array_equal(integral[1:, 1:], np.cumsum(np.cumsum(picture, 0, int), 1))
+    found = mtcnn_search.area_resize(
+        integral, (top, rows, 24), (left, columns, 31), height=24, width=31
+    )
+    wanted = (wanted[0].permute(1, 2, 0).numpy() - 127.5) / 128
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_integral_image_reaches_the_largest_canvas():
+    side = FACENET.canvases[-1]
+    assert 255 * side**2 < 2**31
+    with pytest.raises(ValueError, match="canvas 2902"):
+        Detector(cfg=dataclasses.replace(FACENET, canvases=(128, 2902)))
+
+
+def test_keep_best():
+    """Against the textbook loop over a list that shrinks."""
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 60, (50, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(10, 40, (50, 2))], 1).astype(np.float32)
+    valid = np.arange(50) < 43
+
+    def overlap(a, b, pixel, smaller):
+        w = min(a[2], b[2]) - max(a[0], b[0]) + pixel
+        h = min(a[3], b[3]) - max(a[1], b[1]) + pixel
+        areas = [(x[2] - x[0] + pixel) * (x[3] - x[1] + pixel) for x in (a, b)]
+        shared = max(w, 0) * max(h, 0)
+        return shared / (min(areas) if smaller else sum(areas) - shared)
+
+    for rule, pixel, smaller in (
+        (mtcnn_search.over_union, 0, False),
+        (mtcnn_search.over_smaller, 1, True),
+    ):
+        left, wanted = list(range(43)), []
+        while left:
+            best = left.pop(0)
+            wanted.append(best)
+            left = [j for j in left if overlap(boxes[best], boxes[j], pixel, smaller) <= 0.3]
+        keep = mtcnn_search.keep_best(jnp.asarray(boxes), valid, threshold=0.3, overlap=rule)
+        assert np.flatnonzero(keep).tolist() == wanted
+        assert 1 < len(wanted) < 43
+
+
+def test_crops_of_boxes():
+    """1-based first pixel, last pixel included, truncated towards zero, cut at the edge."""
+    boxes = [
+        [3.9, 4.2, 10.9, 11.1],
+        [-5.5, -0.9, 4, 4],
+        [90, 70, 130, 130],
+        [101, 5, 120, 20],
+        [5, 5, 4, 9],
+    ]
+    crops, some = mtcnn_search.trunc_crops(jnp.array(boxes), height=80, width=100)
+    assert some.tolist() == [True, True, True, False, False]
+    wanted = [[3, 8, 2, 8], [0, 4, 0, 4], [69, 11, 89, 11], [0, 1, 0, 1], [0, 1, 0, 1]]
+    assert crops.tolist() == wanted  # first row, rows, first column, columns
+
+
+@pytest.mark.parametrize("name", list(GOLDEN))
+def test_golden(detect, name):
+    picture, golden = photo(name), GOLDEN[name]
+    assert [picture.shape[1], picture.shape[0]] == golden["size"]
+    faces = detect(picture)
+    assert faces.boxes.shape == (len(golden["boxes"]), 4) and faces.boxes.dtype == np.float32
+    np.testing.assert_allclose(faces.boxes, golden["boxes"], atol=0.01)
+    np.testing.assert_allclose(faces.landmarks, golden["landmarks"], atol=0.01)
+    np.testing.assert_allclose(faces.probabilities, golden["probs"], atol=1e-5)
+
+
+def test_several_faces_by_size(detect):
+    """Faces of three sizes side by side come largest first, each as when it is alone."""
+    picture = photo("astronaut.png")[20:260, 130:330]  # 240 × 200
+    mosaic = np.zeros((500, 480, 3), np.uint8)
+    mosaic[:240, :200] = resized(picture, 200, 240)
+    mosaic[:336, 200:] = resized(picture, 280, 336)
+    mosaic[370:490, 20:120] = resized(picture, 100, 120)
+    faces = detect(mosaic)
+    assert len(faces) == 3
+    sides = faces.boxes[:, 2:] - faces.boxes[:, :2]
+    areas = sides.prod(1)
+    assert (np.diff(areas) < 0).all()
+    centres = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2
+    assert (centres[0] > [200, 0]).all() and (centres[1] < [200, 240]).all() and centres[2, 1] > 370
+    for box, points in zip(faces.boxes, faces.landmarks, strict=True):
+        assert (points > box[:2]).all() and (points < box[2:]).all()
+        assert points[0, 0] < points[1, 0] and points[0, 1] < points[2, 1] < points[3, 1]
+
+
+def test_canvas_changes_nothing(networks, detect, portrait):
+    """The same picture on the smallest and on a larger canvas."""
+    larger = Detector(networks, dataclasses.replace(FACENET, canvases=(512,)))
+    one, two = detect(portrait), larger(portrait)
+    assert len(one) == len(two) == 1
+    np.testing.assert_allclose(one.boxes, two.boxes, atol=1e-3)
+    np.testing.assert_allclose(one.landmarks, two.landmarks, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (19, 300), (20, 20), (100, 100)])
+def test_no_face(detect, shape):
+    faces = detect(np.full((*shape, 3), 127, np.uint8))
+    assert len(faces) == 0
+    assert faces.boxes.shape == (0, 4) and faces.landmarks.shape == (0, 5, 2)
+    assert faces.probabilities.shape == (0,)
+
+
+def test_large_pictures_are_shrunk(networks, detect, portrait):
+    """Ten times as large as the largest canvas of a small detector."""
+    small = Detector(networks, dataclasses.replace(FACENET, canvases=(128,)))
+    picture = np.zeros((1280, 1000, 3), np.uint8)
+    picture[:960] = portrait.repeat(10, 0).repeat(10, 1)
+    faces, alone = small(picture), detect(portrait)
+    assert len(faces) == len(alone) == 1
+    np.testing.assert_allclose(faces.boxes, alone.boxes * 10, atol=15)
+    np.testing.assert_allclose(faces.landmarks, alone.landmarks * 10, atol=15)
+
+
+def test_overflow_takes_longer_lists(networks, detect, portrait, caplog):
+    short, default = Capacity(32, 32, 8), FACENET.capacities[0]
+    cfg = dataclasses.replace(FACENET, capacities=(short, default))
+    with caplog.at_level(logging.WARNING):
+        faces = Detector(networks, cfg)(portrait)
+    np.testing.assert_array_equal(faces.boxes, detect(portrait).boxes)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        Detector(networks, dataclasses.replace(FACENET, capacities=(short,)))(portrait)
+    assert "room for (32, 32, 8)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("min_face", 80.0),
+        ("factor", 0.5),
+        ("thresholds", (0.9999999, 0.7, 0.7)),
+        ("thresholds", (0.6, 0.99999999, 0.7)),
+        ("thresholds", (0.6, 0.7, 0.99999999)),
+        ("overlaps", (0.05, 0.7, 0.7, 0.7)),
+        ("overlaps", (0.5, 0.05, 0.7, 0.7)),
+        ("overlaps", (0.5, 0.7, 0.05, 0.7)),
+        ("overlaps", (0.5, 0.7, 0.7, 1.0)),
+    ],
+)
+def test_every_setting_matters(networks, portrait, field, value, monkeypatch):
+    """Each setting changes the faces, or at least the candidates on the way to them."""
+    loads = {}
+    search = mtcnn._search
+
+    def record(*args):
+        found = search(*args)
+        loads[len(loads)] = (found.load.tolist(), int(found.valid.sum()), found.boxes.tolist())
+        return found
+
+    monkeypatch.setattr(mtcnn, "_search", record)
+    Detector(networks)(portrait)
+    Detector(networks, dataclasses.replace(FACENET, **{field: value}))(portrait)
+    assert loads[0] != loads.get(1)
+
+
+def test_refuses_what_is_no_picture(detect):
+    with pytest.raises(ValueError, match=r"float32 \(20, 20, 3\), wanted uint8"):
+        detect(np.zeros((20, 20, 3), np.float32))
+    with pytest.raises(ValueError, match=r"\(20, 20\), wanted"):
+        detect(np.zeros((20, 20), np.uint8))
