@@ -6,7 +6,6 @@ continues.
 """
 
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import os
@@ -21,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from rich.console import Console
 
 from emollama_jax import config as configs
@@ -31,6 +29,7 @@ from emollama_jax.data.elements import View
 from emollama_jax.data.emotions import label_space
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.pipeline import open_source
+from emollama_jax.demo_page import make_page
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import report as pages
 from emollama_jax.evaluate.difficulty import grey, pixel_regression
@@ -168,7 +167,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         with watch.stage("ablation"):
             summary["ablation"] = _ablation(overrides, out, size, console)
     _write(out / "report.json", summary)
-    pages.write_report(out / "report.html", _page(cfg, out, summary, results, items, photo))
+    pages.write_report(out / "report.html", make_page(cfg, out, summary, results, items, photo))
     return summary
 
 
@@ -407,98 +406,3 @@ def _write(path: pathlib.Path, tree: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(tree, indent=1) + "\n")
     part.replace(path)
-
-
-def _page(
-    cfg: Config,
-    out: pathlib.Path,
-    summary: Mapping[str, Any],
-    results: Mapping[str, Any],
-    items: Mapping[str, list[pages.Item]],
-    photo: Mapping[str, Any],
-) -> pages.Report:
-    rows = read_metrics(out / "run" / METRICS)
-    shares = summary["difficulty"]
-    explained = {
-        "pixel_regression_war": "Logistic regression on 48 × 48 grey pixels, images",
-        "clip_war": "The model, whole clips",
-        "clip_middle_frame_war": "The model, given a clip's middle frame alone",
-        "blank_war": "The model, given blank pictures",
-        "blank_most_named": "Share of the class that it names most often then",
-        "majority_share": "Share of the largest class among the images",
-    }
-    tables = [
-        pages.Table(
-            title="How hard the data are",
-            note="Shares of right answers on the held-out people, in percent.",
-            head=("what", "%"),
-            rows=[(text, pages.percent(shares[key])) for key, text in explained.items()],
-        )
-    ]
-    if "ablation" in summary:
-        tables.append(
-            pages.Table(
-                title="Ablation",
-                note="WAR in percent, mean ± standard deviation over three seeds.",
-                head=("variant", "images", "clips"),
-                rows=[
-                    (
-                        variant,
-                        *(
-                            f"{pages.percent(v[k]['mean'])} ± {pages.percent(v[k]['std'])}"
-                            for k in ("image", "clip")
-                        ),
-                    )
-                    for variant, v in summary["ablation"].items()
-                ],
-            )
-        )
-    same = "identical to" if summary["resume_bit_identical"] else "NOT identical to"
-    portrait = pages.Item(
-        id="grace_hopper.jpg",
-        frames=[photo["picture"]],
-        landmarks=[photo["landmarks"]],
-        label="a real photograph",
-        predicted="a real photograph",
-        text=f"MTCNN found the face: box {photo['box']}.",
-    )
-    return pages.Report(
-        title="EMO-LLaMA, small, on drawn faces",
-        lede="The whole pipeline on the embedded data set: face priors, Face Info Mining, LoRA "
-        "training of a tiny LLaMA, and answers about people that no training has seen.",
-        results=[
-            pages.Result(
-                title={IMAGES: "Images", CLIPS: "Clips"}[name],
-                source=f"{name}, test split; the class that the model's written answer names",
-                evaluation=result["generate"][1],
-            )
-            for name, result in results.items()
-        ],
-        pictures=[*items[IMAGES], portrait],
-        clips=items[CLIPS],
-        curves=[
-            pages.Curve(
-                title="Loss",
-                label="loss, nats a token",
-                note=f"Stopped by SIGTERM and resumed; the first steps are bit for bit {same} an "
-                "uninterrupted run's.",
-                steps=[int(row["step"]) for row in rows],
-                values=[float(row["loss"]) for row in rows],
-            )
-        ],
-        tables=tables,
-        seconds=summary["seconds"],
-        command=f"emollama demo --out {out}",
-        config=yaml.safe_dump(_plain(configs.to_dict(cfg)), sort_keys=False),
-        versions={
-            "python": sys.version.split()[0],
-            **{
-                name: importlib.metadata.version(name)
-                for name in ("emollama-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
-            },
-        },
-    )
-
-
-def _plain(tree: Any) -> Any:
-    return json.loads(json.dumps(tree))

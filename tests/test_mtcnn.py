@@ -70,9 +70,12 @@ def torch_network(torch, state, x, *, pools, dense=None):
             x = f.max_pool2d(x, pool, 2, ceil_mode=True)
     if dense:
         x = x.permute(0, 3, 2, 1).reshape(len(x), -1)
-        x = f.linear(x, state[f"dense{dense}.weight"], state[f"dense{dense}.bias"])
-        x = f.prelu(x, state[f"prelu{dense}.weight"])
+        x = f.prelu(torch_linear(torch, state, x, f"dense{dense}"), state[f"prelu{dense}.weight"])
     return x
+
+
+def torch_linear(torch, state, x, name):
+    return torch.nn.functional.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
 
 def close(found, wanted):
@@ -120,8 +123,9 @@ def test_pnet(networks, shape):
     assert (rows, columns) == tuple(-(-(n - 2) // 2) - 4 for n in shape)
     rubbish = np.full((1, 40, 70, 3), 1e3, np.float32)
     rubbish[:, : shape[0], : shape[1]] = x
+    pnet = jax.jit(networks.pnet)
     for canvas in (x, rubbish):
-        probability, boxes = networks.pnet(jnp.asarray(canvas), sizes=jnp.array([shape]))
+        probability, boxes = pnet(canvas, sizes=np.array([shape]))
         close(probability[0, :rows, :columns], scores)
         close(boxes[0, :rows, :columns], shifts[0].permute(1, 2, 0))
         assert (probability[0, rows:] == -1).all() and (probability[0, :, columns:] == -1).all()
@@ -131,20 +135,16 @@ def test_rnet_and_onet(networks):
     x = np.random.default_rng(0).uniform(-1, 1, (3, 48, 48, 3)).astype(np.float32)
     torch, state = torch_weights(networks, "rnet")
     features = torch_network(torch, state, x[:, :24, :24], pools=(3, 3, 0), dense=4)
-    heads = {k: torch.nn.functional.linear(features, state[f"dense{k}.weight"], state[f"dense{k}.bias"])
-             for k in ("5_1", "5_2")}  # fmt: skip
-    probability, shifts = networks.rnet(jnp.asarray(x[:, :24, :24]))
-    close(probability, heads["5_1"].softmax(1)[:, 1])
-    close(shifts, heads["5_2"])
+    probability, shifts = jax.jit(networks.rnet)(x[:, :24, :24])
+    close(probability, torch_linear(torch, state, features, "dense5_1").softmax(1)[:, 1])
+    close(shifts, torch_linear(torch, state, features, "dense5_2"))
 
     torch, state = torch_weights(networks, "onet")
     features = torch_network(torch, state, x, pools=(3, 3, 2, 0), dense=5)
-    heads = {k: torch.nn.functional.linear(features, state[f"dense{k}.weight"], state[f"dense{k}.bias"])
-             for k in ("6_1", "6_2", "6_3")}  # fmt: skip
-    probability, shifts, points = networks.onet(jnp.asarray(x))
-    close(probability, heads["6_1"].softmax(1)[:, 1])
-    close(shifts, heads["6_2"])
-    close(points, heads["6_3"])
+    probability, shifts, points = jax.jit(networks.onet)(x)
+    close(probability, torch_linear(torch, state, features, "dense6_1").softmax(1)[:, 1])
+    close(shifts, torch_linear(torch, state, features, "dense6_2"))
+    close(points, torch_linear(torch, state, features, "dense6_3"))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_large_pictures_are_shrunk(networks, detect, portrait):
 
 
 def test_overflow_takes_longer_lists(networks, detect, portrait, caplog):
-    short, default = Capacity(32, 32, 8), FACENET.capacities[0]
+    short, default = Capacity(4, 16, 4), FACENET.capacities[0]
     cfg = dataclasses.replace(FACENET, capacities=(short, default))
     with caplog.at_level(logging.WARNING):
         faces = Detector(networks, cfg)(portrait)
@@ -283,7 +283,7 @@ def test_overflow_takes_longer_lists(networks, detect, portrait, caplog):
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         Detector(networks, dataclasses.replace(FACENET, capacities=(short,)))(portrait)
-    assert "room for (32, 32, 8)" in caplog.text
+    assert "room for (4, 16, 4)" in caplog.text
 
 
 @pytest.mark.parametrize(

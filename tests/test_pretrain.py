@@ -8,7 +8,8 @@ from flax import nnx
 
 from emollama_jax.data.actionfaces.sample import sample_image
 from emollama_jax.models.layers import Linear
-from emollama_jax.train.pretrain import MIRROR, fit, mirror, shift
+from emollama_jax.train.learners import MIRROR, mirror, shift
+from emollama_jax.train.pretrain import fit
 
 
 def test_mirror_order_is_an_involution_of_all_landmarks():

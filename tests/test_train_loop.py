@@ -117,7 +117,7 @@ from train_toy import ToyData, toy_config, use_toy
 
 class Slow(ToyData):
     def __next__(self):
-        print("step", self.step, flush=True)
+        print("drawing", self.step, flush=True)
         time.sleep(float(sys.argv[2]))
         return super().__next__()
 
@@ -140,7 +140,7 @@ def test_sigterm_from_outside(whole, tmp_path):
 
     with start(0.2) as process:
         for line in process.stdout:
-            if line.startswith("step 2"):
+            if line.startswith("drawing 2"):
                 process.terminate()
         assert process.wait(60) == 143
     done = len(read(tmp_path).splitlines())

@@ -24,8 +24,8 @@ class Capacity(NamedTuple):
     """Lengths of the candidate lists."""
 
     scale: int  # of P, in each scale
-    proposals: int  # that R reads, a multiple of R_CHUNK
-    refined: int  # that O reads, a multiple of O_CHUNK
+    proposals: int  # that R reads
+    refined: int  # that O reads
 
 
 class Rules(NamedTuple):
@@ -276,11 +276,7 @@ def _propose(
 
         def pick(probability, shifts, low, high, columns=columns):
             wanted = (probability >= rules.thresholds[0]).sum()
-            missing = max(capacity.scale - probability.size, 0)
-            probability, index = jax.lax.top_k(  # equal ones stay in the order of the cells
-                jnp.pad(probability.ravel(), (0, missing), constant_values=-1), capacity.scale
-            )
-            index = jnp.minimum(index, shifts.size // 4 - 1)
+            probability, index = _best(probability, capacity.scale)
             y, x = index // columns, index % columns
             boxes = jnp.stack([low[x], low[y], high[x], high[y]], axis=1)
             return probability, boxes, shifts.reshape(-1, 4)[index], wanted
@@ -293,11 +289,18 @@ def _propose(
     keep = jax.vmap(lambda b, v: keep_best(b, v, threshold=rules.overlaps[0], overlap=over_union))(
         boxes, probability >= rules.thresholds[0]
     )
-    probability = jnp.where(keep, probability, -1).ravel()
-    probability, index = jax.lax.top_k(probability, min(capacity.proposals, probability.size))
+    probability, index = _best(jnp.where(keep, probability, -1), capacity.proposals)
     boxes, shifts = boxes.reshape(-1, 4)[index], shifts.reshape(-1, 4)[index]
     valid = keep_best(boxes, probability >= 0, threshold=rules.overlaps[1], overlap=over_union)
     return square(shift(boxes, shifts, 0.0)), valid, (wanted.max(), keep.sum())
+
+
+def _best(probability: Float[Array, "..."], count: int) -> tuple[Array, Array]:
+    """The `count` largest, equal ones in their order, and where they are; -1 if there are fewer."""
+    missing = max(count - probability.size, 0)
+    padded = jnp.pad(probability.ravel(), (0, missing), constant_values=-1)
+    best, index = jax.lax.top_k(padded, count)
+    return best, jnp.minimum(index, probability.size - 1)
 
 
 def _read(
@@ -323,9 +326,12 @@ def _read(
             for whole, x in zip(outputs, new, strict=True)
         )
 
+    length = len(crops)
+    crops = jnp.pad(crops, ((0, -length % chunk), (0, 0)), constant_values=1)
     shapes = jax.eval_shape(network, jnp.zeros((len(crops), size, size, 3)))
     outputs = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes)
-    return jax.lax.fori_loop(0, -(-count // chunk), step, outputs)
+    outputs = jax.lax.fori_loop(0, -(-count // chunk), step, outputs)
+    return tuple(x[:length] for x in outputs)
 
 
 def _finish(

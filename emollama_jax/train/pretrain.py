@@ -23,11 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from emollama_jax.config import Config, TokenizerConfig
 from emollama_jax.data.actionfaces.action_units import EMOTIONS
@@ -37,23 +35,7 @@ from emollama_jax.data.pictures import Pictures, draw_pictures
 from emollama_jax.data.prompts import agr_sentence, build_training, read_turns, render
 from emollama_jax.data.tokenizers import load_tokenizer, train_bpe
 from emollama_jax.models import pretrained
-from emollama_jax.models.eva_vit import EvaVit, normalise
-from emollama_jax.models.facexformer import FaceXFormer
-from emollama_jax.models.layers import LayerNorm, Linear
-from emollama_jax.models.llama import Llama
-
-LANDMARKS = 68
-# Left and right change places in a mirrored picture (iBUG 68 order).
-MIRROR = np.array(
-    [
-        *range(16, -1, -1),  # jaw
-        *range(26, 16, -1),  # brows
-        *(27, 28, 29, 30, 35, 34, 33, 32, 31),  # nose
-        *(45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40),  # eyes
-        *(54, 53, 52, 51, 50, 49, 48, 59, 58, 57, 56, 55),  # outer lips
-        *(64, 63, 62, 61, 60, 67, 66, 65),  # inner lips
-    ]
-)
+from emollama_jax.train.learners import FaceLearner, TextLearner, VisionLearner, augment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,126 +54,6 @@ class Plan:
     text_batch: int = 32
     learning_rate: float = 1.0e-3
     seed: int = 0
-
-
-class HeatMaps(nnx.Module):
-    """Landmark positions from a map of tokens: a softmax over the cells, then its mean position."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm = LayerNorm(width, eps=1e-6, rngs=rngs)
-        self.score = Linear(
-            width, LANDMARKS, axes=("embed", "mlp"), bias=True, dtype="float32", rngs=rngs
-        )
-
-    def __call__(self, tokens: Float[Array, "b p d"]) -> Float[Array, "b 68 2"]:
-        side = int(tokens.shape[1] ** 0.5)
-        weights = jax.nn.softmax(self.score(self.norm(tokens)) * 4, axis=1)  # [B, P, 68]
-        centre = (2 * jnp.arange(side) + 1) / side - 1
-        x, y = jnp.meshgrid(centre, centre)
-        grid = jnp.stack([x.reshape(-1), y.reshape(-1)], axis=-1)  # [P, 2]
-        # Cells are coarse: the mean may leave them by half a cell at the border.
-        return jnp.einsum("bpl,pc->blc", weights, grid) * (side + 1) / side
-
-
-class VisionLearner(nnx.Module):
-    """The vision tower with what it is asked in pretraining."""
-
-    def __init__(self, config: Config, units: int, emotions: int, *, rngs: nnx.Rngs):
-        self.cfg = config.model.vision
-        self.tower = EvaVit(self.cfg, rngs=rngs)
-        self.heat = HeatMaps(self.cfg.width, rngs=rngs)
-        self.norm = LayerNorm(self.cfg.width, eps=1e-6, rngs=rngs)
-        self.head = Linear(
-            self.cfg.width,
-            units + emotions,
-            axes=("embed", "mlp"),
-            bias=True,
-            dtype="float32",
-            rngs=rngs,
-        )
-        self.units = units
-
-    def __call__(self, frames: jax.Array) -> dict[str, jax.Array]:
-        tokens = self.tower(normalise(frames, self.cfg.image_mean, self.cfg.image_std))[:, 1:]
-        y = self.head(self.norm(tokens.mean(1)))
-        return {
-            "action_units": y[:, : self.units],
-            "emotion": y[:, self.units :],
-            "landmarks": self.heat(tokens),
-        }
-
-    def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y = self(batch["picture"])
-        labelled = batch["emotion"] >= 0
-        nll = optax.softmax_cross_entropy_with_integer_labels(
-            y["emotion"], jnp.maximum(batch["emotion"], 0)
-        )
-        parts = {
-            "emotion": jnp.sum(nll * labelled) / jnp.maximum(labelled.sum(), 1),
-            "action_units": jnp.mean((y["action_units"] - batch["action_units"]) ** 2),
-            "landmarks": jnp.mean(jnp.abs(y["landmarks"] - batch["landmarks"])),
-        }
-        return parts["emotion"] + 20 * parts["action_units"] + 5 * parts["landmarks"], parts
-
-
-class FaceLearner(nnx.Module):
-    """FaceXFormer with its own heads, and heat maps on its fused map."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.cfg = config.model.face
-        self.tower = FaceXFormer(self.cfg, rngs=rngs)
-        self.heat = HeatMaps(self.cfg.width, rngs=rngs)
-
-    def __call__(self, faces: jax.Array) -> tuple[Any, jax.Array]:
-        y = self.tower(normalise(faces, self.cfg.image_mean, self.cfg.image_std))
-        return y, self.heat(y.fused.reshape(y.fused.shape[0], -1, y.fused.shape[-1]))
-
-    def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y, heat = self(batch["picture"])
-        nll = optax.softmax_cross_entropy_with_integer_labels
-        known = ~jnp.isnan(batch["attributes"])
-        wanted = jnp.where(known, batch["attributes"], 0)
-        bce = optax.sigmoid_binary_cross_entropy(y.attributes, wanted)
-        parts = {
-            "landmarks": jnp.mean(jnp.abs(y.landmarks - batch["landmarks"])),
-            "heat": jnp.mean(jnp.abs(heat - batch["landmarks"])),
-            "pose": jnp.mean((y.headpose - batch["pose"]) ** 2),
-            "attributes": jnp.sum(bce * known) / known.sum(),
-            "age": nll(y.age, batch["agr"][:, 0]).mean(),
-            "gender": nll(y.gender, batch["agr"][:, 1]).mean(),
-            "race": nll(y.race, batch["agr"][:, 2]).mean(),
-        }
-        loss = (
-            10 * (parts["landmarks"] + parts["heat"])
-            + 5 * parts["pose"]
-            + parts["attributes"]
-            + 0.2 * (parts["age"] + parts["gender"] + parts["race"])
-        )
-        return loss, parts
-
-
-def mirror(batch: dict[str, jax.Array], flip: jax.Array) -> dict[str, jax.Array]:
-    """Mirrors the pictures where `flip` holds, and every label with them."""
-    landmarks = batch["landmarks"][:, MIRROR] * jnp.array([-1.0, 1.0])
-    pose = batch["pose"] * jnp.array([1.0, -1.0, -1.0])  # pitch stays; yaw and roll turn
-    return batch | {
-        "picture": jnp.where(
-            flip[:, None, None, None], batch["picture"][:, :, ::-1], batch["picture"]
-        ),
-        "landmarks": jnp.where(flip[:, None, None], landmarks, batch["landmarks"]),
-        "pose": jnp.where(flip[:, None], pose, batch["pose"]),
-    }
-
-
-def shift(batch: dict[str, jax.Array], key: jax.Array, most: int = 4) -> dict[str, jax.Array]:
-    """Moves each picture by up to `most` pixels, edges repeated, landmarks with it."""
-    picture = batch["picture"]
-    size = picture.shape[1]
-    by = jax.random.randint(key, (picture.shape[0], 2), -most, most + 1)  # (y, x)
-    padded = jnp.pad(picture, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
-    cut = jax.vmap(lambda p, d: jax.lax.dynamic_slice(p, (d[0], d[1], 0), (size, size, 3)))
-    landmarks = batch["landmarks"] + by[:, None, ::-1] * 2 / size
-    return batch | {"picture": cut(padded, most - by), "landmarks": landmarks}
 
 
 def fit(
@@ -356,12 +218,6 @@ def _reporter(name: str, steps: int, console: Any) -> Callable[[int, dict[str, f
     return report
 
 
-def _augment(batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-    mirrored, moved = jax.random.split(key)
-    flip = jax.random.bernoulli(mirrored, 0.5, (batch["picture"].shape[0],))
-    return shift(mirror(batch, flip), moved)
-
-
 def _predict(learner: nnx.Module, pictures: np.ndarray, batch: int = 200) -> Any:
     """The learner's outputs on all pictures, as NumPy."""
     graphdef, state = nnx.split(learner)
@@ -379,7 +235,7 @@ def _vision(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     fit(
         learner,
         picture_batch(train, "frames", batch=plan.batch, seed=plan.seed),
-        augment=_augment,
+        augment=augment,
         steps=plan.vision_steps,
         learning_rate=plan.learning_rate,
         seed=plan.seed,
@@ -404,7 +260,7 @@ def _face(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     fit(
         learner,
         picture_batch(train, "faces", batch=plan.batch, seed=plan.seed + 1),
-        augment=_augment,
+        augment=augment,
         steps=plan.face_steps,
         learning_rate=plan.learning_rate,
         seed=plan.seed + 1,
@@ -454,26 +310,6 @@ def _conversations(config: Config, plan: Plan, pictures: Pictures) -> Iterator[t
             race_labels=config.model.face.race_labels,
         )
         yield read_turns(conversation), agr
-
-
-class TextLearner(nnx.Module):
-    """The LLaMA on plain text: every token is predicted."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        cfg = config.model.llama
-        plain = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=0))
-        self.tower = Llama(plain, rngs=rngs)
-
-    def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        ids = batch["ids"]
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden = self.tower(self.tower.embed(ids), positions=positions).hidden
-        nll = optax.softmax_cross_entropy_with_integer_labels(
-            self.tower.logits(hidden[:, :-1]), ids[:, 1:]
-        )
-        real = jnp.arange(1, ids.shape[1]) < batch["length"][:, None]
-        loss = jnp.sum(nll * real) / real.sum()
-        return loss, {"loss": loss}
 
 
 def _llama(config: Config, plan: Plan, out: pathlib.Path, console: Any):

@@ -1,0 +1,116 @@
+"""The report page of `emollama demo`."""
+
+import importlib.metadata
+import json
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from emollama_jax import config as configs
+from emollama_jax.config import Config
+from emollama_jax.evaluate import report as pages
+from emollama_jax.train.metrics import METRICS, read_metrics
+
+
+def make_page(
+    cfg: Config,
+    out: pathlib.Path,
+    summary: Mapping[str, Any],
+    results: Mapping[str, Any],
+    items: Mapping[str, list[pages.Item]],
+    photo: Mapping[str, Any],
+) -> pages.Report:
+    """The page of a finished demo.
+
+    Args:
+        cfg: of the run.
+        out: the demo's folder.
+        summary: what `report.json` holds.
+        results: data set → way of answering → (predictions, evaluation).
+        items: data set → held-out examples to show.
+        photo: the real photograph with the face that was found in it.
+    """
+    rows = read_metrics(out / "run" / METRICS)
+    shares = summary["difficulty"]
+    explained = {
+        "pixel_regression_war": "Logistic regression on 48 × 48 grey pixels, images",
+        "clip_war": "The model, whole clips",
+        "clip_middle_frame_war": "The model, given a clip's middle frame alone",
+        "blank_war": "The model, given blank pictures",
+        "blank_most_named": "Share of the class that it names most often then",
+        "majority_share": "Share of the largest class among the images",
+    }
+    tables = [
+        pages.Table(
+            title="How hard the data are",
+            note="Shares of right answers on the held-out people, in percent.",
+            head=("what", "%"),
+            rows=[(text, pages.percent(shares[key])) for key, text in explained.items()],
+        )
+    ]
+    if "ablation" in summary:
+        tables.append(
+            pages.Table(
+                title="Ablation",
+                note="WAR in percent, mean ± standard deviation over three seeds.",
+                head=("variant", "images", "clips"),
+                rows=[
+                    (
+                        variant,
+                        *(
+                            f"{pages.percent(v[k]['mean'])} ± {pages.percent(v[k]['std'])}"
+                            for k in ("image", "clip")
+                        ),
+                    )
+                    for variant, v in summary["ablation"].items()
+                ],
+            )
+        )
+    same = "identical to" if summary["resume_bit_identical"] else "NOT identical to"
+    portrait = pages.Item(
+        id="grace_hopper.jpg",
+        frames=[photo["picture"]],
+        landmarks=[photo["landmarks"]],
+        label="a real photograph",
+        predicted="a real photograph",
+        text=f"MTCNN found the face: box {photo['box']}.",
+    )
+    return pages.Report(
+        title="EMO-LLaMA, small, on drawn faces",
+        lede="The whole pipeline on the embedded data set: face priors, Face Info Mining, LoRA "
+        "training of a tiny LLaMA, and answers about people that no training has seen.",
+        results=[
+            pages.Result(
+                title=name.partition("/")[2].capitalize(),
+                source=f"{name}, test split; the class that the model's written answer names",
+                evaluation=result["generate"][1],
+            )
+            for name, result in results.items()
+        ],
+        pictures=[*items["actionfaces/images"], portrait],
+        clips=items["actionfaces/clips"],
+        curves=[
+            pages.Curve(
+                title="Loss",
+                label="loss, nats a token",
+                note=f"Stopped by SIGTERM and resumed; the first steps are bit for bit {same} an "
+                "uninterrupted run's.",
+                steps=[int(row["step"]) for row in rows],
+                values=[float(row["loss"]) for row in rows],
+            )
+        ],
+        tables=tables,
+        seconds=summary["seconds"],
+        command=f"emollama demo --out {out}",
+        config=yaml.safe_dump(json.loads(json.dumps(configs.to_dict(cfg))), sort_keys=False),
+        versions={
+            "python": sys.version.split()[0],
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("emollama-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+            },
+        },
+    )
