@@ -116,7 +116,10 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
             if name in random
         }
 
-    values = jax.jit(start, out_shardings=random)() if random else {}
+    # Random numbers are made once: on a CPU, optimising their program takes most of the time.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    values = jax.jit(start, out_shardings=random, compiler_options=options)() if random else {}
     for name, leaf in leaves.items():
         if name in random:
             leaf.set_value(values[name])

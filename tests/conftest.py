@@ -5,6 +5,7 @@ line) inherit them. Eight devices cost single-device tests nothing measurable: w
 everything runs on the first.
 """
 
+import functools
 import os
 import pathlib
 import socket
@@ -69,3 +70,19 @@ def tiny_config():
     from emollama_jax import config
 
     return config.load("tiny")
+
+
+@pytest.fixture(scope="session")
+def abstract_model():
+    """Config name → its whole model with shapes instead of numbers; built once for all tests."""
+    from flax import nnx
+
+    from emollama_jax import config
+    from emollama_jax.models.emollama import EmoLlama
+
+    @functools.cache
+    def build(name: str) -> EmoLlama:
+        cfg = config.load(name).model
+        return nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))
+
+    return build

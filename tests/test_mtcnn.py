@@ -15,7 +15,7 @@ from PIL import Image
 from emollama_jax.data.media import read_image
 from emollama_jax.models import mtcnn, mtcnn_search
 from emollama_jax.models.mtcnn import FACENET, Detector, Mtcnn, load_mtcnn
-from emollama_jax.models.mtcnn_search import Capacity
+from emollama_jax.models.mtcnn_search import Capacity, pyramid
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "mtcnn.json").read_text())
 
@@ -145,6 +145,21 @@ def test_rnet_and_onet(networks):
     close(probability, torch_linear(torch, state, features, "dense6_1").softmax(1)[:, 1])
     close(shifts, torch_linear(torch, state, features, "dense6_2"))
     close(points, torch_linear(torch, state, features, "dense6_3"))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "levels", "cells"),
+    [(224, 224, 8, 7_248), (512, 512, 10, 42_866), (720, 1280, 11, 158_201), (1080, 1920, 12, 362_055)],
+)  # fmt: skip
+def test_pyramid(height, width, levels, cells):
+    """Counts of facenet-pytorch; each setting of the pyramid changes it."""
+    found = pyramid(height, width, min_face=FACENET.min_face, factor=FACENET.factor)
+    assert len(found) == levels
+    sides = [[-(-(side - 2) // 2) - 4 for side in level[1:]] for level in found]
+    assert sum(rows * columns for rows, columns in sides) == cells
+    assert pyramid(height, width, min_face=40.0, factor=FACENET.factor) != found
+    assert pyramid(height, width, min_face=FACENET.min_face, factor=0.5) != found
+    assert pyramid(19, width, min_face=FACENET.min_face, factor=FACENET.factor) == []
 
 
 @pytest.mark.parametrize(
@@ -289,8 +304,6 @@ def test_overflow_takes_longer_lists(networks, detect, portrait, caplog):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("min_face", 80.0),
-        ("factor", 0.5),
         ("thresholds", (0.9999999, 0.7, 0.7)),
         ("thresholds", (0.6, 0.99999999, 0.7)),
         ("thresholds", (0.6, 0.7, 0.99999999)),
@@ -300,8 +313,8 @@ def test_overflow_takes_longer_lists(networks, detect, portrait, caplog):
         ("overlaps", (0.5, 0.7, 0.7, 1.0)),
     ],
 )
-def test_every_setting_matters(networks, portrait, field, value, monkeypatch):
-    """Each setting changes the faces, or at least the candidates on the way to them."""
+def test_every_rule_matters(networks, portrait, field, value, monkeypatch):
+    """Each changes the faces, or at least the candidates on the way to them."""
     loads = {}
     search = mtcnn._search
 

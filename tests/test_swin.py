@@ -239,7 +239,7 @@ def test_other_picture_sizes_work(rng):
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(rng, remat):
-    cfg = dataclasses.replace(SMALL, depths=(2,), heads=(1,))
+    cfg = dataclasses.replace(SMALL, depths=(4,), heads=(1,))
     image = pixels(rng, 32, batch=1)
 
     def gradients(remat):
