@@ -366,7 +366,7 @@ def test_pictures_do_not_mix(small, seen, image):
 
 
 def test_frequencies_get_no_gradient(small):
-    """They stand still in training, as a buffer does in PyTorch, though positions depend on them."""
+    """They stand still in training, as a buffer does in PyTorch; yet positions depend on them."""
     graphdef, state = nnx.split(small)
     grads = jax.grad(lambda s: nnx.merge(graphdef, s).positions(2, 3)[1, 1])(state)
     assert not np.any(grads["pe"][...])

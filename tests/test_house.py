@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "evaluate": LOWER | {"faces", "generate", "train"},
     "serve": LOWER | {"faces", "generate", "train"},
     "scale": LOWER | {"faces", "generate", "train"},
-    "demo": LOWER | {"faces", "generate", "train", "evaluate", "serve", "scale"},
+    "demo_page": LOWER | {"train", "evaluate"},
+    "demo": LOWER | {"demo_page"} | {"faces", "generate", "train", "evaluate", "serve", "scale"},
     "cli": LOWER | {"faces", "generate", "train", "evaluate", "serve", "scale", "demo"},
     "testing": LOWER,
 }

@@ -149,8 +149,13 @@ def test_rnet_and_onet(networks):
 
 @pytest.mark.parametrize(
     ("height", "width", "levels", "cells"),
-    [(224, 224, 8, 7_248), (512, 512, 10, 42_866), (720, 1280, 11, 158_201), (1080, 1920, 12, 362_055)],
-)  # fmt: skip
+    [
+        (224, 224, 8, 7_248),
+        (512, 512, 10, 42_866),
+        (720, 1280, 11, 158_201),
+        (1080, 1920, 12, 362_055),
+    ],
+)
 def test_pyramid(height, width, levels, cells):
     """Counts of facenet-pytorch; each setting of the pyramid changes it."""
     found = pyramid(height, width, min_face=FACENET.min_face, factor=FACENET.factor)

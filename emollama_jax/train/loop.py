@@ -50,7 +50,7 @@ class FitResult:
 
     step: int  # updates done
     steps: int  # updates wanted
-    loss: float | None  # of the last logged step
+    loss: float | None  # of the last logged step; None: none was
     seconds: float  # of this call
     stopped_by: signal.Signals | None  # None: it reached its end, or `until`
 
@@ -155,7 +155,7 @@ def fit(
             with jax.transfer_guard("disallow"):
                 state, metrics = machine.step(machine.frozen, state, _place(batch, mesh))
             step += 1
-            logged = step % cfg.train.log_every == 0
+            logged = step % cfg.train.log_every == 0 or step == cfg.train.steps
             values = _read(metrics, step=step, saved=saved) if logged else None
             log.step(step, values, **_size(batch))
         if step != saved:
