@@ -178,6 +178,14 @@ def test_every_parameter_names_its_axes(name, abstract_model):
 # ------------------------------------------------------------------ files
 
 
+def test_every_axis_of_the_rules_is_used(abstract_model):
+    used = set()
+    for name in ("tiny", "emollama_7b"):
+        for leaf in named_parameters(abstract_model(name)).values():
+            used |= set(leaf.axes)
+    assert set(FSDP_TENSOR) - used == set()
+
+
 def test_files_stay_short(root):
     long = {
         str(path.relative_to(root)): lines

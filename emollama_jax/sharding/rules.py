@@ -23,7 +23,6 @@ FSDP_TENSOR: Rules = {
     "vocab": "tensor",
     "layers": None,  # scanned over
     "rank": None,  # of LoRA: too small to be worth a collective
-    "head_dim": None,
     "patches": None,
     "queries": None,
     "fourier": None,
