@@ -59,7 +59,7 @@ def test_every_rule():
         "up": leaf((8, 32), ("embed", "mlp")),
         "words": leaf((48, 8), ("vocab", "embed")),
         "lora_A": leaf((8, 2), ("embed", "rank")),
-        "head": leaf((4, 4, 4), ("patches", "queries", "head_dim")),
+        "head": leaf((4, 4, 4), ("patches", "queries", "layers")),
         "odd": leaf((4, 4), ("fourier", None)),
         "gate": leaf((), ()),
     }
