@@ -11,7 +11,6 @@ another base would give wrong answers without any error.
 Orbax' v1 API is used throughout.
 """
 
-import contextlib
 import difflib
 import gc
 import hashlib
@@ -19,8 +18,10 @@ import json
 import logging
 import pathlib
 import re
+import sys
+import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol, Self
 
 import grain
@@ -40,6 +41,7 @@ from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 
 FOLDER = "checkpoints"
+SETTLE = 0.5  # seconds for the other reads of a checkpoint after one failed
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
 # What may differ between a checkpoint and the run that continues it; all else would change what is
 # computed, or what the saved iterator means.
@@ -283,51 +285,60 @@ def _base_paths(cfg: Config, paths: Collection[str]) -> set[str]:
 
 
 def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    with _one_line_errors() as failure:
-        return ocp.load_checkpointables(path.absolute(), wanted)
+    found, failure = _attempt(lambda: ocp.load_checkpointables(path.absolute(), wanted))
+    if failure is None:
+        return found
     older = [int(p.name) for p in path.parent.glob("*") if p.name.isdigit()]
     older = sorted(step for step in older if step < int(path.name))
     then = f"from step {older[-1]}" if older else "anew"
     raise UserError(
-        f"{path}: checkpoint cannot be read ({failure[0]}): delete this folder, and the same "
+        f"{path}: checkpoint cannot be read ({failure}): delete this folder, and the same "
         f"command continues {then}"
     )
 
 
 def _read_metadata(path: pathlib.Path) -> dict[str, Any]:
     """The config and the base that a checkpoint was made with."""
-    with _one_line_errors() as failure:
+
+    def read() -> dict[str, Any]:
         saved = ocp.metadata(path.absolute(), "params").custom_metadata
         return {"config": saved["config"], "base": saved["base"]}
+
+    found, failure = _attempt(read)
+    if failure is None:
+        return found
     raise UserError(
-        f"{path}: not a checkpoint of this program, or a broken one ({failure[0]}): delete this "
+        f"{path}: not a checkpoint of this program, or a broken one ({failure}): delete this "
         "folder, or name another"
     )
 
 
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[list[str]]:
-    """Swallows an error of Orbax and gives its first line.
+def _attempt(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
+    """What a read of Orbax gives and None, or nothing and the first line of its error.
 
-    Its readers raise anything, and a failed read leaves pages of log and abandoned coroutines that
-    warn when they are collected, which is therefore done here.
+    Its readers raise anything. A failed read leaves pages of log, and other reads on a loop that is
+    closed: they complain when they come back, or when they are collected. Both are waited for here.
     """
-    failure: list[str] = []
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     disabled = [logger.disabled for logger in loggers]
+    hook = sys.unraisablehook
     try:
+        sys.unraisablehook = lambda _: None
+        for logger in loggers:
+            logger.disabled = True
         with warnings.catch_warnings():
-            for logger in loggers:
-                logger.disabled = True
             try:
-                yield failure
+                return read(), None
             except Exception as error:
                 lines = str(error).strip().splitlines()
-                failure.append((lines or [type(error).__name__])[0][:200])
-            if failure:
-                warnings.simplefilter("ignore")
-                gc.collect()
+                failure = (lines or [type(error).__name__])[0][:200]
+            warnings.simplefilter("ignore")
+            gc.collect()  # the error, and with it Orbax' frames and tasks, is gone by now
+            time.sleep(SETTLE)
+            gc.collect()
+        return {}, failure
     finally:
+        sys.unraisablehook = hook
         for logger, was in zip(loggers, disabled, strict=True):
             logger.disabled = was
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from emollama_jax import config
 from emollama_jax.errors import UserError
+from emollama_jax.models.emollama import EmoLlama
 from tools.convert_torch import engine
 from tools.convert_torch.engine import PATCHES, QKV, SAME, TRANSPOSE, Row, drop_leading
 from tools.convert_torch.llama_vid import IGNORE, KEEP, llama_vid
@@ -140,3 +142,14 @@ def test_llama_vid_ignores_buffers_only():
         assert any(engine._matches(key, {pattern: ""}) for key in ignored)
     assert not any(engine._matches(key, IGNORE) for key in read)
     assert not any(engine._matches(row.path, KEEP) for row in rows)
+
+
+@pytest.mark.parametrize("name", ["tiny", "emollama_7b", "emollama_13b"])
+def test_llama_vid_covers_the_assembled_model(name):
+    """Every leaf is filled once or kept for a reason; every row has its leaf."""
+    cfg = config.load(name).model
+    leaves = set(lv.parameters(nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))))
+    paths = [row.path for row in llama_vid(cfg.qformer.cross_attention_every)]
+    assert len(paths) == len(set(paths))
+    assert leaves - set(paths) == {path for path in leaves if engine._matches(path, KEEP)}
+    assert set(paths) <= leaves

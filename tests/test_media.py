@@ -307,12 +307,19 @@ def test_clip_without_its_index(tmp_path):
         read_frames(path.read_bytes()[:-400], everything)
 
 
-def test_video_without_frames(tmp_path):
-    path = write_clip(
-        tmp_path / "none.mkv", grey_frames(2), container="matroska", keep=lambda i, p: False
-    )
+@pytest.mark.parametrize(
+    ("container", "message"),
+    [
+        ("avi", "video without frames"),  # FFmpeg names the stream of an empty AVI only
+        ("mp4", r"no video stream \(found: nothing\)"),
+        ("matroska", r"not a readable video \(End of file\)"),
+    ],
+)
+def test_video_without_frames(tmp_path, container, message):
+    path = tmp_path / "none.bin"
+    write_clip(path, grey_frames(2), container=container, keep=lambda i, p: False)
     for read in (lambda: read_frames(path, everything), lambda: list(read_video(path))):
-        with pytest.raises(UserError, match=r"none\.mkv: (video without frames|not a readable)"):
+        with pytest.raises(UserError, match=rf"none\.bin: {message}"):
             read()
 
 

@@ -47,7 +47,7 @@ FACENET = MtcnnConfig(
     thresholds=(0.6, 0.7, 0.7),
     overlaps=(0.5, 0.7, 0.7, 0.7),
     canvases=(128, 256, 512, 768, 1024, 1280, 1536, 2048),  # 255 · 2048² fits int32
-    capacities=(Capacity(1024, 2048, 256), Capacity(8192, 16384, 2048)),
+    capacities=(Capacity(1024, 2048, 256), Capacity(16384, 32768, 8192)),
 )
 
 
@@ -256,8 +256,8 @@ class Detector:
         else:
             log.warning(
                 "picture of %d×%d: %s face candidates, room for %s; the least probable are dropped",
-                width, height, tuple(found.load), tuple(capacity),
-            )  # fmt: skip
+                *(width, height, tuple(found.load.tolist()), tuple(capacity)),
+            )
         n = found.valid.sum()
         return Faces(found.boxes[:n], found.probability[:n], found.landmarks[:n])
 
