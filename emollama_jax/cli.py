@@ -94,9 +94,9 @@ def pretrain(
     out: pathlib.Path = pathlib.Path("pretrained"),
     pictures: int = 36_000,
     clips: int = 1_200,
-    vision_steps: int = 3_000,
-    face_steps: int = 3_000,
-    llama_steps: int = 600,
+    vision_steps: int = 2_500,
+    face_steps: int = 2_500,
+    llama_steps: int = 800,
     seed: int = 0,
     towers: tuple[str, ...] = ("llama", "vision", "face"),
 ) -> None:

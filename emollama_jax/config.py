@@ -229,6 +229,7 @@ class DataConfig:
     agr_threshold: float  # attributes below this probability are left out of it
     face_margin: float  # of the face crop, as a share of the box (FaceXFormer: 0.5)
     workers: int  # Grain worker processes; 0 reads in the main process
+    blank_share: float  # of training examples shown black, without a face: trains "no face"
     broken_share: float  # of media that may be unreadable before the run stops
     llm_tokenizer: TokenizerConfig
     question_tokenizer: TokenizerConfig

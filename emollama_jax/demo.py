@@ -375,7 +375,9 @@ def _ablation(
         wars: dict[str, list[float]] = {IMAGES: [], CLIPS: []}
         for seed in range(3):
             cfg = configs.load("tiny", (*overrides, *_patterns(extra), f"train.seed={seed}"))
-            folder = out / "ablation" / variant.replace(" ", "_") / str(seed)
+            # The demo's own run is the whole model with the first seed.
+            own = not extra and seed == 0
+            folder = out / ("run" if own else f"ablation/{variant.replace(' ', '_')}/{seed}")
             _whole(fit(cfg, folder, console=console))
             _, model = load_for_inference(folder)
             for name, values in wars.items():

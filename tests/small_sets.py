@@ -139,6 +139,7 @@ def make_config(bpe: str, *overrides: str) -> config.Config:
             "data.sampling=segments",
             "data.rounds=1",
             "data.workers=0",
+            "data.blank_share=0",
             "data.broken_share=1",
             "model.vision.image_size=64",
             "model.face.swin.image_size=48",

@@ -181,6 +181,8 @@ def test_save_that_was_cut_short_is_passed_over(copy):
     assert find(copy).name == "9" and not half.exists()
 
 
+# What Orbax' other reads complain of after the first failed comes from its threads, at any time.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_broken_checkpoint_is_refused_and_the_older_one_named(copy):
     for file in (copy / "checkpoints/8/params").rglob("*"):
         if file.parent.name == "d":

@@ -118,8 +118,10 @@ def test_evaluation_asks_about_broken_media_too(cfg, store):
 
 
 def test_what_does_not_fit_is_refused(bpe, store):
-    with pytest.raises(UserError, match=r"nowhere: no such data set; known are .*actionfaces"):
+    with pytest.raises(UserError, match=r"nowhere: no such data set; known are actionfaces$"):
         open_source("data", "nowhere", "train")
+    with pytest.raises(UserError, match=r"unknown config 'video'; choose one of images, clips"):
+        open_source("data", "actionfaces/video", "train")
     with pytest.raises(UserError, match=r"model\.llama\.vocab_size is 100"):
         Encoder(make_config(bpe, "model.llama.vocab_size=100"))
     with pytest.raises(UserError, match=r"question_length is 65, wanted 3 … 64"):
@@ -151,3 +153,22 @@ def test_what_does_not_fit_is_refused(bpe, store):
             data=store.data["actionfaces/images"],
             priors=store.priors["actionfaces/images"],
         ).training(0, seed=0)
+
+
+def test_some_training_examples_are_blank(bpe, store):
+    def rows(share):
+        cfg = make_config(bpe, f"data.blank_share={share}")
+        examples = Examples(
+            Encoder(cfg),
+            source(cfg, "image"),
+            data=store.data["actionfaces/images"],
+            priors=store.priors["actionfaces/images"],
+        )
+        return [examples.training(1, seed=seed) for seed in range(60)]
+
+    blank = [not row["frames"].any() for row in rows(0.4)]
+    assert 12 < sum(blank) < 36
+    for row, is_blank in zip(rows(0.4), blank, strict=True):
+        assert row["weight"] == 1 and (row["labels"] != IGNORE).any() and not row["trouble"]
+        assert row["face_found"].any() != is_blank
+    assert all(row["frames"].any() for row in rows(0))

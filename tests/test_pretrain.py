@@ -1,14 +1,29 @@
 """Augmentation and the small training loop of `emollama pretrain`."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from emollama_jax.batch import IGNORE, IMAGE_TOKEN
+from emollama_jax.data.actionfaces.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.data.actionfaces.sample import sample_image
+from emollama_jax.data.pictures import Pictures
 from emollama_jax.models.layers import Linear
-from emollama_jax.train.learners import MIRROR, mirror, shift
+from emollama_jax.train import pretrain
+from emollama_jax.train.learners import (
+    MIRROR,
+    FaceLearner,
+    TextLearner,
+    VisionLearner,
+    blur,
+    mirror,
+    shift,
+)
 from emollama_jax.train.pretrain import fit
 
 
@@ -96,3 +111,91 @@ def test_fit_continues_from_what_it_saved(run):
     again, seen = run(400)  # the file of step 250 is there: only the rest runs
     assert again == whole
     assert seen[0][0] == 300
+
+
+# ------------------------------------------------------------------ the LLaMA that is told
+
+
+@pytest.fixture(scope="module")
+def told(tiny_config):
+    """40 instruction items of pictures whose only true unit is the emotion's number."""
+    emotion = np.arange(-1, 7, dtype=np.int32)
+    rows = {field.name: np.zeros(8) for field in dataclasses.fields(Pictures)}
+    rows["emotion"] = emotion
+    rows["action_units"] = np.repeat(emotion[:, None] / 10, len(ACTION_UNITS), axis=1)
+    rows["agr"] = np.ones((8, 3), np.int32)
+    return list(pretrain._tell(tiny_config, pretrain.Plan(texts=40), Pictures(**rows)))
+
+
+def test_items_are_told_with_their_own_units(told):
+    images = [item for item in told if len(item.units) == 1]
+    assert 10 < len(images) < 30
+    assert {item.units.shape for item in told} == {(1, len(ACTION_UNITS)), (16, len(ACTION_UNITS))}
+    for item in images:
+        emotion = round(float(item.units[0, 0]) * 10)  # frames of clips, -1, are never drawn
+        (turn,) = item.turns
+        if turn.question.startswith("What is the facial expression"):
+            assert turn.answer == EMOTIONS[emotion]
+        elif "reason" not in turn.answer:
+            assert EMOTIONS[emotion] in turn.answer
+
+
+def test_learner_reads_what_it_is_shown_and_nothing_else(tiny_config, told):
+    per_frame = tiny_config.model.tokens_per_frame
+    learner = TextLearner(tiny_config, len(ACTION_UNITS), rngs=nnx.Rngs(0))
+    ids = np.array([[1, 5] + [IMAGE_TOKEN] * per_frame + [7, 8]], np.int32)
+
+    def logits(units, shown):
+        batch = {"ids": ids, "action_units": units, "shown": np.array([shown], np.float32)}
+        return np.asarray(learner(batch))
+
+    low, high = (np.full((1, 1, len(ACTION_UNITS)), value, np.float32) for value in (0, 1))
+    nothing, one = [0] * per_frame, [1] + [0] * (per_frame - 1)
+    assert np.array_equal(logits(low, nothing), logits(high, nothing))
+    difference = np.abs(logits(low, one) - logits(high, one)).max(-1)[0]
+    assert (difference[:2] == 0).all() and (difference[2:] > 1e-4).all()
+
+
+def test_learner_bears_loss_on_answers_alone(tiny_config):
+    per_frame = tiny_config.model.tokens_per_frame
+    learner = TextLearner(tiny_config, len(ACTION_UNITS), rngs=nnx.Rngs(0))
+    batch = {
+        "ids": np.array([[1, 5, 7, 8]], np.int32),
+        "labels": np.array([[IGNORE, IGNORE, 7, IGNORE]], np.int32),
+        "action_units": np.zeros((1, 1, len(ACTION_UNITS)), np.float32),
+        "shown": np.ones((1, per_frame), np.float32),
+    }
+    loss, parts = learner.loss(batch)
+    wanted = -jax.nn.log_softmax(learner(batch)[0, 1])[7]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    assert float(parts["accuracy"]) in (0, 1)
+
+
+def test_blur_makes_units_unsure_and_hides_tokens():
+    batch = {
+        "ids": jnp.arange(3),
+        "action_units": jnp.full((64, 2, 5), 0.5),
+        "shown": jnp.ones((64, 4)),
+    }
+    seen = blur(batch, jax.random.key(0))
+    assert np.array_equal(seen["ids"], batch["ids"])
+    noise = np.asarray(seen["action_units"]) - 0.5
+    assert abs(noise.mean()) < 0.01 and 0.05 < noise.std() < 0.07
+    assert set(np.unique(seen["shown"])) == {0, 1}
+    assert 0.5 < seen["shown"].mean() < 0.7
+
+
+@pytest.mark.parametrize(
+    "make", [FaceLearner, functools.partial(VisionLearner, units=3, emotions=2)]
+)
+def test_only_kernels_decay(make, tiny_config):
+    learner = nnx.eval_shape(lambda: make(tiny_config, rngs=nnx.Rngs(0)))
+    decayed = jax.tree_util.tree_map_with_path(pretrain._decays, nnx.split(learner)[1])
+    flat = {
+        jax.tree_util.keystr(path).removesuffix(".value"): value
+        for path, value in jax.tree_util.tree_leaves_with_path(decayed)
+    }
+    kernels = {name for name in flat if name.endswith(("['kernel']", "['attn']['qkv']"))}
+    assert {name for name, value in flat.items() if value} == kernels
+    assert 5 < len(kernels) < len(flat) / 2
+    assert not flat.get("['tower']['pe']")  # FaceXFormer's constant frequencies

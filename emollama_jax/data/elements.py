@@ -307,7 +307,11 @@ class Examples:
         turns = pieces[rng.integers(len(pieces))]
         kind = self.source.kind
         try:
-            look = self.encoder.look(example["media"], kind=kind, prior=self.priors[index], rng=rng)
+            if rng.random() < self.encoder.cfg.data.blank_share:
+                look = self.encoder.empty_look(kind)
+            else:
+                prior = self.priors[index]
+                look = self.encoder.look(example["media"], kind=kind, prior=prior, rng=rng)
             row = self.encoder.training_row(look, kind=kind, turns=turns, index=index, rng=rng)
         except UserError as error:
             row = self.encoder.sentinel(kind, index, str(error))

@@ -54,7 +54,8 @@ def open_source(folder: str, name: str, split: str) -> Data:
         UserError: no such builder, or not prepared.
     """
     builder, _, config = name.partition("/")
-    known = sorted(module.name for module in pkgutil.iter_modules(builders.__path__))
+    modules = {module.name for module in pkgutil.iter_modules(builders.__path__)}
+    known = sorted(modules - {"schema"})  # what the builders share
     if builder not in known:
         raise UserError(f"{name}: no such data set; known are {', '.join(known)}")
     module = importlib.import_module(f"{builders.__name__}.{builder}")

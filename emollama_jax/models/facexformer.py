@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emollama_jax.config import FaceXFormerConfig
-from emollama_jax.models.layers import LayerNorm, Linear, gelu, param, zeros
-from emollama_jax.models.swin import Swin, attend, by_token
+from emollama_jax.models.layers import LayerNorm, Linear, dot, gelu, param, zeros
+from emollama_jax.models.swin import Swin, attend
 
 # The decoder's tokens in their order, with the width of each one's head.
 TASKS = {
@@ -81,13 +81,9 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b t d"]:
         q, k, v = (
             rearrange(projected, "b s (n h) -> b s n h", n=self.heads)
-            for projected in (
-                by_token(self.q_proj, q),
-                by_token(self.k_proj, k),
-                by_token(self.v_proj, v),
-            )
+            for projected in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
         )
-        return by_token(self.out_proj, rearrange(attend(q, k, v), "b t n h -> b t (n h)"))
+        return self.out_proj(rearrange(attend(q, k, v), "b t n h -> b t (n h)"))
 
 
 class TwoWayBlock(nnx.Module):
@@ -137,8 +133,7 @@ class TwoWayBlock(nnx.Module):
         tokens = self.norm2(
             tokens + self.cross_attn_token_to_image(tokens + token_pe, k=placed, v=face)
         )
-        mlp = by_token(lambda x: self.lin2(jax.nn.relu(self.lin1(x))), tokens)
-        tokens = self.norm3(tokens + mlp)
+        tokens = self.norm3(tokens + self.lin2(jax.nn.relu(self.lin1(tokens))))
         face = self.norm4(
             face + self.cross_attn_image_to_token(placed, k=tokens + token_pe, v=tokens)
         )
@@ -280,7 +275,7 @@ class FaceXFormer(nnx.Module):
         kernels = kernels.reshape(len(stages), self.cfg.width, self.cfg.width)[::-1]
 
         def part(stage: jax.Array, linear: Linear, kernel: jax.Array) -> jax.Array:
-            y = by_token(lambda x: linear(x) @ kernel, stage)
+            y = dot(linear(stage), kernel)
             return jax.image.resize(y, (y.shape[0], *size, y.shape[-1]), "bilinear")
 
         return sum(map(part, stages, self.linear_c, kernels))

@@ -5,6 +5,7 @@ Every parameter carries its logical axis names as the metadata `axes` (one name 
 norms and softmax are in float32.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -28,6 +29,15 @@ def param(
 ) -> nnx.Param:
     """A float32 parameter with its logical axis names."""
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+def dot(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    """`x @ kernel` over flattened tokens.
+
+    The same numbers. On a CPU, XLA gets the kernel's gradient of more than two axes by transposing
+    them in memory first, which takes longer than the product.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nnx.Module):
@@ -66,12 +76,13 @@ class Linear(nnx.Module):
         self, x: Float[Array, "... i"], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "... o"]:
         x = x.astype(self.dtype)
-        y = x @ self.kernel.astype(self.dtype)
+        y = dot(x, self.kernel.astype(self.dtype))
         if self.bias is not None:
             y = y + self.bias.astype(self.dtype)
         if self.lora_A is not None:
-            low = dropout(x, self.lora.dropout, dropout_key) @ self.lora_A.astype(self.dtype)
-            y = y + low @ self.lora_B.astype(self.dtype) * (self.lora.alpha / self.lora.rank)
+            low = dot(dropout(x, self.lora.dropout, dropout_key), self.lora_A.astype(self.dtype))
+            high = dot(low, self.lora_B.astype(self.dtype))
+            y = y + high * (self.lora.alpha / self.lora.rank)
         return y
 
 
@@ -105,8 +116,12 @@ class RMSNorm(nnx.Module):
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact (erf) GELU of BERT, EVA and Swin; JAX's default is the tanh approximation."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact GELU of BERT, EVA and Swin, x·Φ(x), by erf as PyTorch computes it.
+
+    `jax.nn.gelu(approximate=False)` takes erfc, three times as slow on a CPU.
+    """
+    half = jnp.asarray(0.5, x.dtype)
+    return half * x * (1 + jax.lax.erf(x * jnp.asarray(math.sqrt(0.5), x.dtype)))
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:

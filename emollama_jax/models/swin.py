@@ -8,8 +8,6 @@ Stochastic depth is left out: it is the identity in evaluation. Kernels start at
 for a Linear, which unlike torchvision's fixed 0.02 suits small widths too.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,17 +28,6 @@ from emollama_jax.models.layers import (
 )
 
 APART = -100.0  # Swin's logit offset between tokens that only the cyclic shift made neighbours
-
-
-def by_token(
-    f: Callable[[Float[Array, "s i"]], Float[Array, "s o"]], x: Float[Array, "... i"]
-) -> Float[Array, "... o"]:
-    """`f`, which treats every token alike, over flattened tokens.
-
-    The same numbers. On a CPU, XLA gets the kernel's gradient of a map (more than two axes) by
-    transposing it in memory first, which takes longer than the product.
-    """
-    return f(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def attend(
@@ -117,7 +104,7 @@ class WindowAttention(nnx.Module):
         padded = tuple(-(-size // window) * window for size in (height, width))
         by = tuple(0 if size <= window else shift for size in padded)
 
-        qkv = by_token(self.qkv, x)
+        qkv = self.qkv(x)
         if padded != (height, width):
             inside = (np.arange(padded[0]) < height)[:, None] & (np.arange(padded[1]) < width)
             margin = ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0))
@@ -143,7 +130,7 @@ class WindowAttention(nnx.Module):
         )
         if any(by):
             y = jnp.roll(y, by, axis=(1, 2))
-        return by_token(self.proj, y[:, :height, :width])
+        return self.proj(y[:, :height, :width])
 
 
 class Block(nnx.Module):
@@ -159,7 +146,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w d"], *, shift: int) -> Float[Array, "b h w d"]:
         x = x + self.attn(self.norm1(x), shift=shift)
-        return x + by_token(lambda x: self.fc2(gelu(self.fc1(x))), self.norm2(x))
+        return x + self.fc2(gelu(self.fc1(self.norm2(x))))
 
 
 class Pair(nnx.Module):
@@ -186,7 +173,7 @@ class PatchMerging(nnx.Module):
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 d2"]:
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
         x = rearrange(x, "b (h r) (w c) d -> b h w (c r d)", r=2, c=2)
-        return by_token(self.reduction, self.norm(x))
+        return self.reduction(self.norm(x))
 
 
 class Stage(nnx.Module):
@@ -251,7 +238,7 @@ class Swin(nnx.Module):
         patches = rearrange(
             pixels, "b (h r) (w c) k -> b h w (r c k)", r=self.patch_size, c=self.patch_size
         )
-        x = self.patch_norm(by_token(self.patch_embed, patches))
+        x = self.patch_norm(self.patch_embed(patches))
         outputs = []
         for stage in self.stages:
             x = stage(x)

@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from emollama_jax.batch import IGNORE
 from emollama_jax.config import Config
 from emollama_jax.models.eva_vit import EvaVit, normalise
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.layers import LayerNorm, Linear
 from emollama_jax.models.llama import Llama
+from emollama_jax.models.visual_tokens import merge
 
 LANDMARKS = 68
 # Left and right change places in a mirrored picture (iBUG 68 order).
@@ -124,7 +127,7 @@ class FaceLearner(nnx.Module):
             10 * (parts["landmarks"] + parts["heat"])
             + 5 * parts["pose"]
             + parts["attributes"]
-            + 0.2 * (parts["age"] + parts["gender"] + parts["race"])
+            + 0.5 * (parts["age"] + parts["gender"] + parts["race"])
         )
         return loss, parts
 
@@ -161,20 +164,53 @@ def augment(batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]
 
 
 class TextLearner(nnx.Module):
-    """The LLaMA on plain text: every token is predicted."""
+    """The LLaMA, answering questions about faces that it is told in action units.
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    The base of the real EMO-LLaMA, LLaMA-VID, has learned to read visual tokens; a LLaMA of text
+    alone has not. So a Linear writes each frame's true action units into the visual tokens' places.
+    """
+
+    def __init__(self, config: Config, units: int, *, rngs: nnx.Rngs):
         cfg = config.model.llama
         plain = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=0))
         self.tower = Llama(plain, rngs=rngs)
+        self.tokens = config.model.tokens_per_frame
+        self.told = Linear(
+            units,
+            self.tokens * cfg.width,
+            axes=("mlp", "embed"),
+            bias=True,
+            dtype="float32",
+            rngs=rngs,
+        )
+
+    def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """Float32 logits [B, T, V] of the next token."""
+        told = self.told(batch["action_units"])  # [B, M, tokens · D]
+        told = rearrange(told, "b m (n d) -> b m n d", n=self.tokens)
+        told = told * batch["shown"][:, None, :, None]
+        ids = batch["ids"]
+        embeds = merge(self.tower.embed(ids), ids, rearrange(told, "b m n d -> b (m n) d"))
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return self.tower.logits(self.tower(embeds, positions=positions).hidden)
 
     def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        ids = batch["ids"]
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden = self.tower(self.tower.embed(ids), positions=positions).hidden
-        nll = optax.softmax_cross_entropy_with_integer_labels(
-            self.tower.logits(hidden[:, :-1]), ids[:, 1:]
-        )
-        real = jnp.arange(1, ids.shape[1]) < batch["length"][:, None]
-        loss = jnp.sum(nll * real) / real.sum()
-        return loss, {"loss": loss}
+        logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
+        borne = labels != IGNORE
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        right = (logits.argmax(-1) == labels) & borne
+        loss = jnp.sum(nll * borne) / borne.sum()
+        return loss, {"loss": loss, "accuracy": right.sum() / borne.sum()}
+
+
+def blur(batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    """Action units as a tower would see them, and some of a frame's tokens kept empty.
+
+    What is learned later has to find only one of the places to be understood.
+    """
+    noise, dropped = jax.random.split(key)
+    units = batch["action_units"]
+    return batch | {
+        "action_units": units + 0.06 * jax.random.normal(noise, units.shape),
+        "shown": jax.random.bernoulli(dropped, 0.6, batch["shown"].shape).astype(jnp.float32),
+    }

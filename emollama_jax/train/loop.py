@@ -134,7 +134,6 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopSignals())
-        checkpoints = stack.enter_context(Checkpoints(out, cfg))
         data = make_train_iterator(
             cfg,
             open_priors=open_priors,
@@ -142,6 +141,7 @@ def fit(
             host_count=jax.process_count(),
         )
         stack.callback(data.close)
+        checkpoints = stack.enter_context(Checkpoints(out, cfg))
         machine = assemble(cfg, mesh, checkpoints=checkpoints, data=data, console=console)
         state = machine.state
         step = saved = int(state.step)

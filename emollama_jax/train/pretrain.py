@@ -6,11 +6,11 @@ towers trained here on `actionfaces` training identities alone:
 - the vision tower learns emotion and action-unit intensities from its mean patch,
 - FaceXFormer learns landmarks, head pose, age-gender-race and the determined CelebA attributes
   through its own heads,
-- the LLaMA learns the text of the instruction items.
+- the LLaMA learns to answer the instruction items, told the action units instead of pictures.
 
 Transformers this small learn slowly from one label a picture, so both picture networks also learn
 *where* each landmark is, from a heat map over their tokens (soft-argmax, Sun et al. 2018). The
-heads that the networks do not have are dropped afterwards.
+parts that the networks do not have are dropped afterwards.
 
 Each finished tower is a file; the same command again continues with the first that is missing.
 """
@@ -28,14 +28,24 @@ import optax
 from flax import nnx
 
 from emollama_jax.config import Config, TokenizerConfig
-from emollama_jax.data.actionfaces.action_units import EMOTIONS
+from emollama_jax.data.actionfaces.action_units import CLASS_SHARES, EMOTIONS
+from emollama_jax.data.actionfaces.courses import sample_course
 from emollama_jax.data.actionfaces.describe import conversation as describe
+from emollama_jax.data.actionfaces.identity import identities_of, make_identity
 from emollama_jax.data.instruct import category_item
+from emollama_jax.data.media import segment_indices
 from emollama_jax.data.pictures import Pictures, draw_pictures
-from emollama_jax.data.prompts import agr_sentence, build_training, read_turns, render
+from emollama_jax.data.prompts import (
+    Turn,
+    agr_sentence,
+    build_training,
+    read_turns,
+    render,
+    split_rounds,
+)
 from emollama_jax.data.tokenizers import load_tokenizer, train_bpe
 from emollama_jax.models import pretrained
-from emollama_jax.train.learners import FaceLearner, TextLearner, VisionLearner, augment
+from emollama_jax.train.learners import FaceLearner, TextLearner, VisionLearner, augment, blur
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +55,11 @@ class Plan:
     pictures: int = 36_000
     clips: int = 1_200  # whose frames join the pictures, without an emotion
     held_out: int = 1_000  # pictures of validation identities
-    vision_steps: int = 3_000
-    face_steps: int = 3_000
+    vision_steps: int = 2_500
+    face_steps: int = 2_500
     batch: int = 128
-    texts: int = 12_000
-    text_length: int = 256
-    llama_steps: int = 600
+    texts: int = 24_000
+    llama_steps: int = 800
     text_batch: int = 32
     learning_rate: float = 1.0e-3
     seed: int = 0
@@ -87,7 +96,7 @@ def fit(
             schedule,
             b2=0.98,
             weight_decay=0.02,
-            mask=jax.tree.map(lambda x: x.ndim > 1, state),
+            mask=jax.tree_util.tree_map_with_path(_decays, state),
         ),
     )
 
@@ -117,6 +126,12 @@ def fit(
             np.savez(partial, *map(np.asarray, jax.tree.leaves(both)), step=number)
             partial.replace(saved)  # whole or not at all
     nnx.update(learner, both[0])
+
+
+def _decays(path: Sequence[Any], leaf: Any) -> bool:
+    """Kernels alone: not norms, biases, embeddings or FaceXFormer's constant frequencies."""
+    names = [part.key for part in path if hasattr(part, "key")]
+    return names[-1] in ("kernel", "qkv")  # the latter is EVA-ViT's fused kernel
 
 
 def picture_batch(
@@ -282,25 +297,39 @@ def _face(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     }
 
 
-def _conversations(config: Config, plan: Plan, pictures: Pictures) -> Iterator[tuple[Any, str]]:
-    """(turns, AGR sentence) of instruction items: the text alone, without the pictures."""
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """An instruction item and the action units that it is about."""
+
+    turns: Sequence[Turn]  # one
+    agr: str
+    units: np.ndarray  # float32 [M, K]; M = 1 for an image
+
+
+def _tell(config: Config, plan: Plan, pictures: Pictures) -> Iterator[_Told]:
+    """Instruction items of training identities, without pictures: half images, half clips."""
     rng = np.random.Generator(np.random.PCG64([plan.seed, 3]))
     labelled = np.flatnonzero(pictures.emotion >= 0)
+    people = identities_of("train")
     for i in rng.choice(labelled, plan.texts):
-        kind = ("image", "clip")[int(rng.integers(2))]
-        emotion = int(pictures.emotion[i])
-        units = pictures.action_units[i]
-        if kind == "clip":  # any course serves: the text alone is learned
-            onset, offset = np.sort(rng.random(2))
-            course = np.interp(np.arange(16) / 15, [0, onset, offset, 1], [0, 1, 1, 0])
-            units = course[:, None] * units
-        conversation = (
-            describe(units, emotion, kind, rng)
-            if rng.random() < 0.8
+        if rng.random() < 0.5:
+            kind, emotion = "image", int(pictures.emotion[i])
+            units = pictures.action_units[i][None]
+            agr = tuple(map(int, pictures.agr[i]))
+        else:
+            kind, emotion = "clip", int(rng.choice(len(EMOTIONS), p=CLASS_SHARES["train"]))
+            person = make_identity(people[int(rng.integers(len(people)))])
+            units = sample_course(emotion, person, rng).units
+            agr = (person.age, person.gender, person.race)
+        item = (
+            describe(units[0] if kind == "image" else units, emotion, kind, rng)
+            if rng.random() < 0.5
             else category_item(EMOTIONS, emotion, kind)
         )
-        age, gender, race = map(int, pictures.agr[i])
-        agr = agr_sentence(
+        if kind == "clip":
+            units = units[segment_indices(len(units), segments=config.data.clip_frames, rng=rng)]
+        age, gender, race = agr
+        sentence = agr_sentence(
             kind=kind,
             age=age,
             gender=gender,
@@ -309,37 +338,48 @@ def _conversations(config: Config, plan: Plan, pictures: Pictures) -> Iterator[t
             threshold=0.3,
             race_labels=config.model.face.race_labels,
         )
-        yield read_turns(conversation), agr
+        pieces = split_rounds(read_turns(item), 1)
+        yield _Told(turns=pieces[rng.integers(len(pieces))], agr=sentence, units=units)
 
 
 def _llama(config: Config, plan: Plan, out: pathlib.Path, console: Any):
-    texts = list(_conversations(config, plan, _pictures(config, plan, out, console, "train")))
+    told = list(_tell(config, plan, _pictures(config, plan, out, console, "train")))
     vocabulary = train_bpe(
-        (piece for turns, agr in texts for piece in render(turns, agr=agr)),
+        (piece for item in told for piece in render(item.turns, agr=item.agr)),
         config.model.llama.vocab_size,
     )
     (out / "tiny_bpe.json").write_text(vocabulary)
     tokenizer = load_tokenizer(TokenizerConfig(kind="bpe", path=str(out / "tiny_bpe.json")))
+    per_frame, frames = config.model.tokens_per_frame, config.data.clip_frames
     encoded = [
         build_training(
-            turns, n_visual=0, agr=agr, tokenizer=tokenizer, text_length=plan.text_length
+            item.turns,
+            n_visual=len(item.units) * per_frame,
+            agr=item.agr,
+            tokenizer=tokenizer,
+            text_length=config.data.clip_text_length,
         )
-        for turns, agr in texts
+        for item in told
     ]
-    ids = np.stack([e.ids for e in encoded])
-    length = np.array([e.length for e in encoded], np.int32)
-    cut = int(len(ids) * 0.95)
+    everything = {
+        "ids": np.stack([e.ids for e in encoded]),
+        "labels": np.stack([e.labels for e in encoded]),
+        # An image's text asks for the first frame alone.
+        "action_units": np.stack([np.resize(x.units, (frames, x.units.shape[1])) for x in told]),
+        "shown": np.ones((len(told), per_frame), np.float32),
+    }
+    cut = int(len(told) * 0.97)
 
     def batch_of(step: int) -> dict[str, np.ndarray]:
         rng = np.random.Generator(np.random.PCG64([plan.seed, step]))
         at = rng.choice(cut, plan.text_batch, replace=False)
-        return {"ids": ids[at], "length": length[at]}
+        return {name: rows[at] for name, rows in everything.items()}
 
-    learner = TextLearner(config, rngs=nnx.Rngs(plan.seed + 2))
+    learner = TextLearner(config, told[0].units.shape[1], rngs=nnx.Rngs(plan.seed + 2))
     fit(
         learner,
         batch_of,
-        augment=lambda batch, key: batch,
+        augment=blur,
         steps=plan.llama_steps,
         learning_rate=2 * plan.learning_rate,
         seed=plan.seed,
@@ -347,6 +387,7 @@ def _llama(config: Config, plan: Plan, out: pathlib.Path, console: Any):
         report=_reporter("llama", plan.llama_steps, console),
     )
     graphdef, state = nnx.split(learner)
-    held = {"ids": ids[cut:], "length": length[cut:]}
-    loss = jax.jit(lambda s, b: nnx.merge(graphdef, s).loss(b)[0])(state, held)
-    return learner.tower, {"held_out_loss": float(loss), "n": len(ids) - cut}
+    held = {name: rows[cut:] for name, rows in everything.items()}
+    _, parts = jax.jit(lambda s, b: nnx.merge(graphdef, s).loss(b))(state, held)
+    metrics = {f"held_out_{name}": float(value) for name, value in parts.items()}
+    return learner.tower, metrics | {"n": len(told) - cut}

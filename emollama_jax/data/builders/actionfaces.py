@@ -129,9 +129,7 @@ def prepare(
     Returns:
         The folder of the prepared config.
     """
-    if config_name not in SIZES:
-        known = ", ".join(SIZES)
-        raise UserError(f"{NAME}: unknown config {config_name!r}; choose one of {known}")
+    _check(config_name)
     sizes = {**SIZES[config_name], **(sizes or {})}
     for split, count in sizes.items():
         if split not in SPLITS:
@@ -169,6 +167,12 @@ def prepare(
     return folder
 
 
+def _check(config_name: str) -> None:
+    if config_name not in SIZES:
+        known = ", ".join(SIZES)
+        raise UserError(f"{NAME}: unknown config {config_name!r}; choose one of {known}")
+
+
 def _settings(folder: Path) -> dict[str, int] | None:
     """Returns sizes, seed and picture size of a prepared folder, None if there is none."""
     if not (folder / "dataset_info.json").exists():
@@ -180,4 +184,5 @@ def _settings(folder: Path) -> dict[str, int] | None:
 
 def open_split(data_dir: str | Path, config_name: str, split: str) -> Sequence[Mapping[str, Any]]:
     """Opens a prepared split of "images" or "clips": lazy, random access, picklable."""
+    _check(config_name)
     return schema.open_prepared(data_dir, f"{NAME}/{config_name}", VERSION, split)
