@@ -41,7 +41,9 @@ def prepared(tmp_path_factory):
 def test_pictures_survive_the_round_trip(prepared):
     folder, _ = prepared
     source = actionfaces.open_split(folder, "images", "test")
-    assert len(source) == 3
+    assert [example["id"] for example in source] == [f"test-{index:06d}" for index in range(3)]
+    with pytest.raises(IndexError, match="example 3 of a split of 3"):
+        source[3]
     for index in (2, 0):
         example, drawn = source[index], sample_image("test", index)
         assert example["id"] == f"test-{index:06d}" and example["kind"] == "image"

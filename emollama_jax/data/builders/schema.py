@@ -109,5 +109,7 @@ class Split(Sequence):
         return len(self._source)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if not 0 <= index < len(self):  # TFDS raises ValueError, at which a for loop does not end
+            raise IndexError(f"example {index} of a split of {len(self)}")
         example = self._source[index]
         return {**example, **{name: example[name].decode() for name in TEXTS}}
