@@ -74,7 +74,7 @@ def make_page(
         id="grace_hopper.jpg",
         frames=[photo["picture"]],
         landmarks=[photo["landmarks"]],
-        label="a real photograph",
+        label=None,
         predicted="a real photograph",
         text=f"MTCNN found the face: box {photo['box']}.",
     )

@@ -166,6 +166,15 @@ def test_wrong_answers_are_marked_and_only_those(full):
     assert text.count("✓ fear") == 2
 
 
+def test_a_picture_without_a_label_is_not_judged(full):
+    photo = dataclasses.replace(item("a photograph"), label=None)
+    text = report.render(dataclasses.replace(full, pictures=[photo], clips=[]))
+    page = Page(text)
+    assert (page.count("figure", "item"), page.count("figure", "wrong")) == (1, 0)
+    assert "a photograph</span>" in text
+    assert not any(mark in text for mark in ("✓", "✗", "(true: "))
+
+
 def test_text_from_outside_is_text(full):
     evil = '<script>alert("1")</script>'
     changed = dataclasses.replace(

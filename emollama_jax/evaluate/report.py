@@ -48,7 +48,7 @@ class Item:
     id: str
     frames: Sequence[np.ndarray]  # uint8 [h, w, 3]
     landmarks: Sequence[np.ndarray | None]  # float [68, 2] of each frame, pixels; None: no face
-    label: str
+    label: str | None  # None: nothing is judged, `predicted` is what stands below it
     predicted: str | None
     text: str  # the model's sentence
 
@@ -175,17 +175,20 @@ def _gallery(items: Sequence[Item], style: str) -> str:
 
 
 def _item(item: Item) -> str:
-    right = item.predicted == item.label
     answer = item.predicted or "no class named"
-    verdict = (
-        f'<span class="good">✓ {escape(answer)}</span>'
-        if right
-        else f'<span class="bad">✗ {escape(answer)}</span> '
-        f'<span class="true">(true: {escape(item.label)})</span>'
-    )
-    alt = f"{item.id}: true {item.label}, answered {answer}"
+    wrong, alt = False, f"{item.id}: true {item.label}, answered {answer}"
+    if item.label is None:
+        verdict, alt = f"<span>{escape(answer)}</span>", f"{item.id}: {answer}"
+    elif item.predicted == item.label:
+        verdict = f'<span class="good">✓ {escape(answer)}</span>'
+    else:
+        wrong = True
+        verdict = (
+            f'<span class="bad">✗ {escape(answer)}</span> '
+            f'<span class="true">(true: {escape(item.label)})</span>'
+        )
     return (
-        f'<figure class="item{"" if right else " wrong"}" title="{escape(item.id)}">'
+        f'<figure class="item{" wrong" if wrong else ""}" title="{escape(item.id)}">'
         f"{charts.faces(item.frames, item.landmarks, alt=alt)}"
         f"<figcaption>{verdict}<blockquote>{escape(item.text)}</blockquote></figcaption></figure>"
     )
