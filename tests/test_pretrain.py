@@ -1,4 +1,4 @@
-"""Augmentation and the small training loop of `emollama pretrain`."""
+"""`emollama pretrain`: augmentation, its small training loop, and what the LLaMA is told."""
 
 import dataclasses
 import functools
