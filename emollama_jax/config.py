@@ -41,7 +41,8 @@ class LoraConfig:
 class LlamaConfig:
     """LLaMA / Vicuna decoder (`transformers` `LlamaConfig`, renamed to axis words)."""
 
-    vocab_size: int  # rows of the embedding, padding included
+    vocab_size: int  # the tokenizer's ids
+    vocab_multiple: int  # embedding and head are padded to a multiple of it, for the mesh
     width: int
     mlp_width: int
     layers: int
@@ -55,6 +56,11 @@ class LlamaConfig:
     dtype: DType
     remat: Remat
     lora: LoraConfig
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and columns of the head, padding included."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @_config

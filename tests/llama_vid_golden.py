@@ -19,8 +19,7 @@ from emollama_jax.models.llama import Llama
 from emollama_jax.models.qformer import QFormer
 from emollama_jax.models.visual_tokens import VisualTokens, merge
 from tools.convert_torch import engine
-from tools.convert_torch.llama_vid import IGNORE as IGNORED_KEYS
-from tools.convert_torch.llama_vid import llama_vid
+from tools.convert_torch.llama_vid import BUFFERS, llama_vid
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 WHOLE, LAYER = 5e-5, 1e-5  # tolerances, relative to the largest value
@@ -31,6 +30,7 @@ HOW = {"dtype": "float32", "remat": "none"}
 
 TINY_LLAMA = LlamaConfig(
     vocab_size=200,
+    vocab_multiple=1,
     width=48,
     mlp_width=96,
     layers=2,
@@ -122,8 +122,8 @@ class LlamaVid(nnx.Module):
 def build(llama: LlamaConfig, vision: EvaVitConfig, qformer: QFormerConfig, tensors) -> LlamaVid:
     """The networks, filled from a state dict through the weight table."""
     model = nnx.eval_shape(lambda: LlamaVid(llama, vision, qformer))
-    rows = llama_vid(qformer.cross_attention_every)
-    engine.assign(model, tensors, rows, ignore=IGNORED_KEYS)
+    rows = llama_vid(llama, qformer.cross_attention_every)
+    engine.assign(model, tensors, rows, ignore=BUFFERS)
     return model
 
 

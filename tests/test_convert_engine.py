@@ -11,7 +11,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
 from tools.convert_torch import engine
 from tools.convert_torch.engine import PATCHES, QKV, SAME, TRANSPOSE, Row, drop_leading
-from tools.convert_torch.llama_vid import IGNORE, KEEP, llama_vid
+from tools.convert_torch.llama_vid import BUFFERS, KEEP, llama_vid
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_transforms_invert(transform, shape, ours):
 def test_round_trip_is_bit_identical():
     """State dict → model → state dict, every key but the buffers."""
     wanted = lv.tiny_state_dict()
-    rows = llama_vid(lv.TINY_QFORMER.cross_attention_every)
+    rows = llama_vid(lv.TINY_LLAMA, lv.TINY_QFORMER.cross_attention_every)
     got = engine.extract(lv.tiny_model(), rows)
     buffers = set(wanted) - set(got)
     assert all(key.endswith(("inv_freq", "position_ids")) for key in buffers) and buffers
@@ -96,7 +96,7 @@ def test_one_error_names_everything_and_changes_nothing():
     assert [line.strip() for line in lines[1:]] == [
         "layer.1.w: shape (3, 4) gives (4, 3) by transpose, stacked wants (3, 4)",
         "layer.3.w: missing (for stacked)",
-        "v: dtype int64, wanted a floating-point one",
+        "v: dtype int64, wanted float32 or float16 or bfloat16",
         "no/such/leaf: in the table, but not in the model",
         "vector: filled by more than one row",
         "adapter: no row of the table fills it",
@@ -134,14 +134,14 @@ def test_extract_refuses_a_table_of_another_model():
 def test_llama_vid_ignores_buffers_only():
     """Nothing that trains is ignored, and every pattern is of use."""
     keys = list(lv.tiny_state_dict())
-    rows = llama_vid(2)
+    rows = llama_vid(lv.TINY_LLAMA, 2)
     leaves = lv.parameters(lv.tiny_model())
     read = {key for row in rows for key in row.keys(leaves[row.path].shape)}
     ignored = [key for key in keys if key not in read]
-    for pattern in IGNORE:
-        assert any(engine._matches(key, {pattern: ""}) for key in ignored)
-    assert not any(engine._matches(key, IGNORE) for key in read)
-    assert not any(engine._matches(row.path, KEEP) for row in rows)
+    for pattern in BUFFERS:
+        assert any(engine.matches_any(key, {pattern: ""}) for key in ignored)
+    assert not any(engine.matches_any(key, BUFFERS) for key in read)
+    assert not any(engine.matches_any(row.path, KEEP) for row in rows)
 
 
 @pytest.mark.parametrize("name", ["tiny", "emollama_7b", "emollama_13b"])
@@ -149,7 +149,7 @@ def test_llama_vid_covers_the_assembled_model(name):
     """Every leaf is filled once or kept for a reason; every row has its leaf."""
     cfg = config.load(name).model
     leaves = set(lv.parameters(nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))))
-    paths = [row.path for row in llama_vid(cfg.qformer.cross_attention_every)]
+    paths = [row.path for row in llama_vid(cfg.llama, cfg.qformer.cross_attention_every)]
     assert len(paths) == len(set(paths))
-    assert leaves - set(paths) == {path for path in leaves if engine._matches(path, KEEP)}
+    assert leaves - set(paths) == {path for path in leaves if engine.matches_any(path, KEEP)}
     assert set(paths) <= leaves

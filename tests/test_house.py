@@ -18,7 +18,7 @@ from emollama_jax.sharding.rules import FSDP_TENSOR
 # Which part of the package may import which other. `models` and `data` do not know each other;
 # they meet in `batch`. Nothing imports `cli`.
 BASE = {"errors", "config", "batch"}
-LOWER = BASE | {"models", "data", "sharding", "checkpoint"}
+LOWER = BASE | {"models", "data", "sharding", "weights", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "models": BASE,
     "sharding": BASE,
     "data": BASE,
-    "checkpoint": BASE | {"models", "sharding"},
+    "weights": BASE,
+    "checkpoint": BASE | {"models", "sharding", "weights"},
     "faces": LOWER,
     "generate": LOWER,
     "train": LOWER | {"faces"},

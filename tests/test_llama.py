@@ -71,7 +71,7 @@ def reference(cfg, seed=0):
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
     ours = nnx.eval_shape(lambda: Holder(cfg))
     tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    engine.assign(ours, tensors, llama_rows(), ignore={})
+    engine.assign(ours, tensors, llama_rows(cfg), ignore={})
     return torch, theirs, ours.llama
 
 

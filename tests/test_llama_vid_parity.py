@@ -219,6 +219,7 @@ BASE = {
 CHANGES = {
     "llama": {
         "vocab_size": 208,
+        "vocab_multiple": 64,
         "width": 60,
         "mlp_width": 80,
         "layers": 3,

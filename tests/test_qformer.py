@@ -14,6 +14,7 @@ from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models.qformer import QFormer
 from tools.convert_torch import engine
+from tools.convert_torch.llama_vid import INSTRUCT_BLIP
 from tools.convert_torch.llama_vid import qformer as qformer_rows
 
 CFG = lv.TINY_QFORMER
@@ -81,11 +82,9 @@ def test_transformers(layers, every, tolerance):
             attn_implementation="eager",
         )
     ).eval()
+    rows = [row for row in qformer_rows(every, INSTRUCT_BLIP) if row.torch.startswith("qformer.")]
     tensors = {
-        key.removeprefix("bert.")
-        .replace(".self.", ".attention.")
-        .replace("embeddings.LayerNorm", "embeddings.layernorm"): value
-        for key, value in engine.extract(ours, qformer_rows(every, prefix="")).items()
+        key.removeprefix("qformer."): value for key, value in engine.extract(ours, rows).items()
     }
     theirs.load_state_dict(
         {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}

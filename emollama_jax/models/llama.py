@@ -129,13 +129,13 @@ class Llama(nnx.Module):
             )
         self.cfg = cfg
         self.embed_tokens = param(
-            small_normal, (cfg.vocab_size, cfg.width), ("vocab", "embed"), rngs=rngs
+            small_normal, (cfg.vocab_rows, cfg.width), ("vocab", "embed"), rngs=rngs
         )
         self.layers = stack(lambda rngs: LlamaLayer(cfg, rngs=rngs), cfg.layers, rngs=rngs)
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
         self.lm_head = Linear(
             cfg.width,
-            cfg.vocab_size,
+            cfg.vocab_rows,
             axes=("embed", "vocab"),
             bias=False,
             dtype=cfg.dtype,
@@ -147,7 +147,9 @@ class Llama(nnx.Module):
 
         An id beyond the vocabulary gives NaN, so that it cannot pass unseen.
         """
-        rows = jnp.take(self.embed_tokens[...], jnp.maximum(ids, 0), axis=0, mode="fill")
+        known = ids < self.cfg.vocab_size  # and not a row of padding
+        index = jnp.where(known, jnp.maximum(ids, 0), self.cfg.vocab_rows)
+        rows = jnp.take(self.embed_tokens[...], index, axis=0, mode="fill")
         return rows.astype(self.cfg.dtype)
 
     def __call__(
@@ -189,8 +191,14 @@ class Llama(nnx.Module):
         return LlamaOutput(hidden=self.norm(x), cache=cache)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Float32 logits of the next token; `hidden` may be any choice of positions."""
+        """Float32 logits of the next token; `hidden` may be any choice of positions.
+
+        V is `vocab_rows`; the padding's logits are −∞: it has no probability and is never chosen.
+        """
         # The product's float32 sums are kept: logits in bfloat16 would cost the loss digits.
         kernel = self.lm_head.kernel.astype(self.cfg.dtype)
         hidden = hidden.astype(self.cfg.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        if self.cfg.vocab_rows == self.cfg.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(self.cfg.vocab_rows) < self.cfg.vocab_size, logits, -jnp.inf)

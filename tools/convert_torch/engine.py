@@ -1,27 +1,42 @@
 """Weight tables between PyTorch state dicts and our modules, read in both directions.
 
-A table is a list of `Row`s; each says which PyTorch keys make one leaf of ours, and how. `assign`
-fills a module by a table, `extract` is its exact inverse. Both work on NumPy arrays.
+A table is a list of `Row`s; each says which PyTorch keys make one leaf of ours, and how. `match`
+lays a table between a model's leaves and a file's tensors and finds all that is wrong; what it
+gives is read leaf by leaf. `emit` goes the other way, tensor by tensor.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from emollama_jax.errors import UserError
+from tools.convert_torch.files import PICKLED, Tensor, in_memory
+
+BLOCK = 256  # rows and columns of a matrix that are transposed at once
+READERS = 4  # threads that bring tensors into our layout; NumPy lets go of the lock meanwhile
+FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 @dataclass(frozen=True)
 class Transform:
-    """An invertible change of layout, for one layer's tensor."""
+    """An invertible change of layout, for one layer's tensor.
+
+    Attributes:
+        name: for messages.
+        to_ours: raises ValueError where shape or values do not fit. A row of several paths gives
+            its leaves along a first axis.
+        to_torch: its inverse.
+    """
 
     name: str
-    to_ours: Callable[[np.ndarray], np.ndarray]  # raises ValueError where the shape does not fit
+    to_ours: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
 
 
@@ -53,6 +68,40 @@ def _qkv_to_ours(x: np.ndarray) -> np.ndarray:
     return x.T.reshape(x.shape[1], 3, -1)
 
 
+def _qv_to_ours(x: np.ndarray) -> np.ndarray:
+    if x.ndim != 1 or x.shape[0] % 3:
+        raise ValueError(f"{x.shape} does not hold q, k and v")
+    q, k, v = x.reshape(3, -1)
+    if k.any():
+        raise ValueError("the bias of k is not zero; EVA-ViT has none")
+    return np.stack([q, v])
+
+
+def vocabulary(ids: int, rows: int, *, transposed: bool) -> Transform:
+    """A vocabulary of `ids` entries, torch [ids, D], padded with zeros to `rows` in ours.
+
+    Args:
+        ids: of the tokenizer.
+        rows: that our leaf has, at least `ids`.
+        transposed: ours is [D, rows], as an output layer, instead of [rows, D].
+    """
+
+    def to_ours(x: np.ndarray) -> np.ndarray:
+        if x.ndim != 2 or x.shape[0] != ids:
+            raise ValueError(f"{x.shape} is not a vocabulary of {ids}")
+        if rows > ids:
+            whole = np.zeros((rows, x.shape[1]), x.dtype)
+            whole[:ids] = x
+            x = whole
+        return x.T if transposed else x
+
+    def to_torch(x: np.ndarray) -> np.ndarray:
+        return (x.T if transposed else x)[:ids]
+
+    name = "transpose" if transposed else "same"
+    return Transform(f"{name}, {rows - ids} rows of padding", to_ours, to_torch)
+
+
 SAME = Transform("same", lambda x: x, lambda x: x)
 TRANSPOSE = Transform("transpose", np.transpose, np.transpose)  # Linear: [out, in], ours [in, out]
 PATCHES = Transform(  # convolution whose stride is its size: [D, 3, p, p], ours [p·p·3, D]
@@ -61,21 +110,26 @@ PATCHES = Transform(  # convolution whose stride is its size: [D, 3, p, p], ours
 QKV = Transform(  # fused q, k, v: [3·D, D], ours [D, 3, D]
     "qkv", _qkv_to_ours, lambda x: x.reshape(x.shape[0], -1).T
 )
+QV_BIAS = Transform(  # bias of fused q, k, v with nothing for k: [3·D], ours [2, D]
+    "qv_bias",
+    _qv_to_ours,
+    lambda x: np.concatenate([x[0], np.zeros_like(x[0]), x[1]]),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One leaf of ours.
+    """One leaf of ours, or several that one tensor holds.
 
     Attributes:
         torch: key, e.g. "model.layers.{i}.mlp.up_proj.weight"; `{i}` runs over our first axis.
-        path: of the leaf, e.g. "llama/layers/up_proj/kernel".
+        path: of the leaf, e.g. "llama/layers/up_proj/kernel", or of each leaf.
         transform: from one torch tensor to one layer of the leaf.
         first, stride: our j-th layer is torch's `first + stride · j`.
     """
 
     torch: str
-    path: str
+    path: str | tuple[str, ...]
     transform: Transform = SAME
     first: int = 0
     stride: int = 1
@@ -84,6 +138,10 @@ class Row:
     def stacked(self) -> bool:
         return "{i}" in self.torch
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
     def keys(self, shape: Sequence[int]) -> list[str]:
         """The torch keys that make a leaf of this shape, in order."""
         if not self.stacked:
@@ -91,6 +149,17 @@ class Row:
         return [
             self.torch.replace("{i}", str(self.first + self.stride * j)) for j in range(shape[0])
         ]
+
+    def matches(self, key: str) -> bool:
+        """Whether a torch key is one that some model's leaf of this row would have."""
+        start, number, end = self.torch.partition("{i}")
+        if not number:
+            return key == self.torch
+        middle = key[len(start) : len(key) - len(end)]
+        if not (key.startswith(start) and key.endswith(end) and middle.isdigit()):
+            return False
+        index = int(middle) - self.first
+        return index >= 0 and index % self.stride == 0
 
 
 def linear(torch: str, path: str, *, bias: bool, **numbering: int) -> list[Row]:
@@ -107,6 +176,130 @@ def norm(torch: str, path: str, **numbering: int) -> list[Row]:
     ]
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of ours and the tensors that make it, one for each layer; nothing is read yet."""
+
+    path: str
+    shape: tuple[int, ...]
+    row: Row
+    keys: tuple[str, ...]
+    parts: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is read."""
+        return sum(part.nbytes for part in self.parts) // len(self.row.paths)
+
+    def read(self, dtype: np.dtype, window: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A window of the leaf, the whole by default, in our layout.
+
+        Raises:
+            UserError: a value that the row's transform refuses.
+        """
+        window = (slice(None),) * len(self.shape) if window is None else window
+        out = np.empty(
+            [len(range(n)[cut]) for n, cut in zip(self.shape, window, strict=True)], dtype
+        )
+        if self.row.stacked:
+            layers = list(enumerate(range(self.shape[0])[window[0]]))
+            into, cut = out, window[1:]
+        else:
+            layers, into, cut = [(0, 0)], out[None], window
+
+        def fill(slot: int, layer: int) -> None:
+            try:
+                part = self.row.transform.to_ours(self.parts[layer].read())
+            except ValueError as error:
+                name = self.row.transform.name
+                raise UserError(f"{self.keys[layer]}: {name}: {error}") from None
+            if len(self.row.paths) > 1:
+                part = part[self.row.paths.index(self.path)]
+            _copy(into[slot], part[cut])
+
+        # One file after the other: of PyTorch's own files only one is open.
+        for file in dict.fromkeys(self.parts[layer].file for _, layer in layers):
+            mine = [pair for pair in layers if self.parts[pair[1]].file == file]
+            with ThreadPoolExecutor(READERS) as pool:
+                list(pool.map(lambda pair: fill(*pair), mine))
+        PICKLED.release()
+        return out
+
+
+def match(
+    leaves: Mapping[str, Sequence[int]],
+    tensors: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    *,
+    ignore: Mapping[str, str],
+    keep: Mapping[str, str] | None = None,
+) -> tuple[list[Leaf], list[str]]:
+    """Lays a table between a model's leaves and the tensors of a file.
+
+    Args:
+        leaves: our leaves' shapes by path.
+        tensors: by torch key.
+        rows: the table.
+        ignore: torch keys that are not read: a pattern of the whole key → the reason.
+        keep: our leaves that keep their values: a pattern of the whole path → the reason.
+
+    Returns:
+        What to read, and all that is wrong, one line each: keys without a row, leaves without a
+        key, wrong shapes and dtypes, rows without a leaf.
+    """
+    problems: list[str] = []
+    used: set[str] = set()
+    filled: dict[str, Leaf] = {}
+    for row in rows:
+        absent = [path for path in row.paths if path not in leaves]
+        twice = [path for path in row.paths if path in filled]
+        problems += [f"{path}: in the table, but not in the model" for path in absent]
+        problems += [f"{path}: filled by more than one row" for path in twice]
+        if absent or twice:
+            continue
+        shape = tuple(leaves[row.paths[0]])
+        keys, parts = row.keys(shape), []
+        for key in keys:
+            if key in used:
+                problems.append(f"{key}: read by more than one row")
+            used.add(key)
+            if key not in tensors:
+                problems.append(f"{key}: missing (for {', '.join(row.paths)})")
+                continue
+            parts.append(tensors[key])
+            wanted = shape[1:] if row.stacked else shape
+            if problem := _problem(row, tensors[key], wanted):
+                problems.append(f"{key}: {problem}")
+        for path in row.paths:
+            filled[path] = Leaf(path, shape, row, tuple(keys), tuple(parts))
+    problems += [
+        f"{path}: no row of the table fills it"
+        for path in leaves
+        if path not in filled and not matches_any(path, keep or {})
+    ]
+    problems += [
+        f"{key}: no row of the table reads it"
+        for key in tensors
+        if key not in used and not matches_any(key, ignore)
+    ]
+    return list(filled.values()), problems
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises one error that lists all problems, if there are any.
+
+    Raises:
+        UserError: there are.
+    """
+    if problems:
+        number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        lines = "\n  ".join(problems)
+        raise UserError(
+            f"the weights do not fit the model ({number}; is it another size or another source?):"
+            f"\n  {lines}"
+        )
+
+
 def assign(
     module: nnx.Module,
     tensors: Mapping[str, np.ndarray],
@@ -119,59 +312,37 @@ def assign(
 
     Args:
         module: concrete, or abstract from `nnx.eval_shape`.
-        tensors: the state dict.
-        rows: the table.
-        ignore: torch keys that are not read: a pattern of the whole key → the reason.
-        keep: our leaves that keep their values: a pattern of the whole path → the reason.
+        tensors: the state dict, in memory.
+        rows, ignore, keep: as of `match`.
 
     Raises:
-        UserError: all that is wrong, one line each: keys without a row, leaves without a key,
-            wrong shapes and dtypes, rows without a leaf.
+        UserError: all that is wrong, one line each.
     """
     leaves = _leaves(module)
-    problems: list[str] = []
-    used: set[str] = set()
-    filled: dict[str, list[np.ndarray]] = {}
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    held = {key: in_memory(np.asarray(value)) for key, value in tensors.items()}
+    found, problems = match(shapes, held, rows, ignore=ignore, keep=keep)
+    refuse(problems)
+    values = [leaf.read(leaves[leaf.path].dtype) for leaf in found]
+    for leaf, value in zip(found, values, strict=True):
+        leaves[leaf.path].set_value(jnp.asarray(value))
+
+
+def emit(
+    leaf: Callable[[str], np.ndarray], rows: Sequence[Row]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The torch tensors of a table with their keys, one after the other.
+
+    Args:
+        leaf: gives a leaf of ours by its path.
+        rows: the table.
+    """
     for row in rows:
-        leaf = leaves.get(row.path)
-        if leaf is None:
-            problems.append(f"{row.path}: in the table, but not in the model")
-            continue
-        if row.path in filled:
-            problems.append(f"{row.path}: filled by more than one row")
-            continue
-        parts = filled[row.path] = []
-        for key in row.keys(leaf.shape):
-            if key in used:
-                problems.append(f"{key}: read by more than one row")
-            used.add(key)
-            if key not in tensors:
-                problems.append(f"{key}: missing (for {row.path})")
-                continue
-            wanted = leaf.shape[1:] if row.stacked else leaf.shape
-            problem, part = _part(row, tensors[key], wanted)
-            parts.append(part)
-            problems += [f"{key}: {problem}"] if problem else []
-    problems += [
-        f"{path}: no row of the table fills it"
-        for path in leaves
-        if path not in filled and not _matches(path, keep or {})
-    ]
-    problems += [
-        f"{key}: no row of the table reads it"
-        for key in tensors
-        if key not in used and not _matches(key, ignore)
-    ]
-    if problems:
-        lines = "\n  ".join(problems)
-        raise UserError(
-            f"the weights do not fit the model ({len(problems)} problems; is it another size or "
-            f"another source?):\n  {lines}"
-        )
-    stacked = {row.path for row in rows if row.stacked}
-    for path, parts in filled.items():
-        value = np.stack(parts) if path in stacked else parts[0]
-        leaves[path].set_value(jnp.asarray(value, leaves[path].dtype))
+        values = [leaf(path) for path in row.paths]
+        for j, key in enumerate(row.keys(values[0].shape)):
+            layers = [value[j] if row.stacked else value for value in values]
+            layer = layers[0] if len(layers) == 1 else np.stack(layers)
+            yield key, np.ascontiguousarray(row.transform.to_torch(layer))
 
 
 def extract(module: nnx.Module, rows: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -181,34 +352,45 @@ def extract(module: nnx.Module, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         UserError: a row of the table names a leaf that the model does not have.
     """
     leaves = _leaves(module)
-    absent = [row.path for row in rows if row.path not in leaves]
+    absent = [path for row in rows for path in row.paths if path not in leaves]
     if absent:
         raise UserError(f"not in the model, but in the table: {', '.join(absent)}")
-    tensors = {}
-    for row in rows:
-        value = np.asarray(leaves[row.path][...])
-        layers = value if row.stacked else [value]
-        for key, layer in zip(row.keys(value.shape), layers, strict=True):
-            tensors[key] = np.ascontiguousarray(row.transform.to_torch(layer))
-    return tensors
+    return dict(emit(lambda path: np.asarray(leaves[path][...]), rows))
 
 
-def _part(row: Row, tensor: np.ndarray, wanted: Sequence[int]) -> tuple[str, np.ndarray]:
-    """What is wrong with a tensor, or "", and the tensor in our layout."""
-    name = row.transform.name
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        return f"dtype {tensor.dtype}, wanted a floating-point one", tensor
-    try:
-        part = row.transform.to_ours(tensor)
-    except ValueError as error:
-        return f"{name}: {error} (for {row.path})", tensor
-    if part.shape != tuple(wanted):
-        return f"shape {tensor.shape} gives {part.shape} by {name}, {row.path} wants {wanted}", part
-    return "", part
-
-
-def _matches(name: str, patterns: Mapping[str, str]) -> bool:
+def matches_any(name: str, patterns: Mapping[str, str]) -> bool:
+    """Whether one of the patterns matches a whole key or path."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _problem(row: Row, tensor: Tensor, wanted: Sequence[int]) -> str:
+    """What is wrong with a tensor's dtype or shape, or ""; nothing is read."""
+    name, path = row.transform.name, ", ".join(row.paths)
+    if tensor.dtype not in FLOATS:
+        known = " or ".join(str(dtype) for dtype in FLOATS)
+        return f"dtype {tensor.dtype}, wanted {known}"
+    # Its shape is tried on zeros that take no memory.
+    empty = np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)
+    try:
+        shape = row.transform.to_ours(empty).shape
+    except ValueError as error:
+        return f"{name}: {error} (for {path})"
+    if len(row.paths) > 1:
+        shape = shape[1:]
+    if shape != tuple(wanted):
+        return f"shape {tensor.shape} gives {shape} by {name}, {path} wants {tuple(wanted)}"
+    return ""
+
+
+def _copy(into: np.ndarray, part: np.ndarray) -> None:
+    """Copies and casts. A transposed matrix goes in blocks: whole rows would miss every cache."""
+    if part.ndim != 2 or part.flags.c_contiguous:
+        into[...] = part
+        return
+    for top in range(0, part.shape[0], BLOCK):
+        for left in range(0, part.shape[1], BLOCK):
+            block = (slice(top, top + BLOCK), slice(left, left + BLOCK))
+            into[block] = part[block]
 
 
 def _leaves(module: nnx.Module) -> dict[str, nnx.Param]:

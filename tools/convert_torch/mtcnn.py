@@ -1,23 +1,18 @@
-"""MTCNN's weight table, and how the package's `mtcnn.safetensors` was made.
+"""MTCNN's weight table, for the three files of facenet-pytorch's wheel.
+
+How the package's `mtcnn.safetensors` was made:
 
     pip download --no-deps facenet-pytorch==2.6.0 && unzip facenet_pytorch-2.6.0-*.whl
-    python -m tools.convert_torch.mtcnn facenet_pytorch/data mtcnn.safetensors
-
-The three files are plain state dicts; they are read with `weights_only=True` and checked against
-the SHA-256 sums of the release.
+    python -m tools.convert_torch mtcnn --src facenet_pytorch/data --out mtcnn
+    python -m tools.convert_torch export ours --src mtcnn --out mtcnn.safetensors
 """
 
-import argparse
 import hashlib
 import pathlib
+from collections.abc import Sequence
 
-import numpy as np
-from flax import nnx
-
-from emollama_jax.errors import UserError
-from emollama_jax.models.mtcnn import Mtcnn
-from emollama_jax.models.pretrained import save
-from tools.convert_torch.engine import Row, Transform, assign, linear
+from tools.convert_torch.engine import Row, Transform, linear
+from tools.convert_torch.files import Opened
 
 SHA256 = {
     "pnet": "a2a71925e0b9996a42f63e47efc1ca19043e69558b5c523b978d611dfae49c8f",
@@ -38,53 +33,37 @@ LAYERS = {  # network → (convolutions, dense layers, PReLUs)
 }
 
 
-def table(network: str) -> list[Row]:
-    """The rows of one network, keys as in its file, paths as in that network's module."""
+def table(network: str, *, torch: str = "", path: str = "") -> list[Row]:
+    """The rows of one network, behind the prefixes `torch` and `path`."""
     convolutions, dense, slopes = LAYERS[network]
     rows = []
     for name in convolutions:
-        rows += [Row(f"{name}.weight", f"{name}/kernel", CONV), Row(f"{name}.bias", f"{name}/bias")]
+        rows.append(Row(f"{torch}{name}.weight", f"{path}{name}/kernel", CONV))
+        rows.append(Row(f"{torch}{name}.bias", f"{path}{name}/bias"))
     for name in dense:
-        rows += linear(name, name, bias=True)
-    return rows + [Row(f"prelu{i}.weight", f"prelu{i}/slope") for i in range(1, slopes + 1)]
+        rows += linear(f"{torch}{name}", f"{path}{name}", bias=True)
+    for i in range(1, slopes + 1):
+        rows.append(Row(f"{torch}prelu{i}.weight", f"{path}prelu{i}/slope"))
+    return rows
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The state dict of one of the release's files.
-
-    Raises:
-        UserError: absent, or not the release's bytes.
-    """
-    import torch
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; wanted facenet_pytorch/data/{path.name}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256[path.stem]:
-        raise UserError(f"{path}: SHA-256 {found}, wanted {SHA256[path.stem]} of release 2.6.0")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: tensor.numpy() for key, tensor in state.items()}
+def mtcnn() -> list[Row]:
+    """All three, their keys behind the name of their file."""
+    return [row for name in LAYERS for row in table(name, torch=f"{name}.", path=f"{name}/")]
 
 
-def convert(folder: pathlib.Path) -> Mtcnn:
-    """MTCNN with the weights of the release's data folder."""
-    mtcnn = Mtcnn(rngs=nnx.Rngs(0))
-    for network in LAYERS:
-        state = read(folder / f"{network}.pt")
-        assign(getattr(mtcnn, network), state, table(network), ignore={})
-    return mtcnn
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=pathlib.Path, help="facenet_pytorch/data of the wheel")
-    parser.add_argument("out", type=pathlib.Path, help="the .safetensors file to write")
-    arguments = parser.parse_args()
-    try:
-        save(convert(arguments.folder), arguments.out, dtype="float32")
-    except UserError as error:
-        parser.exit(2, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
+def open_three(paths: Sequence[pathlib.Path]) -> Opened:
+    """Opens `pnet.pt`, `rnet.pt` and `onet.pt`, named one by one or by their folder."""
+    opened = Opened()
+    for path in paths:
+        files = [path / f"{name}.pt" for name in LAYERS] if path.is_dir() else [path]
+        for file in files:
+            if file.stem not in LAYERS:
+                opened.problems.append(f"{file}: wanted {', '.join(f'{n}.pt' for n in LAYERS)}")
+            elif not file.is_file():
+                opened.problems.append(f"{file}: no such file")
+            else:
+                opened.add(file, prefix=f"{file.stem}.")
+                if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256[file.stem]:
+                    opened.notes.append(f"{file.name} is not the file of facenet-pytorch 2.6.0")
+    return opened

@@ -1,0 +1,249 @@
+"""Imported weights: the folder that `tools/convert_torch` writes and that a run starts from.
+
+One Orbax checkpoint of a flat dict, parameter path → array, with a manifest as its metadata: where
+the numbers come from, a fingerprint of them, and the sizes of the networks that they fit. Orbax
+writes a folder of another name and renames it at the end, so a folder that is there is whole.
+
+    weights/llama_vid_7b/   llama/…, vision/…, qformer/…, visual_tokens/…
+    weights/facexformer/    face/…
+
+A config names such folders under `weights`; together they are the base of a run.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from emollama_jax.config import EmoLlamaConfig, to_dict
+from emollama_jax.errors import UserError
+
+VERSION = 1  # of the format
+# What of a network's config its weights do not depend on.
+FREE = ("dtype", "remat", "dropout", "image_mean", "image_std", "race_labels", "vocab_multiple")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of imported weights says of itself."""
+
+    source: str  # "llama-vid", …
+    files: dict[str, int]  # name → bytes, of what was read
+    fingerprint: str  # SHA-256 over the names, shapes, dtypes and first bytes of what was read
+    dtype: str  # "bfloat16", "float32", or "source": each tensor's own
+    model: dict[str, dict[str, Any]]  # section of the model's config → its fields
+    notes: tuple[str, ...]  # what was left out and why
+
+
+def sizes(cfg: EmoLlamaConfig, sections: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The fields of a model's sections that weights must fit, e.g. heads, eps, theta."""
+    found = {}
+    for section in sections:
+        if hasattr(cfg, section):
+            fields = to_dict(getattr(cfg, section))
+            found[section] = json.loads(
+                json.dumps({key: value for key, value in fields.items() if key not in FREE})
+            )
+    if "llama" in found:
+        found["llama"].pop("lora")
+    return found
+
+
+class Writer:
+    """Writes a folder of weights, some leaves at a time; a context manager.
+
+    Nothing is left behind when it is not finished. On several hosts, every one makes the same
+    calls, each with its own shards.
+    """
+
+    def __init__(self, out: pathlib.Path, manifest: Manifest):
+        """Opens the folder to be.
+
+        Raises:
+            UserError: it is there already, or cannot be made.
+        """
+        self.out = out.absolute()
+        if out.exists():
+            raise UserError(f"{out}: is there already: delete it, or name another folder")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be made: {error.strerror}") from None
+        self._metadata = {"emollama_weights": VERSION, **dataclasses.asdict(manifest)}
+        self._finished = False
+        self._context = ocp.Context()
+        # Trained weights hardly shrink, and compressing them takes longer than writing them.
+        self._context.array.saving.use_compression = False
+
+    def __enter__(self) -> "Writer":
+        self._clear()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self._finished:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Removes what an unfinished write left."""
+        if jax.process_index() == 0:
+            for path in self.out.parent.glob(f"{self.out.name}.partial_save*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def add(self, leaves: Mapping[str, jax.Array]) -> None:
+        """Writes some leaves; returns when they are on the disk."""
+        with self._context:
+            ocp.partial.save(self.out, dict(leaves), custom_metadata=self._metadata)
+
+    def finish(self) -> None:
+        """Makes the folder appear."""
+        with self._context:
+            ocp.partial.finalize(self.out)
+        self._finished = True
+
+
+def read_manifest(folder: pathlib.Path) -> Manifest:
+    """The manifest of a folder of weights.
+
+    Raises:
+        UserError: no such folder, or one of something else.
+    """
+    return _open(folder)[0]
+
+
+def leaves_of(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every leaf in a folder of weights, by path.
+
+    Raises:
+        UserError: as of `read_manifest`.
+    """
+    return _open(folder)[1]
+
+
+def _open(folder: pathlib.Path) -> tuple[Manifest, dict[str, jax.ShapeDtypeStruct]]:
+    wanted = "wanted a folder that `python -m tools.convert_torch` wrote (docs/convert.md)"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {wanted}")
+    try:
+        metadata = ocp.metadata(folder.absolute())
+        fields = dict(metadata.custom_metadata)
+        version = fields.pop("emollama_weights")
+        leaves = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for path, leaf in metadata.metadata.items()
+        }
+    except Exception:  # Orbax raises anything on a folder that it did not write
+        raise UserError(f"{folder}: holds no imported weights; {wanted}") from None
+    if version != VERSION:
+        raise UserError(
+            f"{folder}: written in format {version}, this version reads {VERSION}: convert it again"
+        )
+    return Manifest(**{**fields, "notes": tuple(fields["notes"])}), leaves
+
+
+def load(
+    folder: pathlib.Path,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """Reads leaves to their places, cast to the dtypes wanted.
+
+    Args:
+        folder: of weights.
+        wanted: by path; shape, dtype and, where it matters, sharding. Others are not read.
+
+    Raises:
+        UserError: a leaf that is absent or of another shape, or a folder that cannot be read.
+    """
+    held = leaves_of(folder)
+    problems = [
+        f"{path} is {held[path].shape}, wanted {leaf.shape}"
+        if path in held
+        else f"{path} is absent"
+        for path, leaf in wanted.items()
+        if path not in held or held[path].shape != leaf.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{folder}: weights of another config: {'; '.join(problems[:3])}{more}")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            return ocp.load(folder.absolute(), dict(wanted))
+    except Exception as error:  # a broken file
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{folder}: cannot be read ({first}): convert it again") from None
+
+
+def load_numpy(folder: pathlib.Path, path: str) -> np.ndarray:
+    """One leaf on this host, as it was written.
+
+    Raises:
+        UserError: as of `load`.
+    """
+    held = leaves_of(folder)
+    if path not in held:
+        raise UserError(f"{folder}: {path} is not in it")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    leaf = jax.ShapeDtypeStruct(held[path].shape, held[path].dtype, sharding=here)
+    return np.asarray(load(folder, {path: leaf})[path])
+
+
+def check_base(
+    folders: Iterable[pathlib.Path],
+    cfg: EmoLlamaConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, pathlib.Path]:
+    """Which leaf comes from which folder of a base.
+
+    Args:
+        folders: of weights.
+        cfg: of the model that is to be filled.
+        shapes: of its leaves, by path.
+
+    Raises:
+        UserError: a folder for another config, or leaves that two folders hold.
+    """
+    where: dict[str, pathlib.Path] = {}
+    for folder in folders:
+        manifest, leaves = _open(folder)
+        now = sizes(cfg, manifest.model)
+        for section, fields in manifest.model.items():
+            for key, value in fields.items():
+                if now.get(section, {}).get(key) != value:
+                    raise UserError(
+                        f"{folder}: made for model.{section}.{key} {value!r}, the config has "
+                        f"{now.get(section, {}).get(key)!r}: set it alike"
+                    )
+        for path, leaf in leaves.items():
+            if path in where:
+                raise UserError(f"{path}: both in {where[path]} and in {folder}: name one of them")
+            if path not in shapes:
+                raise UserError(f"{folder}: {path} has no place in this model")
+            if tuple(leaf.shape) != tuple(shapes[path]):
+                raise UserError(
+                    f"{folder}: {path} is {leaf.shape}, the config's model has {shapes[path]}"
+                )
+            where[path] = folder
+    return where
+
+
+def load_base(
+    where: Mapping[str, pathlib.Path], wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Reads what `check_base` found, folder by folder, each leaf to its sharding.
+
+    Args:
+        where: path → folder.
+        wanted: path → shape, dtype and sharding.
+    """
+    values: dict[str, jax.Array] = {}
+    for folder in dict.fromkeys(where.values()):
+        paths = [path for path, its in where.items() if its == folder]
+        values |= load(folder, {path: wanted[path] for path in paths})
+    return values

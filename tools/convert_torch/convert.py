@@ -1,0 +1,317 @@
+"""From a PyTorch checkpoint to a folder of our weights, a few leaves in memory at a time.
+
+files ─► tensors, not read ─► table laid against the model ─► all problems, or
+      ─► leaf by leaf: layers read, brought into our layout, cast, put on their devices ─► Orbax
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import re
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from emollama_jax import config
+from emollama_jax.config import EmoLlamaConfig, MeshConfig
+from emollama_jax.errors import UserError
+from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.mtcnn import Mtcnn
+from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.sharding.rules import param_shardings
+from emollama_jax.weights import Manifest, Writer, sizes
+from tools.convert_torch import positions
+from tools.convert_torch.engine import Leaf, match, matches_any
+from tools.convert_torch.files import Opened, Tensor
+from tools.convert_torch.settings import from_transformers
+from tools.convert_torch.sources import SOURCES, Source, guess
+
+TOGETHER = 128 << 20  # bytes of small leaves that are written at once
+FIRST = 64 << 10  # bytes of each tensor that its fingerprint reads
+DTYPES = {"bf16": "bfloat16", "f32": "float32", "source": "source"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion that is known to fit."""
+
+    source: str
+    naming: str
+    model: EmoLlamaConfig
+    leaves: list[Leaf]
+    left_out: dict[str, int]  # reason → number of tensors
+    opened: Opened
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    tensors: int
+    leaves: int
+    read: int  # bytes
+    written: int
+    seconds: float
+    peak: int  # bytes of memory, of the whole process
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensors} tensors into {self.leaves} leaves, read {self.read / 1e9:.2f} GB, "
+            f"wrote {self.written / 1e9:.2f} GB in {self.seconds:.1f} s, peak memory "
+            f"{self.peak / 1e9:.2f} GB"
+        )
+
+
+def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig) -> Plan:
+    """Opens a checkpoint and lays its table against the model.
+
+    Args:
+        source: of `SOURCES`.
+        paths: files or folders.
+        model: sizes of what is to be filled; a `config.json` beside the weights overrides LLaMA's.
+
+    Raises:
+        UserError: all that is wrong, in one error.
+    """
+    kind = SOURCES[source]
+    opened = kind.open(paths, inside=kind.inside) if kind.inside else kind.open(paths)
+    problems = list(opened.problems)
+    if kind.sections:
+        model, found = from_transformers(model, opened.settings)
+        problems += found
+    tensors = opened.tensors
+    known = kind.naming(tensors)
+    if known is None:
+        if tensors:
+            problems.append(_unknown(source, tensors, model))
+        raise _refusal(source, problems)
+    naming, prefix = known
+    notes = [*opened.notes]
+    tensors = _resized(tensors, model, notes)
+    ignore = dict(naming.ignore(model))
+    leaves, more = match(shapes(kind, model), tensors, naming.rows(model, prefix), ignore=ignore)
+    other = guess(tensors, model) if more else None
+    if other is not None and other.source != source:
+        more.insert(0, f"these tensors look like the source {other.source}")
+    if problems or more:
+        raise _refusal(source, [*problems, *more])
+    used = {key for leaf in leaves for key in leaf.keys}
+    left_out: dict[str, int] = {}
+    for key in tensors:
+        if key not in used:
+            reason = next(why for pattern, why in ignore.items() if re.fullmatch(pattern, key))
+            left_out[reason] = left_out.get(reason, 0) + 1
+    opened = dataclasses.replace(opened, tensors=tensors, notes=notes)
+    return Plan(source, naming.name, model, leaves, left_out, opened)
+
+
+def shapes(source: Source, model: EmoLlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Our leaves that a source fills, with their shapes."""
+    return {path: leaf.shape for path, leaf in abstract_leaves(source, model).items()}
+
+
+def abstract_leaves(source: Source, model: EmoLlamaConfig) -> dict[str, nnx.Param]:
+    """Our leaves that a source fills, without numbers."""
+    if source.sections:
+        whole = nnx.eval_shape(lambda: EmoLlama(model, rngs=nnx.Rngs(0)))
+    else:
+        whole = nnx.eval_shape(lambda: Mtcnn(rngs=nnx.Rngs(0)))
+    return {
+        path: leaf
+        for path, leaf in named_parameters(whole).items()
+        if matches_any(path, {source.fills: ""})
+    }
+
+
+def convert(
+    source: str,
+    paths: Sequence[pathlib.Path],
+    out: pathlib.Path,
+    *,
+    dtype: str,
+    model: EmoLlamaConfig,
+    mesh: MeshConfig,
+    console: Console,
+) -> Summary:
+    """Converts a checkpoint into a folder of weights.
+
+    Args:
+        source: of `SOURCES`.
+        paths: files or folders.
+        out: the folder, not there yet.
+        dtype: "bf16", "f32", or "source" for each tensor's own.
+        model: as of `make_plan`.
+        mesh: of devices that hold each leaf while it is written; one for one device.
+        console: where progress goes.
+
+    Raises:
+        UserError: all that is wrong; nothing is left behind then.
+    """
+    start = time.monotonic()
+    if out.exists():
+        raise UserError(f"{out}: is there already: delete it, or name another folder")
+    plan = make_plan(source, paths, model)
+    targets = {leaf.path: _dtype(leaf, dtype) for leaf in plan.leaves}
+    devices = make_mesh(mesh)
+    places = _places(plan, devices)
+    notes = tuple(plan.opened.notes) + tuple(
+        f"left out {number} tensor{'s' if number > 1 else ''}: {reason}"
+        for reason, number in plan.left_out.items()
+    )
+    manifest = Manifest(
+        source=source,
+        files={path.name: size for path, size in plan.opened.files.items()},
+        fingerprint=fingerprint(plan.leaves),
+        dtype=DTYPES[dtype],
+        model=sizes(plan.model, SOURCES[source].sections),
+        notes=notes,
+    )
+    written = 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress, Writer(out, manifest) as writer:
+        task = progress.add_task(source, total=sum(leaf.nbytes for leaf in plan.leaves))
+        for group in _groups(plan.leaves, targets):
+            values = {
+                leaf.path: _place(leaf, targets[leaf.path], places[leaf.path]) for leaf in group
+            }
+            writer.add(values)
+            written += sum(value.nbytes for value in values.values())
+            for value in values.values():
+                value.delete()
+            progress.advance(task, sum(leaf.nbytes for leaf in group))
+        writer.finish()
+    return Summary(
+        tensors=len({key for leaf in plan.leaves for key in leaf.keys}),
+        leaves=len(plan.leaves),
+        read=sum(leaf.nbytes for leaf in plan.leaves),
+        written=written,
+        seconds=time.monotonic() - start,
+        peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        notes=notes,
+    )
+
+
+def fingerprint(leaves: Sequence[Leaf]) -> str:
+    """SHA-256 over the names, shapes, dtypes and first bytes of what leaves are made of.
+
+    The same for the same numbers in one file or in many.
+    """
+    tensors = {
+        key: part for leaf in leaves for key, part in zip(leaf.keys, leaf.parts, strict=True)
+    }
+    digests = {}
+    for key, tensor in sorted(tensors.items(), key=lambda pair: (pair[1].file, pair[0])):
+        values = tensor.read().reshape(-1)[: FIRST // tensor.dtype.itemsize]
+        digests[key] = hashlib.sha256(values.tobytes()).hexdigest()
+    whole = hashlib.sha256()
+    for key in sorted(tensors):
+        about = f"{key} {tensors[key].shape} {tensors[key].dtype} {digests[key]}\n"
+        whole.update(about.encode())
+    return whole.hexdigest()
+
+
+def _refusal(source: str, problems: Sequence[str]) -> UserError:
+    number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+    lines = "\n  ".join(problems)
+    return UserError(f"{source}: nothing was written, {number}:\n  {lines}")
+
+
+def _unknown(source: str, tensors: Mapping[str, Tensor], model: EmoLlamaConfig) -> str:
+    """Why no naming of a source fits, and which source's would."""
+    names = " or ".join(naming.name for naming in SOURCES[source].namings)
+    some = ", ".join(sorted(tensors)[:3])
+    other = guess(tensors, model)
+    hint = f"; these look like the source {other.source}" if other is not None else ""
+    return f"{len(tensors)} tensors ({some} …), none named as in {names}{hint}"
+
+
+def _resized(
+    tensors: dict[str, Tensor], model: EmoLlamaConfig, notes: list[str]
+) -> dict[str, Tensor]:
+    """EVA-ViT's position embeddings at the config's picture size, where they have another."""
+    wanted = 1 + model.vision.patches
+    changed = dict(tensors)
+    for key, tensor in tensors.items():
+        name = key.rsplit(".", 1)[-1]
+        if name not in ("pos_embed", "position_embedding") or len(tensor.shape) != 3:
+            continue
+        found = tensor.shape[1]
+        if found == wanted:
+            continue
+        old = round((found - 1) ** 0.5)
+        if old * old != found - 1:
+            continue  # its shape is refused later
+
+        def read(tensor: Tensor = tensor) -> np.ndarray:
+            return positions.interpolate(tensor.read(), wanted - 1)
+
+        shape = (tensor.shape[0], wanted, tensor.shape[2])
+        changed[key] = Tensor(shape, tensor.dtype, tensor.file, read)
+        new = round((wanted - 1) ** 0.5)
+        notes.append(f"{key}: interpolated from {old} × {old} to {new} × {new} patches")
+    return changed
+
+
+def _dtype(leaf: Leaf, dtype: str) -> np.dtype:
+    if dtype != "source":
+        return np.dtype(jax.dtypes.canonicalize_dtype(DTYPES[dtype]))
+    found = {part.dtype for part in leaf.parts}
+    if len(found) > 1:
+        names = ", ".join(sorted(map(str, found)))
+        raise UserError(f"{leaf.path}: its layers are {names}: choose --dtype bf16 or f32")
+    return found.pop()
+
+
+def _places(plan: Plan, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each leaf lives while it is written; MTCNN's parameters are too small to be split."""
+    leaves = abstract_leaves(SOURCES[plan.source], plan.model)
+    if not SOURCES[plan.source].sections:
+        return {path: NamedSharding(mesh, jax.sharding.PartitionSpec()) for path in leaves}
+    return param_shardings(leaves, mesh).params
+
+
+def _place(leaf: Leaf, dtype: np.dtype, place: NamedSharding) -> jax.Array:
+    """Reads a leaf to its devices, each only its part."""
+    held: dict[tuple, np.ndarray] = {}
+
+    def part(window: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((cut.start, cut.stop) for cut in window)
+        if key not in held:  # replicas are read once
+            held[key] = leaf.read(dtype, window)
+        return held[key]
+
+    return jax.make_array_from_callback(leaf.shape, place, part)
+
+
+def _groups(leaves: Sequence[Leaf], targets: Mapping[str, np.dtype]) -> Iterator[list[Leaf]]:
+    """Leaves that are written together: small ones until they fill `TOGETHER`."""
+    group: list[Leaf] = []
+    size = 0
+    for leaf in leaves:
+        nbytes = int(np.prod(leaf.shape)) * targets[leaf.path].itemsize
+        if group and size + nbytes > TOGETHER:
+            yield group
+            group, size = [], 0
+        group.append(leaf)
+        size += nbytes
+    if group:
+        yield group
+
+
+def load_model(name: str, overrides: Sequence[str]) -> EmoLlamaConfig:
+    """The model section of a config, with overrides `key=value`."""
+    return config.load(name, overrides).model

@@ -1,0 +1,166 @@
+"""What a checkpoint holds, beside what it becomes; or what a folder of our weights holds."""
+
+import collections
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from emollama_jax import weights
+from emollama_jax.config import EmoLlamaConfig
+from emollama_jax.errors import UserError
+from tools.convert_torch.engine import matches_any
+from tools.convert_torch.files import Opened, Tensor, open_paths
+from tools.convert_torch.settings import from_transformers
+from tools.convert_torch.sources import SOURCES, guess
+
+
+def inspect(
+    paths: Sequence[pathlib.Path],
+    *,
+    source: str | None,
+    model: EmoLlamaConfig,
+    console: Console,
+) -> None:
+    """Prints both sides of the table, and what matches nothing.
+
+    Args:
+        paths: weight files or folders of them, or one folder that this tool wrote.
+        source: of `SOURCES`; None: the one whose table reads most.
+        model: whose table it is; a `config.json` beside the weights overrides LLaMA's.
+        console: where to.
+
+    Raises:
+        UserError: nothing that can be read.
+    """
+    if len(paths) == 1 and _is_ours(paths[0]):
+        _ours(paths[0], console)
+        return
+    opened = _open(paths, source)
+    if not opened.tensors:
+        raise UserError("; ".join(opened.problems))
+    model, problems = from_transformers(model, opened.settings)
+    console.print(
+        f"{len(opened.tensors)} tensors, {sum(t.nbytes for t in opened.tensors.values()) / 1e9:.2f}"
+        f" GB in {len(opened.files)} file{'s' if len(opened.files) > 1 else ''}"
+    )
+    for line in [*opened.problems, *problems]:
+        console.print(f"[red]problem[/red] {line}", highlight=False)
+    for line in opened.notes:
+        console.print(f"note: {line}", highlight=False)
+    _theirs(opened.tensors, source, model, console)
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    return path.is_dir() and (path / "_CHECKPOINT_METADATA").exists()
+
+
+def _open(paths: Sequence[pathlib.Path], source: str | None) -> Opened:
+    if source is not None:
+        kind = SOURCES[source]
+        return kind.open(paths, inside=kind.inside) if kind.inside else kind.open(paths)
+    if len(paths) == 1 and (paths[0] / "pnet.pt").is_file():
+        return SOURCES["mtcnn"].open(paths)
+    opened = open_paths(paths)
+    for inside in sorted({kind.inside for kind in SOURCES.values() if kind.inside}):
+        if opened.tensors:
+            break
+        again = open_paths(paths, inside=inside)
+        if again.tensors:
+            opened = again
+    return opened
+
+
+def _theirs(
+    tensors: dict[str, Tensor], source: str | None, model: EmoLlamaConfig, console: Console
+) -> None:
+    """The table of the source, row by row, then what no row reads."""
+    if source is None:
+        found = guess(tensors, model)
+        source = found.source if found else None
+    known = SOURCES[source].naming(tensors) if source else None
+    if source is None or known is None:
+        console.print("no table knows these names" + (f" as {source}" if source else ""))
+        _list("matches nothing", tensors, tensors, console)
+        return
+    naming, prefix = known
+    console.print(f"source [bold]{source}[/bold], named as in {naming.name}")
+    ignore = naming.ignore(model)
+    table = Table(box=box.SIMPLE)
+    for title in ("torch", "layers", "shape", "dtype", "ours", "by"):
+        table.add_column(title, overflow="fold")
+    used: set[str] = set()
+    absent = []
+    for row in naming.rows(model, prefix):
+        keys = [key for key in tensors if key not in used and row.matches(key)]
+        ours = "\n".join(row.paths)
+        if not keys:
+            absent.append(f"{row.torch} (for {', '.join(row.paths)})")
+            continue
+        used |= set(keys)
+        table.add_row(
+            row.torch,
+            str(len(keys)) if row.stacked else "",
+            _distinct(_shape(tensors[key]) for key in keys),
+            _distinct(str(tensors[key].dtype) for key in keys),
+            ours,
+            row.transform.name,
+        )
+    console.print(table)
+    for line in absent:
+        console.print(f"[red]missing[/red] {line}", highlight=False)
+    rest = [key for key in tensors if key not in used]
+    left = [key for key in rest if matches_any(key, ignore)]
+    for key, count in _collapsed(left).items():
+        example = _example(key, left)
+        reason = next(why for pattern, why in ignore.items() if re.fullmatch(pattern, example))
+        console.print(f"left out: {_times(key, count)}: {reason}", highlight=False)
+    _list("matches nothing", [key for key in rest if key not in left], tensors, console)
+
+
+def _ours(folder: pathlib.Path, console: Console) -> None:
+    """A folder that this tool wrote."""
+    manifest = weights.read_manifest(folder)
+    files = ", ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in manifest.files.items())
+    console.print(f"source [bold]{manifest.source}[/bold], from {files}", highlight=False)
+    console.print(f"fingerprint {manifest.fingerprint}", highlight=False)
+    for note in manifest.notes:
+        console.print(f"note: {note}", highlight=False)
+    table = Table("ours", "shape", "dtype", box=box.SIMPLE)
+    for path, leaf in weights.leaves_of(folder).items():
+        table.add_row(path, str(tuple(leaf.shape)), str(leaf.dtype))
+    console.print(table)
+
+
+def _list(title: str, keys: Iterable[str], tensors: dict[str, Tensor], console: Console) -> None:
+    keys = list(keys)
+    for key, count in _collapsed(keys).items():
+        tensor = tensors[_example(key, keys)]
+        console.print(
+            f"[red]{title}[/red]: {_times(key, count)} {_shape(tensor)} {tensor.dtype}",
+            highlight=False,
+        )
+
+
+def _collapsed(keys: Iterable[str]) -> dict[str, int]:
+    """Keys with their numbers replaced by {i}, and how many each stands for."""
+    return dict(collections.Counter(re.sub(r"(?<=\.)\d+(?=\.)", "{i}", key) for key in keys))
+
+
+def _example(collapsed: str, keys: Iterable[str]) -> str:
+    return next(key for key in keys if re.sub(r"(?<=\.)\d+(?=\.)", "{i}", key) == collapsed)
+
+
+def _times(key: str, count: int) -> str:
+    return f"{key} ({count} tensors)" if count > 1 else key
+
+
+def _shape(tensor: Tensor) -> str:
+    return " × ".join(map(str, tensor.shape)) or "one number"
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(values))

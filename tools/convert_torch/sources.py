@@ -1,0 +1,263 @@
+"""What can be converted: each source with its tables, its names, and what of it is left out."""
+
+import pathlib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from emollama_jax.config import EmoLlamaConfig
+from tools.convert_torch import facexformer, mtcnn, peft
+from tools.convert_torch import llama_vid as lv
+from tools.convert_torch.engine import Row
+from tools.convert_torch.files import Opened, open_paths
+
+HEADS = "head of a pretraining task"
+_OTHERS = {  # of a whole BLIP-2 or InstructBLIP checkpoint
+    r"(model\.)?(language_model|llm_model|opt_model|t5_model)\..*": "another LLM",
+    r"(model\.)?(language_projection|llm_proj|opt_proj|t5_proj)\..*": "leads to another LLM",
+    r"(model\.)?(vision_projection|text_projection|vision_proj|text_proj|itm_head)\..*": HEADS,
+    r"(model\.)?(temp|[Qq]former\.cls\..*)": HEADS,
+}
+_NOT_QFORMER = {
+    r"(model\.)?(visual_encoder|vision_model)\.(?!post_layernorm\.).*": "the source eva-vit",
+}
+_NOT_VISION = {
+    r"(model\.)?([Qq]former|embeddings)\..*": "the source qformer",
+    r"(model\.)?query_tokens": "the source qformer",
+    r"(model\.)?(ln_vision|(vision_model\.)?post_layernorm)\..*": "the source qformer",
+}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """One way in which a source's tensors are called.
+
+    Attributes:
+        name: for people.
+        sign: a key by which it is known, as a regular expression; its group is what stands before
+            all of its keys.
+        rows: the table, for a config and that prefix.
+        ignore: what is not read, for a config: a pattern of the whole key → the reason.
+    """
+
+    name: str
+    sign: str
+    rows: Callable[[EmoLlamaConfig, str], list[Row]]
+    ignore: Callable[[EmoLlamaConfig], Mapping[str, str]] = lambda cfg: {}
+
+    def prefix(self, keys: Collection[str]) -> str | None:
+        """What stands before this naming's keys; None: these are not its keys."""
+        found = [match[1] for key in keys if (match := re.fullmatch(self.sign, key))]
+        return min(found, key=len) if found else None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of checkpoint.
+
+    Attributes:
+        about: one line of help.
+        sections: of the model's config that its weights must fit.
+        fills: our leaves that it fills: a pattern of whole paths.
+        namings: in the order in which they are tried.
+        inside: the entry of a pickled dict that holds the state dict, where there is one.
+        open: the tensors of some paths.
+    """
+
+    about: str
+    sections: tuple[str, ...]
+    fills: str
+    namings: tuple[Naming, ...]
+    inside: str | None = None
+    open: Callable[..., Opened] = open_paths
+
+    def naming(self, keys: Collection[str]) -> tuple[Naming, str] | None:
+        """The naming that some keys follow, and their prefix; None: no known one."""
+        for naming in self.namings:
+            if (prefix := naming.prefix(keys)) is not None:
+                return naming, prefix
+        return None
+
+
+def _llama(cfg: EmoLlamaConfig, prefix: str) -> list[Row]:
+    # A multimodal model of `transformers` 5 nests its LLaMA, but not the head.
+    head = "" if prefix == "model.language_model." else prefix.removesuffix("model.")
+    return lv.llama(cfg.llama, model=prefix, head=f"{head}lm_head.")
+
+
+def _eva_ignore(cfg: EmoLlamaConfig) -> dict[str, str]:
+    depth = cfg.vision.depth
+    return {
+        rf"(.*\.)?blocks\.{depth}\..*": f"EVA's block {depth + 1}: LLaMA-VID stops before it",
+        r"(.*\.)?(norm|fc_norm|head)\.(weight|bias)": "EVA's last norm and head: not used",
+    }
+
+
+def _llama_vid(cfg: EmoLlamaConfig, prefix: str) -> list[Row]:
+    return lv.llama_vid(cfg.llama, cfg.qformer.cross_attention_every)
+
+
+def _qformer(names: lv.QFormerNames) -> Callable[[EmoLlamaConfig, str], list[Row]]:
+    return lambda cfg, prefix: lv.qformer(cfg.qformer.cross_attention_every, names, prefix=prefix)
+
+
+def _always(ignore: Mapping[str, str]) -> Callable[[EmoLlamaConfig], Mapping[str, str]]:
+    return lambda cfg: ignore
+
+
+def _open_llama_vid(paths: Sequence[pathlib.Path], *, inside: str | None = None) -> Opened:
+    """A checkpoint and, beside it, `eva_vit_g.pth`, whose keys get their place in the checkpoint.
+
+    As the original's loader does, the file beside it is read instead of a tower inside.
+    """
+    opened = open_paths(paths, inside=inside)
+    beside = {
+        key
+        for key in opened.tensors
+        if re.fullmatch(r"(cls_token|pos_embed|(patch_embed|blocks|norm|fc_norm|head)\..*)", key)
+    }
+    if beside:
+        inside_keys = [key for key in opened.tensors if key.startswith(lv.TOWER)]
+        for key in inside_keys:
+            del opened.tensors[key]
+        if inside_keys:
+            opened.notes.append(
+                f"left out {len(inside_keys)} tensors: the checkpoint's own tower; EVA-ViT's file "
+                "is read instead, as in the original"
+            )
+        for key in beside:
+            opened.tensors[lv.TOWER + key] = opened.tensors.pop(key)
+    return opened
+
+
+_QFORMER_IGNORE = _always({**lv.BUFFERS, **_OTHERS, **_NOT_QFORMER})
+_LLAMA = Naming(
+    "transformers",
+    r"(.*)layers\.0\.self_attn\.q_proj\.weight",
+    _llama,
+    _always(lv.BUFFERS),
+)
+
+SOURCES: dict[str, Source] = {
+    "llama": Source(
+        about="LLaMA, LLaMA-2 or Vicuna of Hugging Face",
+        sections=("llama",),
+        fills=r"llama/.*(?<!lora_[AB])",
+        namings=(_LLAMA,),
+    ),
+    "llama-vid": Source(
+        about="a LLaMA-VID checkpoint, with eva_vit_g.pth beside it",
+        sections=("llama", "vision", "qformer"),
+        fills=r"(llama|vision|qformer|visual_tokens)/.*(?<!lora_[AB])",
+        namings=(
+            Naming(
+                "LLaMA-VID",
+                r"()model\.vlm_att_query",
+                _llama_vid,
+                lambda cfg: {**lv.BUFFERS, **_eva_ignore(cfg)},
+            ),
+        ),
+        inside="model",
+        open=_open_llama_vid,
+    ),
+    "eva-vit": Source(
+        about="EVA-ViT-g: LAVIS' eva_vit_g.pth, or out of BLIP-2 / InstructBLIP",
+        sections=("vision",),
+        fills=r"vision/.*",
+        namings=(
+            Naming(
+                "LAVIS",
+                r"(.*)blocks\.0\.attn\.qkv\.weight",
+                lambda cfg, prefix: lv.eva_vit(prefix),
+                lambda cfg: {**lv.BUFFERS, **_OTHERS, **_NOT_VISION, **_eva_ignore(cfg)},
+            ),
+            Naming(
+                "transformers",
+                r"(.*)encoder\.layers\.0\.self_attn\.qkv\.weight",
+                lambda cfg, prefix: lv.eva_vit_transformers(prefix),
+                _always({**lv.BUFFERS, **_OTHERS, **_NOT_VISION}),
+            ),
+        ),
+        inside="model",
+    ),
+    "qformer": Source(
+        about="the Q-Former of InstructBLIP or BLIP-2, of LAVIS or transformers",
+        sections=("qformer",),
+        fills=r"(qformer|visual_tokens/ln)/.*",
+        namings=(
+            Naming(
+                "LAVIS",
+                r"(.*)Qformer\.bert\.encoder\.layer\.0\.attention\.self\.query\.weight",
+                _qformer(lv.LAVIS),
+                _QFORMER_IGNORE,
+            ),
+            Naming(
+                "transformers (InstructBLIP)",
+                r"(.*)qformer\.embeddings\.layernorm\.weight",
+                _qformer(lv.INSTRUCT_BLIP),
+                _QFORMER_IGNORE,
+            ),
+            Naming(
+                "transformers (BLIP-2)",
+                r"(.*)qformer\.layernorm\.weight",
+                _qformer(lv.BLIP2),
+                _QFORMER_IGNORE,
+            ),
+        ),
+        inside="model",
+    ),
+    "facexformer": Source(
+        about="FaceXFormer's ckpts/model.pt",
+        sections=("face",),
+        fills=r"face/.*",
+        namings=(
+            Naming(
+                "the release",
+                r"()linear_fuse\.weight",
+                lambda cfg, prefix: facexformer.facexformer(cfg.face),
+                _always(facexformer.IGNORE),
+            ),
+        ),
+        inside=facexformer.CHECKPOINT_KEY,
+    ),
+    "mtcnn": Source(
+        about="facenet-pytorch's pnet.pt, rnet.pt and onet.pt",
+        sections=(),
+        fills=r"[pro]net/.*",
+        namings=(
+            Naming("facenet-pytorch", r"()pnet\.conv1\.weight", lambda cfg, prefix: mtcnn.mtcnn()),
+        ),
+        open=mtcnn.open_three,
+    ),
+    "peft": Source(
+        about="a PEFT LoRA adapter's folder",
+        sections=("llama", "lora"),
+        fills=r"llama/.*lora_[AB]",
+        namings=(Naming("PEFT", peft.SIGN, lambda cfg, prefix: peft.adapter(cfg.llama, prefix)),),
+    ),
+}
+
+
+@dataclass
+class Guess:
+    """The source that some keys come from, and the share of them that its table reads."""
+
+    source: str
+    naming: Naming
+    prefix: str
+    share: float
+    rows: list[Row] = field(default_factory=list)
+
+
+def guess(keys: Collection[str], cfg: EmoLlamaConfig) -> Guess | None:
+    """The source whose table reads most of some keys; None: no table knows them."""
+    best = None
+    for name, source in SOURCES.items():
+        if (found := source.naming(keys)) is None:
+            continue
+        naming, prefix = found
+        rows = naming.rows(cfg, prefix)
+        share = sum(any(row.matches(key) for row in rows) for key in keys) / len(keys)
+        if best is None or share > best.share:
+            best = Guess(name, naming, prefix, share, rows)
+    return best
