@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --editable \
-	  ".[$$($(BIN)/python -c 'import sys; print("test,convert" if sys.version_info[:2] == (3, 11) else "test")')]"
+	  ".[$$($(BIN)/python -c 'import sys; print("test,parity" if sys.version_info[:2] == (3, 11) else "test")')]"
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -3,8 +3,8 @@
 A checkpoint holds only what training changes, the parameters that `train.trainable` names with the
 optimizer's state, and what is needed to go on exactly: the Grain iterator, the step, the config.
 All other weights are the *base*, which `init_model` makes again from the config: the package's tiny
-towers, or random numbers from the seed. A fingerprint of the base is kept, since adapters on
-another base would give wrong answers without any error.
+towers, imported weights (`weights.py`), or random numbers from the seed. A fingerprint of the base
+is kept, since adapters on another base would give wrong answers without any error.
 
     RUN/checkpoints/STEP/{params, training, data}, config and base as Orbax' custom metadata
 
@@ -26,12 +26,13 @@ from typing import Any, Protocol, Self
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp  # where Orbax 0.12 keeps its v1 API
 from flax import nnx
 from jax.sharding import Mesh
 
-from emollama_jax import config
+from emollama_jax import config, weights
 from emollama_jax.config import Config, MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models import pretrained
@@ -47,6 +48,7 @@ ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
 # computed, or what the saved iterator means.
 FREE = (
     "name",
+    "weights",  # imported ones may have moved; the base's fingerprint tells them apart
     "mesh",
     "generate",
     "data.dir",
@@ -105,7 +107,9 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
     leaves = named_parameters(model)
     trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
     shardings = param_shardings(leaves, mesh).params
-    filled = {*matching(given, leaves, key="train.trainable"), *_base_paths(cfg, leaves)}
+    elsewhere = matching(given, leaves, key="train.trainable")
+    imported = _imported(cfg, leaves)
+    filled = {*elsewhere, *imported, *_tiny_paths(cfg, leaves)}
     random = {name: shardings[name] for name in leaves if name not in filled}
 
     def finish(name: str, leaf: jax.Array) -> jax.Array:
@@ -125,9 +129,20 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
     for name, leaf in leaves.items():
         if name in random:
             leaf.set_value(values[name])
-        else:
+        elif name not in imported or name in elsewhere:
             zeros = np.zeros(leaf.shape, np.float32)
             leaf.set_value(jax.device_put(finish(name, zeros), shardings[name]))
+    wanted = {
+        name: jax.ShapeDtypeStruct(
+            leaves[name].shape,
+            jnp.float32 if name in trainable else cfg.train.frozen_dtype,
+            sharding=shardings[name],
+        )
+        for name in imported
+        if name not in elsewhere
+    }
+    for name, value in weights.load_base(imported, wanted).items():
+        leaves[name].set_value(value)
     if cfg.weights == "tiny":
         pretrained.load_tiny(model)
         for name, leaf in leaves.items():
@@ -139,6 +154,10 @@ def base_reference(cfg: Config) -> dict[str, Any]:
     """What the frozen weights are made from, so that a checkpoint can tell them apart."""
     if cfg.weights == "none":
         return {"weights": "none", "seed": cfg.train.seed}
+    if cfg.weights != "tiny":
+        manifests = [weights.read_manifest(pathlib.Path(folder)) for folder in cfg.weights]
+        prints = sorted([manifest.source, manifest.fingerprint] for manifest in manifests)
+        return {"weights": "imported", "fingerprints": prints, "seed": cfg.train.seed}
     files = {name: pretrained.WEIGHTS / f"{name}.safetensors" for name in pretrained.TINY.values()}
     for path in files.values():
         if not path.is_file():
@@ -273,9 +292,17 @@ def load_for_inference(
     return cfg, model
 
 
-def _base_paths(cfg: Config, paths: Collection[str]) -> set[str]:
-    """The parameters that the base's files fill."""
-    if cfg.weights == "none":
+def _imported(cfg: Config, leaves: dict[str, Any]) -> dict[str, pathlib.Path]:
+    """The parameters that imported weights fill, and the folder of each."""
+    if isinstance(cfg.weights, str):
+        return {}
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    return weights.check_base(map(pathlib.Path, cfg.weights), cfg.model, shapes)
+
+
+def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
+    """The parameters that the package's tiny towers fill."""
+    if cfg.weights != "tiny":
         return set()
     return {
         path

@@ -288,7 +288,16 @@ class Config:
     mesh: MeshConfig
     train: TrainConfig
     generate: GenerateConfig
-    weights: Literal["tiny", "none"] = "none"  # towers to start from: the package's, or none
+    # What a run starts from: the package's tiny towers, random numbers, or imported weights: the
+    # folders that `python -m tools.convert_torch` wrote, which may be several.
+    weights: str | tuple[str, ...] = "none"
+
+    @pydantic.field_validator("weights")
+    @classmethod
+    def _weights(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, str) and value not in ("tiny", "none"):
+            raise ValueError(f"{value!r} is neither 'tiny' nor 'none' nor a list of folders")
+        return value
 
 
 def config_dir() -> pathlib.Path:

@@ -156,7 +156,6 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         "image": _summary(results[IMAGES]["generate"][1]),
         "clip": _summary(results[CLIPS]["generate"][1]),
         "difficulty": difficulty,
-        "seconds": watch.seconds | {"all": round(sum(watch.seconds.values()), 1)},
         "resume_bit_identical": identical,
         "label_scoring": {
             key: _summary(results[name]["score"][1])
@@ -166,6 +165,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     if ablation:
         with watch.stage("ablation"):
             summary["ablation"] = _ablation(overrides, out, size, console)
+    summary["seconds"] = watch.seconds | {"all": round(sum(watch.seconds.values()), 1)}
     _write(out / "report.json", summary)
     pages.write_report(out / "report.html", make_page(cfg, out, summary, results, items, photo))
     return summary
@@ -388,7 +388,8 @@ def _ablation(
             | {"seeds": wars[name]}
             for key, name in (("image", IMAGES), ("clip", CLIPS))
         }
-        console.print(f"{variant}: {table[variant]}")
+        means = (f"{k}s {v['mean']:.3f} ± {v['std']:.3f}" for k, v in table[variant].items())
+        console.print(f"{variant}: WAR of {', '.join(means)} (three seeds)")
     return table
 
 

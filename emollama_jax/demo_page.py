@@ -103,8 +103,8 @@ def make_page(
             )
         ],
         tables=tables,
-        seconds=summary["seconds"],
-        command=f"emollama demo --out {out}",
+        seconds={stage: spent for stage, spent in summary["seconds"].items() if stage != "all"},
+        command=f"emollama demo --out {out}" + (" --ablation" if "ablation" in summary else ""),
         config=yaml.safe_dump(json.loads(json.dumps(configs.to_dict(cfg))), sort_keys=False),
         versions={
             "python": sys.version.split()[0],

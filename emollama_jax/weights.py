@@ -11,10 +11,11 @@ A config names such folders under `weights`; together they are the base of a run
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from emollama_jax.errors import UserError
 
 VERSION = 1  # of the format
 # What of a network's config its weights do not depend on.
-FREE = ("dtype", "remat", "dropout", "image_mean", "image_std", "race_labels", "vocab_multiple")
+FREE = ("dtype", "remat", "dropout", "lora", "image_mean", "image_std", "race_labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +43,17 @@ class Manifest:
 
 
 def sizes(cfg: EmoLlamaConfig, sections: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The fields of a model's sections that weights must fit, e.g. heads, eps, theta."""
+    """The fields of a model's sections that weights must fit, e.g. heads, eps, theta.
+
+    Args:
+        cfg: of the model.
+        sections: names of its fields; "lora" stands for LLaMA's adapters.
+    """
     found = {}
     for section in sections:
-        if hasattr(cfg, section):
-            fields = to_dict(getattr(cfg, section))
-            found[section] = json.loads(
-                json.dumps({key: value for key, value in fields.items() if key not in FREE})
-            )
-    if "llama" in found:
-        found["llama"].pop("lora")
+        part = cfg.llama.lora if section == "lora" else getattr(cfg, section)
+        fields = {key: value for key, value in to_dict(part).items() if key not in FREE}
+        found[section] = json.loads(json.dumps(fields))  # as a manifest gives it back
     return found
 
 
@@ -126,6 +128,13 @@ def leaves_of(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _open(folder: pathlib.Path) -> tuple[Manifest, dict[str, jax.ShapeDtypeStruct]]:
+    file = folder / "_CHECKPOINT_METADATA"
+    return _read(folder, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(folder: pathlib.Path, changed: int) -> tuple[Manifest, dict[str, jax.ShapeDtypeStruct]]:
+    """What a folder says of itself; `changed` is when, so that a folder made anew is read anew."""
     wanted = "wanted a folder that `python -m tools.convert_torch` wrote (docs/convert.md)"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {wanted}")
@@ -180,18 +189,22 @@ def load(
         raise UserError(f"{folder}: cannot be read ({first}): convert it again") from None
 
 
-def load_numpy(folder: pathlib.Path, path: str) -> np.ndarray:
-    """One leaf on this host, as it was written.
+def load_numpy(folder: pathlib.Path, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """Leaves on this host, as they were written.
 
     Raises:
         UserError: as of `load`.
     """
     held = leaves_of(folder)
-    if path not in held:
-        raise UserError(f"{folder}: {path} is not in it")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    leaf = jax.ShapeDtypeStruct(held[path].shape, held[path].dtype, sharding=here)
-    return np.asarray(load(folder, {path: leaf})[path])
+    absent = [path for path in paths if path not in held]
+    if absent:
+        raise UserError(f"{folder}: {', '.join(absent)} is not in it")
+    wanted = {
+        path: jax.ShapeDtypeStruct(held[path].shape, held[path].dtype, sharding=here)
+        for path in paths
+    }
+    return {path: np.asarray(leaf) for path, leaf in load(folder, wanted).items()}
 
 
 def check_base(
@@ -240,10 +253,11 @@ def load_base(
 
     Args:
         where: path → folder.
-        wanted: path → shape, dtype and sharding.
+        wanted: path → shape, dtype and sharding; a part of them.
     """
     values: dict[str, jax.Array] = {}
     for folder in dict.fromkeys(where.values()):
-        paths = [path for path, its in where.items() if its == folder]
-        values |= load(folder, {path: wanted[path] for path in paths})
+        mine = {path: leaf for path, leaf in wanted.items() if where[path] == folder}
+        if mine:
+            values |= load(folder, mine)
     return values

@@ -1,4 +1,4 @@
-"""LLaMA-VID as the golden files have it: configs, filled networks, the original's data flow."""
+"""LLaMA-VID as the golden files have it: configs and filled networks."""
 
 import dataclasses
 import functools
@@ -6,19 +6,13 @@ import json
 import pathlib
 import zlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from golden import det_weights
 
-from emollama_jax.batch import IGNORE, IMAGE_TOKEN
 from emollama_jax.config import EvaVitConfig, LlamaConfig, LoraConfig, QFormerConfig
-from emollama_jax.models.eva_vit import EvaVit
-from emollama_jax.models.llama import Llama
-from emollama_jax.models.qformer import QFormer
-from emollama_jax.models.visual_tokens import VisualTokens, merge
 from tools.convert_torch import engine
+from tools.convert_torch.golden import LlamaVid, tensor
 from tools.convert_torch.llama_vid import BUFFERS, llama_vid
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -89,36 +83,6 @@ REAL_QFORMER = dataclasses.replace(
 )
 
 
-class LlamaVid(nnx.Module):
-    """The networks under the names that `EmoLlama` gives them."""
-
-    def __init__(self, llama: LlamaConfig, vision: EvaVitConfig, qformer: QFormerConfig):
-        rngs = nnx.Rngs(0)
-        self.llama = Llama(llama, rngs=rngs)
-        self.vision = EvaVit(vision, rngs=rngs)
-        self.qformer = QFormer(qformer, rngs=rngs)
-        self.visual_tokens = VisualTokens(
-            qformer,
-            visual_width=vision.width,
-            llm_width=llama.width,
-            dtype=llama.dtype,
-            rngs=rngs,
-        )
-
-    def frame_tokens(self, visual, text, text_mask, *, kind):
-        """[F, 1 + P, D], each frame under its question [F, L] → [F, 1 + n, H]."""
-        queries = self.qformer(self.visual_tokens.ln(visual), text=text, text_mask=text_mask)
-        patches = visual[:, 1:]
-        context = self.visual_tokens.context(patches, queries)
-        return jnp.concatenate([context, self.visual_tokens.content(patches, kind=kind)], axis=1)
-
-    def read(self, ids, visual):
-        """Expanded ids [B, T] and visual tokens [B, V, H] → logits [B, T, V]."""
-        embeds = merge(self.llama.embed(ids), ids, visual)
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return self.llama.logits(self.llama(embeds, positions=positions).hidden)
-
-
 def build(llama: LlamaConfig, vision: EvaVitConfig, qformer: QFormerConfig, tensors) -> LlamaVid:
     """The networks, filled from a state dict through the weight table."""
     model = nnx.eval_shape(lambda: LlamaVid(llama, vision, qformer))
@@ -150,17 +114,10 @@ def real_state_dict() -> dict[str, np.ndarray]:
     """The state dict of `llama_vid.npz`, integer buffers left out."""
     entries = real_manifest()["state_dict"].items()
     return {
-        key: det_weights.tensor(key, tuple(entry["shape"]), 21)
+        key: tensor(key, tuple(entry["shape"]), 21)
         for key, entry in entries
         if entry["dtype"].startswith("float")
     }
-
-
-def jitted(module: nnx.Module, function):
-    """`function(module, *args)` compiled as one, without its first argument."""
-    graphdef, state = nnx.split(module)
-    compiled = jax.jit(lambda state, *args: function(nnx.merge(graphdef, state), *args))
-    return functools.partial(compiled, state)
 
 
 def fill(module: nnx.Module, seed: int) -> nnx.Module:
@@ -187,35 +144,3 @@ def fill(module: nnx.Module, seed: int) -> nnx.Module:
 def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
     leaves = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {"/".join(map(str, path)): leaf for path, leaf in leaves}
-
-
-def pixels(x: np.ndarray) -> jax.Array:
-    """Channels first → last."""
-    return jnp.asarray(np.moveaxis(x, -3, -1))
-
-
-def expand(ids: np.ndarray, values: np.ndarray, tokens: int) -> np.ndarray:
-    """Repeats what stands beside an IMAGE_TOKEN, once per visual token of its block."""
-    return np.repeat(values, np.where(ids == IMAGE_TOKEN, tokens, 1))
-
-
-def expand_labels(ids: np.ndarray, labels: np.ndarray, tokens: int) -> np.ndarray:
-    """Labels of the expanded ids: none on visual tokens."""
-    return expand(ids, np.where(ids == IMAGE_TOKEN, IGNORE, labels), tokens)
-
-
-def loss(logits, labels) -> float:
-    """Mean cross-entropy of the next token over what is not ignored, in float64."""
-    logits, labels = np.asarray(logits, np.float64)[:, :-1], labels[:, 1:]
-    shifted = logits - logits.max(-1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    kept = labels != IGNORE
-    chosen = np.take_along_axis(log_p, np.where(kept, labels, 0)[..., None], -1)[..., 0]
-    return float(-chosen[kept].mean())
-
-
-def off(actual, wanted) -> float:
-    """The largest difference, relative to the largest value wanted."""
-    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
-    assert actual.shape == wanted.shape, f"{actual.shape} is not {wanted.shape}"
-    return float(np.abs(actual - wanted).max() / np.abs(wanted).max())

@@ -16,6 +16,7 @@ from emollama_jax import cli, config
 from emollama_jax.checkpoint import Checkpoints, init_model, matching
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
+from tools.convert_torch import __main__ as convert_torch
 
 
 def documents(root):
@@ -38,9 +39,9 @@ def commands(root):
                     yield path.name, words
 
 
-def help_of(words, capsys):
+def help_of(words, capsys, main=cli.main):
     with pytest.raises(SystemExit) as stop:
-        cli.main([*words, "--help"])
+        main([*words, "--help"])
     assert stop.value.code == 0
     return capsys.readouterr().out
 
@@ -66,6 +67,16 @@ def test_documented_commands_exist(root, capsys):
             if verb == ["train"]:
                 overrides = [word for word in args if re.match(r"[a-z_.]+=", word)]
                 config.load(args[1], overrides)
+        elif args[:2] == ["-m", "tools.convert_torch"]:
+            if args[2].isupper():  # stands for any
+                continue
+            text = help_of(args[2:3], capsys, convert_torch.main)
+            for flag in (word for word in args if word.startswith("--")):
+                assert re.search(rf"{flag}\b", text), f"{where}: no {flag}"
+            if args[2] == "export" and not args[3].isupper():
+                assert f"{args[3]}," in text, where
+        elif program in ("python", "pip", "docker"):
+            assert (root / args[0]).is_file() or program != "python", where
         elif program == ".ci/run":
             assert (root / program).is_file(), where
         else:

@@ -8,18 +8,19 @@ import llama_vid_golden as lv
 import numpy as np
 import pytest
 from flax import nnx
-from llama_vid_golden import LAYER, WHOLE, off
+from llama_vid_golden import LAYER, WHOLE
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models.eva_vit import EvaVit, normalise
 from tools.convert_torch import engine
+from tools.convert_torch.golden import off, pixels
 from tools.convert_torch.llama_vid import eva_vit
 
 
 def test_tiny_is_the_original():
     a = lv.tiny_arrays()
-    assert off(lv.tiny_model().vision(lv.pixels(a["pixel_video"])), a["eva_video"]) < WHOLE
+    assert off(lv.tiny_model().vision(pixels(a["pixel_video"])), a["eva_video"]) < WHOLE
 
 
 RENAMED = {
@@ -83,7 +84,7 @@ def test_transformers(depth, tolerance):
     x = np.random.default_rng(0).standard_normal((2, 3, 28, 28), dtype=np.float32)
     with torch.no_grad():  # `last_hidden_state` has a final norm that LLaMA-VID does not have
         wanted = theirs(pixel_values=torch.from_numpy(x), output_hidden_states=True)
-    got = holder.vision(lv.pixels(x))
+    got = holder.vision(pixels(x))
     assert off(got, wanted.hidden_states[-1].numpy()) < tolerance
 
 
@@ -110,7 +111,7 @@ def test_k_has_no_bias():
 def test_frames_are_independent():
     """What stands beside a frame in the batch does not touch it."""
     model = lv.tiny_model().vision
-    frames = lv.pixels(lv.tiny_arrays()["pixel_video"])
+    frames = pixels(lv.tiny_arrays()["pixel_video"])
     assert off(model(frames)[1:2], model(frames[1:2])) < 1e-6
 
 

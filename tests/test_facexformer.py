@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import det_weights
-from llama_vid_golden import LAYER, WHOLE, fill, off
+from llama_vid_golden import LAYER, WHOLE, fill
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
@@ -35,6 +34,7 @@ from tools.convert_torch.facexformer import (
     unread,
     unwrap,
 )
+from tools.convert_torch.golden import facexformer_arrays, facexformer_run, off, tensor
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 REAL = dataclasses.replace(config.load("emollama_7b").model.face, dtype="float32")
@@ -77,19 +77,6 @@ def small():
     return fill(abstract(SMALL), seed=5)
 
 
-def run(model: FaceXFormer, image):
-    """Everything but parsing, and parsing."""
-    graphdef, state = nnx.split(model)
-
-    def both(state, image):
-        model = nnx.merge(graphdef, state)
-        output = model(image)
-        return output, model.parsing(output)
-
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(both)(state, image)
-
-
 @pytest.fixture(scope="module")
 def image():
     """Two pictures for the small network."""
@@ -99,37 +86,20 @@ def image():
 @pytest.fixture(scope="module")
 def seen(small, image):
     """What the small network makes of them."""
-    return run(small, image)
+    return facexformer_run(small, image)
 
 
 @pytest.fixture(scope="module")
 def said():
     """What we make of the golden pictures, under the golden arrays' names and cuts."""
     tensors = {
-        key: det_weights.tensor(key, tuple(entry["shape"]), 11)
+        key: tensor(key, tuple(entry["shape"]), 11)
         for key, entry in manifest().items()
         if entry["dtype"].startswith("float")
     }
     model = abstract(REAL)
     engine.assign(Holder(model), tensors, facexformer(REAL), ignore=IGNORE)
-    generator = np.random.Generator(np.random.PCG64([11, 1]))
-    image = generator.standard_normal((2, 3, 224, 224), dtype=np.float32)
-    output, parsing = run(model, jnp.asarray(image.transpose(0, 2, 3, 1)))
-    positions = model.positions(56, 56)
-
-    def cut(x, every, step):
-        return np.asarray(x).transpose(0, 3, 1, 2)[:, ::every, ::step, ::step]
-
-    arrays = {f"stage{i}_slice": cut(stage, 16, 4) for i, stage in enumerate(output.stages)}
-    heads = ("headpose", "attributes", "visibility", "age", "gender", "race")
-    return arrays | {
-        "fused_slice": cut(output.fused, 16, 8),
-        "pe_slice": cut(positions.reshape(1, 56, 56, 256), 16, 8),
-        "task_tokens": output.task_tokens,
-        "landmarks": output.landmarks.reshape(2, 136),
-        "parsing_slice": parsing[:, :, ::16, ::16],
-        **{name: getattr(output, name) for name in heads},
-    }
+    return facexformer_arrays(model, seed=11)
 
 
 @pytest.fixture(scope="module")
@@ -355,13 +325,13 @@ def test_every_parameter_names_its_axes(real):
 
 def test_bfloat16_stays_near(seen, image):
     half = fill(abstract(dataclasses.replace(SMALL, dtype="bfloat16")), seed=5)
-    output, _ = run(half, image)
+    output, _ = facexformer_run(half, image)
     assert output.task_tokens.dtype == jnp.bfloat16
     assert off(output.task_tokens.astype(jnp.float32), seen[0].task_tokens) < 0.1
 
 
 def test_pictures_do_not_mix(small, seen, image):
-    alone, _ = run(small, image[1:])
+    alone, _ = facexformer_run(small, image[1:])
     assert off(alone.landmarks, seen[0].landmarks[1:]) < LAYER
 
 
@@ -380,7 +350,7 @@ def test_fields_without_a_shape_matter(seen, image, field):
     """Every other field of the network changes a parameter's shape, or the dtype."""
     value = 2 if field == "decoder_heads" else 0.3
     changed = fill(abstract(dataclasses.replace(SMALL, **{field: value})), seed=5)
-    assert off(run(changed, image)[1], seen[1]) > 1e-3
+    assert off(facexformer_run(changed, image)[1], seen[1]) > 1e-3
 
 
 def test_landmark_rule_both_ways(rng):

@@ -8,12 +8,13 @@ import llama_vid_golden as lv
 import numpy as np
 import pytest
 from flax import nnx
-from llama_vid_golden import LAYER, WHOLE, off
+from llama_vid_golden import LAYER, WHOLE
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models.llama import KVCache, Llama
 from tools.convert_torch import engine
+from tools.convert_torch.golden import off
 from tools.convert_torch.llama_vid import llama as llama_rows
 
 GQA = dataclasses.replace(lv.TINY_LLAMA, heads=6, kv_heads=2, head_dim=8)

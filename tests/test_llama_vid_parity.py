@@ -9,64 +9,45 @@ import llama_vid_golden as lv
 import numpy as np
 import pytest
 from flax import nnx
-from llama_vid_golden import WHOLE, off
+from llama_vid_golden import WHOLE
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models import eva_vit, qformer, visual_tokens
 from emollama_jax.models.eva_vit import EvaVit
-from emollama_jax.models.llama import KVCache, Llama
+from emollama_jax.models.llama import Llama
 from emollama_jax.models.qformer import QFormer
-from emollama_jax.models.visual_tokens import VisualTokens, content_tokens, merge
-
-KINDS = {"none": "all", "mean": "mean", "grid2": "grid:2"}
-
+from emollama_jax.models.visual_tokens import VisualTokens
+from tools.convert_torch import golden
+from tools.convert_torch.golden import off
 
 # --- real width, weights made from keys -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def real():
-    """The model, what the golden file holds, and the tower's output of the five pictures."""
+    """What we make of the golden inputs, and what the golden file holds."""
     model = lv.build(lv.REAL_LLAMA, lv.REAL_VISION, lv.REAL_QFORMER, lv.real_state_dict())
     with np.load(lv.FOLDER / "llama_vid.npz") as file:
         wanted = dict(file)
-    rng = np.random.Generator(np.random.PCG64([21, 2]))
-    questions = {"a": rng.integers(1000, 30000, 9), "b": rng.integers(1000, 30000, 14)}
-    pictures = rng.standard_normal((5, 3, 224, 224), dtype=np.float32)
-    meta = lv.real_manifest()["meta"]
-    for name, ids in questions.items():
-        assert [101, *ids.tolist(), 102] == meta["question_ids"][name]
-    visual = lv.jitted(model.vision, lambda vision, x: vision(x))(lv.pixels(pictures))
-    return model, wanted, meta, visual
+    return golden.llama_vid_arrays(model, lv.real_manifest()["meta"]), wanted
 
 
-def test_vision_tower(real):
-    _, wanted, _, visual = real
-    assert off(visual[:, ::16, ::32], wanted["vision_slice"]) < WHOLE
+CASES = ("image", "image_grid4", "video_mean", "video_grid2")
+PARTS = ("visual_tokens", "logits", "loss")
 
 
-@pytest.mark.parametrize("case", ["image", "image_grid4", "video_mean", "video_grid2"])
-def test_from_pictures_to_loss(real, case):
-    model, wanted, meta, visual = real
-    about = meta[case]
-    visual = visual[:1] if about["frames"] == 1 else visual[1:]
-    text = jnp.asarray([meta["question_ids"][about["question"]]] * visual.shape[0])
-    kind = about["compress_type"] or "all"
-    look = lv.jitted(model, functools.partial(lv.LlamaVid.frame_tokens, kind=kind))
-    blocks = look(visual, text, jnp.ones_like(text, bool))
-    tokens = blocks.reshape(1, -1, blocks.shape[-1])
-    assert tokens.shape[1] == about["n_visual_tokens"]
-    step = 16 if tokens.shape[1] == 257 else 1
-    assert off(tokens[:, ::step], wanted[f"{case}.visual_tokens"]) < WHOLE
+@pytest.mark.parametrize(
+    "name", ["vision_slice", *(f"{case}.{part}" for case in CASES for part in PARTS)]
+)
+def test_from_pictures_to_loss(real, name):
+    said, wanted = real
+    assert off(said[name], wanted[name]) < WHOLE
 
-    prompt = np.asarray(meta["ids_image" if about["frames"] == 1 else "ids_video"])
-    labels = np.where(np.arange(len(prompt)) < about["label_prefix_masked"], -100, prompt)
-    ids = lv.expand(prompt, prompt, tokens.shape[1])[None]
-    logits = lv.jitted(model, lv.LlamaVid.read)(jnp.asarray(ids), tokens)
-    assert off(logits[:, -(len(prompt) - 8) :], wanted[f"{case}.logits"]) < WHOLE
-    expanded = lv.expand_labels(prompt, labels, tokens.shape[1])[None]
-    assert lv.loss(logits, expanded) == pytest.approx(float(wanted[f"{case}.loss"]), rel=WHOLE)
+
+def test_every_golden_array_is_compared(real):
+    said, wanted = real
+    assert set(said) == set(wanted)
 
 
 # --- tiny: a batch of an image with two turns, a text, and a video ------------------------------
@@ -77,95 +58,50 @@ def tiny():
     return lv.tiny_model()
 
 
-def see(model, pictures, ids, mask, kind):
-    """Pictures [F, 3, S, S], each under its question [F, L] → [F, 1 + n, H]."""
-
-    def run(model, pixels, text, text_mask):
-        return model.frame_tokens(model.vision(pixels), text, text_mask, kind=kind)
-
-    text, text_mask = jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool)
-    return lv.jitted(model, run)(lv.pixels(pictures), text, text_mask)
+@pytest.fixture(scope="module")
+def said(tiny):
+    """What we make of the tiny inputs, under the golden arrays' names."""
+    return golden.tiny_arrays(tiny, lv.tiny_arrays())
 
 
-def image_tokens(model, kind, **changes):
-    """The image under its two questions: [2, 1 + n, H]."""
-    a = {**lv.tiny_arrays(), **changes}
-    image = np.repeat(a["pixel_image"][None], 2, 0)
-    return see(model, image, a["bert_ids_turns"], a["bert_mask_turns"], kind)
-
-
-def video_tokens(model, kind):
-    """The video's three frames under their one question: [1, 3 · (1 + n), H]."""
+@pytest.mark.parametrize("group", ["none", "mean", "grid2"])
+def test_tiny_batch_of_three(said, group):
     a = lv.tiny_arrays()
-    ids, mask = (np.repeat(a[f"bert_{name}_video"], 3, 0) for name in ("ids", "mask"))
-    tokens = see(model, a["pixel_video"], ids, mask, kind)
-    return tokens.reshape(1, -1, tokens.shape[-1])
+    for name in ("merged_mask", "merged_labels"):
+        np.testing.assert_array_equal(said[f"{group}/{name}"], a[f"{group}/{name}"])
+    for name in ("visual_image_2turns", "visual_video", "logits", "loss"):
+        assert off(said[f"{group}/{name}"], a[f"{group}/{name}"]) < WHOLE
 
 
-def tiny_batch(kind):
-    """Expanded ids, labels and validity of the batch of three, right-padded."""
-    a = lv.tiny_arrays()
-    n = 1 + content_tokens(kind, 16)
-    rows = list(zip(a["input_ids"], a["labels"], a["attention_mask"], (n, n, 3 * n), strict=True))
-    columns = (
-        ([lv.expand(ids, ids, block) for ids, _, _, block in rows], 0),
-        ([lv.expand_labels(ids, labels, block) for ids, labels, _, block in rows], -100),
-        ([lv.expand(ids, mask, block) for ids, _, mask, block in rows], False),
-    )
-    longest = max(len(ids) for ids in columns[0][0])
-    return [
-        np.stack([np.pad(x, (0, longest - len(x)), constant_values=fill) for x in column])
-        for column, fill in columns
-    ]
+@pytest.mark.parametrize("name", ["eva_video", "qformer_video", "longvideo_tokens_mean"])
+def test_tiny_video(said, name):
+    """Long videos are the same maths without the class token (the features' loader drops it)."""
+    assert off(said[name], lv.tiny_arrays()[name]) < WHOLE
 
 
-def tiny_visual_rows(turns, video):
-    """[3, V, H]: the image's two blocks; none; the video's. V is the longest."""
-    image = turns.reshape(-1, turns.shape[-1])
-    longest = max(image.shape[0], video.shape[1])
-    rows = [image, jnp.zeros((0, image.shape[1])), video[0]]
-    return jnp.stack([jnp.pad(row, ((0, longest - row.shape[0]), (0, 0))) for row in rows])
+def test_greedy_continuation(said):
+    """The original's greedy ids of the video under `mean`, by our cache."""
+    np.testing.assert_array_equal(said["greedy_mean"], lv.tiny_arrays()["greedy_mean"])
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_tiny_batch_of_three(tiny, name):
-    a, kind = lv.tiny_arrays(), KINDS[name]
-    turns, video = image_tokens(tiny, kind), video_tokens(tiny, kind)
-    assert off(turns, a[f"{name}/visual_image_2turns"]) < WHOLE
-    assert off(video, a[f"{name}/visual_video"]) < WHOLE
-    ids, labels, valid = tiny_batch(kind)
-    np.testing.assert_array_equal(valid, a[f"{name}/merged_mask"])
-    np.testing.assert_array_equal(labels, a[f"{name}/merged_labels"])
-    read = lv.jitted(tiny, lv.LlamaVid.read)
-    logits = read(jnp.asarray(ids), tiny_visual_rows(turns, video))
-    assert off(np.asarray(logits)[valid], a[f"{name}/logits"][valid]) < WHOLE
-    assert lv.loss(logits, labels) == pytest.approx(float(a[f"{name}/loss"]), rel=WHOLE)
+def test_padding_is_not_compared_and_nothing_else_is_left_out(said):
+    for group in ("none", "mean", "grid2"):
+        hidden = np.ma.getmaskarray(said[f"{group}/logits"])
+        np.testing.assert_array_equal(~hidden[..., 0], lv.tiny_arrays()[f"{group}/merged_mask"])
+    assert set(said) | golden.TINY_INPUTS == {
+        name for name in lv.tiny_arrays() if not name.startswith("sd/")
+    }
 
 
 def test_padding_reaches_nothing(tiny):
     """What fills the padding, ids or visual rows, leaves the valid logits bit for bit."""
-    ids, _, valid = tiny_batch("mean")
-    a, read = lv.tiny_arrays(), lv.jitted(tiny, lv.LlamaVid.read)
-    rows = tiny_visual_rows(a["mean/visual_image_2turns"], a["mean/visual_video"])
+    a, read = lv.tiny_arrays(), golden.jitted(tiny, golden.LlamaVid.read)
+    ids, _, valid = golden.tiny_batch(a, "mean", patches=16)
+    rows = golden.visual_rows(a["mean/visual_image_2turns"], a["mean/visual_video"])
     plain = np.asarray(read(jnp.asarray(ids), rows))
     other = np.asarray(read(jnp.asarray(np.where(valid, ids, 77)), rows))
     np.testing.assert_array_equal(plain[valid], other[valid])
     assert (plain[~valid] != other[~valid]).any()
-
-
-def test_long_video_tokens(tiny):
-    """Long videos are the same maths without the class token (the features' loader drops it)."""
-    a = lv.tiny_arrays()
-    visual = tiny.vision(lv.pixels(a["pixel_video"]))[:, 1:]
-    frames = visual.shape[0]
-    text = jnp.asarray(np.repeat(a["bert_ids_long"], frames, 0), jnp.int32)
-    queries = tiny.qformer(
-        tiny.visual_tokens.ln(visual), text=text, text_mask=jnp.ones(text.shape, bool)
-    )
-    context = tiny.visual_tokens.context(visual, queries)
-    content = tiny.visual_tokens.content(visual, kind="mean")
-    tokens = jnp.concatenate([context, content], 1).reshape(1, 2 * frames, -1)
-    assert off(tokens, a["longvideo_tokens_mean"]) < WHOLE
 
 
 # --- what a wrong implementation would do must show ---------------------------------------------
@@ -191,7 +127,7 @@ def test_a_mistake_is_detected(what, monkeypatch):
     elif what == "tanh GELU":
         for module in (eva_vit, qformer, visual_tokens):
             monkeypatch.setattr(module, "gelu", jax.nn.gelu)
-    turns = image_tokens(model, "mean", **changes)
+    turns = golden.image_tokens(model, {**a, **changes}, ["mean"])["mean"]
     if what == "token order":
         turns = turns[:, ::-1]
     assert off(turns, a["mean/visual_image_2turns"]) > 2 * WHOLE
@@ -359,26 +295,3 @@ def test_the_observation_repeats():
     for section, cfg in BASE.items():
         assert parameter_shapes(section, cfg) == parameter_shapes(section, cfg)
         assert behaviour(section, cfg) == base_behaviour(section)
-
-
-# --- greedy decoding, with the cache ------------------------------------------------------------
-
-
-def test_greedy_continuation(tiny):
-    """The original's greedy ids of the video under `mean`, by our cache."""
-    a = lv.tiny_arrays()
-    video = jnp.asarray(a["mean/visual_video"])
-    prompt, wanted = np.split(a["greedy_mean"][0], [6])
-    cfg = tiny.llama.cfg
-    ids = jnp.asarray(lv.expand(prompt, prompt, video.shape[1]))[None]
-    slots = ids.shape[1] + len(wanted)
-    shape = (cfg.layers, 1, slots, cfg.kv_heads, cfg.head_dim)
-    cache = KVCache(k=jnp.zeros(shape), v=jnp.zeros(shape))
-    embeds = merge(tiny.llama.embed(ids), ids, video)
-    out = tiny.llama(embeds, positions=jnp.arange(ids.shape[1])[None], cache=cache)
-    got = []
-    for position in range(ids.shape[1], slots):
-        got.append(int(tiny.llama.logits(out.hidden[:, -1]).argmax()))
-        embeds = tiny.llama.embed(jnp.asarray([got[-1:]]))
-        out = tiny.llama(embeds, positions=jnp.asarray([[position]]), cache=out.cache)
-    assert got == wanted.tolist()

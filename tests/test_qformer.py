@@ -8,12 +8,13 @@ import llama_vid_golden as lv
 import numpy as np
 import pytest
 from flax import nnx
-from llama_vid_golden import LAYER, WHOLE, off
+from llama_vid_golden import LAYER, WHOLE
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models.qformer import QFormer
 from tools.convert_torch import engine
+from tools.convert_torch.golden import off, pixels
 from tools.convert_torch.llama_vid import INSTRUCT_BLIP
 from tools.convert_torch.llama_vid import qformer as qformer_rows
 
@@ -50,7 +51,7 @@ def run(model, encoded, text, mask, key=None):
 
 def test_tiny_is_the_original():
     a, model = lv.tiny_arrays(), lv.tiny_model()
-    encoded = model.visual_tokens.ln(model.vision(lv.pixels(a["pixel_video"])))
+    encoded = model.visual_tokens.ln(model.vision(pixels(a["pixel_video"])))
     text, mask = (
         np.repeat(a[f"bert_{name}_video"], encoded.shape[0], 0) for name in ("ids", "mask")
     )

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from llama_vid_golden import LAYER, WHOLE, fill, off
+from llama_vid_golden import LAYER, WHOLE, fill
 
 from emollama_jax.config import SwinConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.swin import APART, Swin, WindowAttention, relative_index, shift_mask
 from tools.convert_torch import engine
 from tools.convert_torch.facexformer import swin as table
+from tools.convert_torch.golden import off
 
 # Maps of 20, 10 and 5 in windows of 4: shifted, shifted and padded, padded to two windows.
 SMALL = SwinConfig(

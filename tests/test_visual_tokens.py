@@ -6,11 +6,11 @@ import llama_vid_golden as lv
 import numpy as np
 import pytest
 from flax import nnx
-from llama_vid_golden import off
 
 from emollama_jax.batch import IMAGE_TOKEN
 from emollama_jax.errors import UserError
 from emollama_jax.models.visual_tokens import VisualTokens, content_tokens, merge, pool
+from tools.convert_torch.golden import off
 
 
 @pytest.mark.parametrize(

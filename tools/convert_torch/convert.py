@@ -5,6 +5,7 @@ files ─► tensors, not read ─► table laid against the model ─► all pr
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import re
@@ -22,15 +23,19 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from emollama_jax import config
 from emollama_jax.config import EmoLlamaConfig, MeshConfig
 from emollama_jax.errors import UserError
-from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.eva_vit import EvaVit
+from emollama_jax.models.facexformer import FaceXFormer
+from emollama_jax.models.llama import Llama
 from emollama_jax.models.mtcnn import Mtcnn
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.qformer import QFormer
+from emollama_jax.models.visual_tokens import VisualTokens
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.weights import Manifest, Writer, sizes
 from tools.convert_torch import positions
-from tools.convert_torch.engine import Leaf, match, matches_any
-from tools.convert_torch.files import Opened, Tensor
+from tools.convert_torch.engine import Leaf, match
+from tools.convert_torch.files import PICKLED, Opened, Tensor
 from tools.convert_torch.settings import from_transformers
 from tools.convert_torch.sources import SOURCES, Source, guess
 
@@ -96,7 +101,8 @@ def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig)
         raise _refusal(source, problems)
     naming, prefix = known
     notes = [*opened.notes]
-    tensors = _resized(tensors, model, notes)
+    if "vision" in kind.parts:
+        tensors = _resized(tensors, model, notes)
     ignore = dict(naming.ignore(model))
     leaves, more = match(shapes(kind, model), tensors, naming.rows(model, prefix), ignore=ignore)
     other = guess(tensors, model) if more else None
@@ -121,15 +127,36 @@ def shapes(source: Source, model: EmoLlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def abstract_leaves(source: Source, model: EmoLlamaConfig) -> dict[str, nnx.Param]:
     """Our leaves that a source fills, without numbers."""
-    if source.sections:
-        whole = nnx.eval_shape(lambda: EmoLlama(model, rngs=nnx.Rngs(0)))
-    else:
-        whole = nnx.eval_shape(lambda: Mtcnn(rngs=nnx.Rngs(0)))
-    return {
-        path: leaf
-        for path, leaf in named_parameters(whole).items()
-        if matches_any(path, {source.fills: ""})
-    }
+    leaves = _every_leaf(source.parts, model)
+    return {path: leaf for path, leaf in leaves.items() if re.fullmatch(source.fills, path)}
+
+
+class _Parts(nnx.Module):
+    """Some networks of `EmoLlama` under its names. Tracing all of the real ones takes seconds."""
+
+    def __init__(self, parts: Sequence[str], cfg: EmoLlamaConfig, rngs: nnx.Rngs):
+        if "llama" in parts:
+            self.llama = Llama(cfg.llama, rngs=rngs)
+        if "vision" in parts:
+            self.vision = EvaVit(cfg.vision, rngs=rngs)
+        if "qformer" in parts:
+            self.qformer = QFormer(cfg.qformer, rngs=rngs)
+            self.visual_tokens = VisualTokens(
+                cfg.qformer,
+                visual_width=cfg.vision.width,
+                llm_width=cfg.llama.width,
+                dtype=cfg.llama.dtype,
+                rngs=rngs,
+            )
+        if "face" in parts:
+            self.face = FaceXFormer(cfg.face, rngs=rngs)
+
+
+@functools.lru_cache(maxsize=8)
+def _every_leaf(parts: Sequence[str], model: EmoLlamaConfig) -> dict[str, nnx.Param]:
+    if parts == ("mtcnn",):
+        return named_parameters(nnx.eval_shape(lambda: Mtcnn(rngs=nnx.Rngs(0))))
+    return named_parameters(nnx.eval_shape(lambda: _Parts(parts, model, nnx.Rngs(0))))
 
 
 def convert(
@@ -192,6 +219,7 @@ def convert(
             written += sum(value.nbytes for value in values.values())
             for value in values.values():
                 value.delete()
+            PICKLED.release()
             progress.advance(task, sum(leaf.nbytes for leaf in group))
         writer.finish()
     return Summary(
@@ -217,6 +245,7 @@ def fingerprint(leaves: Sequence[Leaf]) -> str:
     for key, tensor in sorted(tensors.items(), key=lambda pair: (pair[1].file, pair[0])):
         values = tensor.read().reshape(-1)[: FIRST // tensor.dtype.itemsize]
         digests[key] = hashlib.sha256(values.tobytes()).hexdigest()
+    PICKLED.release()
     whole = hashlib.sha256()
     for key in sorted(tensors):
         about = f"{key} {tensors[key].shape} {tensors[key].dtype} {digests[key]}\n"

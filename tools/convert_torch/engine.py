@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from emollama_jax.errors import UserError
-from tools.convert_torch.files import PICKLED, Tensor, in_memory
+from tools.convert_torch.files import Tensor, in_memory
 
 BLOCK = 256  # rows and columns of a matrix that are transposed at once
 READERS = 4  # threads that bring tensors into our layout; NumPy lets go of the lock meanwhile
@@ -222,7 +222,6 @@ class Leaf:
             mine = [pair for pair in layers if self.parts[pair[1]].file == file]
             with ThreadPoolExecutor(READERS) as pool:
                 list(pool.map(lambda pair: fill(*pair), mine))
-        PICKLED.release()
         return out
 
 

@@ -125,6 +125,8 @@ def open_paths(paths: Sequence[pathlib.Path], *, inside: str | None = None) -> O
         inside: the entry of a pickled dict that holds the state dict, where there is one.
     """
     opened = Opened()
+    if not paths:
+        opened.problems.append("--src: no path given")
     for path in paths:
         if not path.exists():
             opened.problems.append(f"{path}: no such file or folder")
@@ -134,7 +136,7 @@ def open_paths(paths: Sequence[pathlib.Path], *, inside: str | None = None) -> O
             _indexed(opened, path)
         else:
             opened.add(path, inside=inside)
-    if not opened.tensors and not opened.problems:
+    if paths and not opened.tensors and not opened.problems:
         opened.problems.append(f"{', '.join(map(str, paths))}: no tensor in it")
     return opened
 

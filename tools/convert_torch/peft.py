@@ -79,3 +79,17 @@ def lora_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         "targets": tuple(target for target in HOME if target in targets),
     }
     return fields, problems
+
+
+def to_settings(cfg: LlamaConfig) -> dict[str, Any]:
+    """The `adapter_config.json` of our adapters."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": cfg.lora.rank,
+        "lora_alpha": cfg.lora.alpha,
+        "lora_dropout": cfg.lora.dropout,
+        "target_modules": list(cfg.lora.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }

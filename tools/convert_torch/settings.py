@@ -25,7 +25,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False, None),
     "pretraining_tp": (1, None),
     "mm_projector_type": ("mlp2x_gelu", None),
-    "mm_hidden_size": (1408, None),
 }
 
 
@@ -39,17 +38,18 @@ def from_transformers(
     if "target_modules" in settings:
         return _with_adapter(cfg, settings)
     text = settings.get("text_config", settings)
-    if "hidden_size" not in text or "num_key_value_heads" not in text | {
-        "num_key_value_heads": text.get("num_attention_heads")
-    }:
-        return cfg, []
-    if settings.get("model_type") not in ("llama", "llava", None):
+    if settings.get("model_type") not in ("llama", "llava", None) or "rms_norm_eps" not in text:
         return cfg, []
     problems = [
         f"config.json: {key} is {text[key]!r}, wanted {allowed[0]!r}"
         for key, allowed in PLAIN.items()
         if key in text and text[key] not in allowed
     ]
+    seen = text.get("mm_hidden_size", cfg.vision.width)
+    if seen != cfg.vision.width:
+        problems.append(
+            f"config.json: mm_hidden_size is {seen}, wanted model.vision.width {cfg.vision.width}"
+        )
     missing = [theirs for theirs in LLAMA.values() if theirs not in text]
     if missing:
         return cfg, [*problems, f"config.json: {', '.join(missing)} missing"]

@@ -22,7 +22,7 @@ _NOT_QFORMER = {
     r"(model\.)?(visual_encoder|vision_model)\.(?!post_layernorm\.).*": "the source eva-vit",
 }
 _NOT_VISION = {
-    r"(model\.)?([Qq]former|embeddings)\..*": "the source qformer",
+    r"(model\.)?([Qq]former\.|embeddings\.(word|position)_embeddings\.).*": "the source qformer",
     r"(model\.)?query_tokens": "the source qformer",
     r"(model\.)?(ln_vision|(vision_model\.)?post_layernorm)\..*": "the source qformer",
 }
@@ -58,6 +58,7 @@ class Source:
     Attributes:
         about: one line of help.
         sections: of the model's config that its weights must fit.
+        parts: of `EmoLlama` that it fills, or MTCNN.
         fills: our leaves that it fills: a pattern of whole paths.
         namings: in the order in which they are tried.
         inside: the entry of a pickled dict that holds the state dict, where there is one.
@@ -66,6 +67,7 @@ class Source:
 
     about: str
     sections: tuple[str, ...]
+    parts: tuple[str, ...]
     fills: str
     namings: tuple[Naming, ...]
     inside: str | None = None
@@ -142,12 +144,14 @@ SOURCES: dict[str, Source] = {
     "llama": Source(
         about="LLaMA, LLaMA-2 or Vicuna of Hugging Face",
         sections=("llama",),
+        parts=("llama",),
         fills=r"llama/.*(?<!lora_[AB])",
         namings=(_LLAMA,),
     ),
     "llama-vid": Source(
         about="a LLaMA-VID checkpoint, with eva_vit_g.pth beside it",
         sections=("llama", "vision", "qformer"),
+        parts=("llama", "vision", "qformer"),
         fills=r"(llama|vision|qformer|visual_tokens)/.*(?<!lora_[AB])",
         namings=(
             Naming(
@@ -163,6 +167,7 @@ SOURCES: dict[str, Source] = {
     "eva-vit": Source(
         about="EVA-ViT-g: LAVIS' eva_vit_g.pth, or out of BLIP-2 / InstructBLIP",
         sections=("vision",),
+        parts=("vision",),
         fills=r"vision/.*",
         namings=(
             Naming(
@@ -183,6 +188,7 @@ SOURCES: dict[str, Source] = {
     "qformer": Source(
         about="the Q-Former of InstructBLIP or BLIP-2, of LAVIS or transformers",
         sections=("qformer",),
+        parts=("qformer",),
         fills=r"(qformer|visual_tokens/ln)/.*",
         namings=(
             Naming(
@@ -209,6 +215,7 @@ SOURCES: dict[str, Source] = {
     "facexformer": Source(
         about="FaceXFormer's ckpts/model.pt",
         sections=("face",),
+        parts=("face",),
         fills=r"face/.*",
         namings=(
             Naming(
@@ -223,6 +230,7 @@ SOURCES: dict[str, Source] = {
     "mtcnn": Source(
         about="facenet-pytorch's pnet.pt, rnet.pt and onet.pt",
         sections=(),
+        parts=("mtcnn",),
         fills=r"[pro]net/.*",
         namings=(
             Naming("facenet-pytorch", r"()pnet\.conv1\.weight", lambda cfg, prefix: mtcnn.mtcnn()),
@@ -232,6 +240,7 @@ SOURCES: dict[str, Source] = {
     "peft": Source(
         about="a PEFT LoRA adapter's folder",
         sections=("llama", "lora"),
+        parts=("llama",),
         fills=r"llama/.*lora_[AB]",
         namings=(Naming("PEFT", peft.SIGN, lambda cfg, prefix: peft.adapter(cfg.llama, prefix)),),
     ),
