@@ -1,6 +1,6 @@
 """Peak memory and speed of converting a LLaMA of 2 B parameters in four shards.
 
-    python benchmarks/convert_memory.py --dir /some/disk
+    PYTHONPATH=. python benchmarks/convert_memory.py --dir /some/disk
 
 makes the checkpoint (once), then copies its files, converts it, and copies them again, in one run.
 Both are timed until the bytes are on the disk. It prints both speeds, their ratio and the

@@ -1,8 +1,10 @@
 """Imported weights: the folder that `tools/convert_torch` writes and that a run starts from.
 
 One Orbax checkpoint of a flat dict, parameter path → array, with a manifest as its metadata: where
-the numbers come from, a fingerprint of them, and the sizes of the networks that they fit. Orbax
-writes a folder of another name and renames it at the end, so a folder that is there is whole.
+the numbers come from, a fingerprint of them, and the sizes of the networks that they fit. A leaf
+that stacks layers is stored layer by layer (`path#0`, `path#1`, …), so that writing it takes the
+memory of a few layers, and is stacked when it is read. Orbax writes a folder of another name and
+renames it at the end, so a folder that is there is whole.
 
     weights/llama_vid_7b/   llama/…, vision/…, qformer/…, visual_tokens/…
     weights/facexformer/    face/…
@@ -10,22 +12,29 @@ writes a folder of another name and renames it at the end, so a folder that is t
 A config names such folders under `weights`; together they are the base of a run.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from emollama_jax.config import EmoLlamaConfig, to_dict
 from emollama_jax.errors import UserError
 
 VERSION = 1  # of the format
+LAYER = "#"  # between a leaf's path and the number of a layer of it
+TOGETHER = 512 << 20  # bytes of leaves that are read at once
 # What of a network's config its weights do not depend on.
 FREE = ("dtype", "remat", "dropout", "lora", "image_mean", "image_std", "race_labels")
 
@@ -58,7 +67,7 @@ def sizes(cfg: EmoLlamaConfig, sections: Iterable[str]) -> dict[str, dict[str, A
 
 
 class Writer:
-    """Writes a folder of weights, some leaves at a time; a context manager.
+    """Writes a folder of weights, some arrays at a time; a context manager.
 
     Nothing is left behind when it is not finished. On several hosts, every one makes the same
     calls, each with its own shards.
@@ -79,11 +88,12 @@ class Writer:
             raise UserError(f"{out}: cannot be made: {error.strerror}") from None
         self._metadata = {"emollama_weights": VERSION, **dataclasses.asdict(manifest)}
         self._finished = False
+        self._pending: tuple[Any, list[jax.Array]] | None = None
         self._context = ocp.Context()
         # Trained weights hardly shrink, and compressing them takes longer than writing them.
         self._context.array.saving.use_compression = False
-        # One file for each leaf's shard. OCDBT, the default, packs small files and writes them
-        # twice; on a disk it took up to five times as long.
+        # One file for each array's shard: OCDBT, the default, packs them into larger ones, which
+        # took longer on a disk.
         self._context.array.saving.use_ocdbt = False
 
     def __enter__(self) -> "Writer":
@@ -92,6 +102,8 @@ class Writer:
 
     def __exit__(self, *_: Any) -> None:
         if not self._finished:
+            with contextlib.suppress(Exception):  # what stopped the work is already on its way
+                self._wait()
             self._clear()
 
     def _clear(self) -> None:
@@ -100,16 +112,45 @@ class Writer:
             for path in self.out.parent.glob(f"{self.out.name}.partial_save*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def add(self, leaves: Mapping[str, jax.Array]) -> None:
-        """Writes some leaves; returns when they are on the disk."""
+    def add(self, arrays: Mapping[str, jax.Array]) -> None:
+        """Writes arrays in the background; the last ones are on the disk when it returns.
+
+        Args:
+            arrays: leaves by path, or their layers by `layer_key`. They are deleted once written.
+        """
+        self._wait()
         with self._context:
-            ocp.partial.save(self.out, dict(leaves), custom_metadata=self._metadata)
+            response = ocp.partial.save_async(
+                self.out, dict(arrays), custom_metadata=self._metadata
+            )
+        self._pending = response, list(arrays.values())
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            (response, arrays), self._pending = self._pending, None
+            response.result()
+            for array in arrays:
+                array.delete()
 
     def finish(self) -> None:
         """Makes the folder appear."""
+        self._wait()
         with self._context:
             ocp.partial.finalize(self.out)
         self._finished = True
+
+
+def layer_key(path: str, layer: int) -> str:
+    """Under what a layer of a leaf is stored."""
+    return f"{path}{LAYER}{layer}"
+
+
+def layer_place(place: Any) -> Any:
+    """Where a layer lives before it is stacked, given where the whole leaf will: as that, but for
+    the axis of layers."""
+    if isinstance(place, NamedSharding):
+        return NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+    return place
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -118,7 +159,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     Raises:
         UserError: no such folder, or one of something else.
     """
-    return _open(folder)[0]
+    return _open(folder).manifest
 
 
 def leaves_of(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -127,17 +168,26 @@ def leaves_of(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
         UserError: as of `read_manifest`.
     """
-    return _open(folder)[1]
+    return _open(folder).leaves
 
 
-def _open(folder: pathlib.Path) -> tuple[Manifest, dict[str, jax.ShapeDtypeStruct]]:
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    """What a folder says of itself."""
+
+    manifest: Manifest
+    leaves: dict[str, jax.ShapeDtypeStruct]  # whole ones
+    layers: dict[str, int]  # of the leaves that are stored layer by layer
+
+
+def _open(folder: pathlib.Path) -> _Folder:
     file = folder / "_CHECKPOINT_METADATA"
     return _read(folder, file.stat().st_mtime_ns if file.is_file() else 0)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(folder: pathlib.Path, changed: int) -> tuple[Manifest, dict[str, jax.ShapeDtypeStruct]]:
-    """What a folder says of itself; `changed` is when, so that a folder made anew is read anew."""
+def _read(folder: pathlib.Path, changed: int) -> _Folder:
+    """Reads it; `changed` is when it was written, so that a folder made anew is read anew."""
     wanted = "wanted a folder that `python -m tools.convert_torch` wrote (docs/convert.md)"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {wanted}")
@@ -145,17 +195,25 @@ def _read(folder: pathlib.Path, changed: int) -> tuple[Manifest, dict[str, jax.S
         metadata = ocp.metadata(folder.absolute())
         fields = dict(metadata.custom_metadata)
         version = fields.pop("emollama_weights")
-        leaves = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for path, leaf in metadata.metadata.items()
-        }
+        stored = dict(metadata.metadata)
     except Exception:  # Orbax raises anything on a folder that it did not write
         raise UserError(f"{folder}: holds no imported weights; {wanted}") from None
     if version != VERSION:
         raise UserError(
             f"{folder}: written in format {version}, this version reads {VERSION}: convert it again"
         )
-    return Manifest(**{**fields, "notes": tuple(fields["notes"])}), leaves
+    layers = collections.Counter(key.split(LAYER)[0] for key in stored if LAYER in key)
+    shapes = {key: leaf.shape for key, leaf in stored.items() if LAYER not in key} | {
+        path: (count, *stored[layer_key(path, 0)].shape) for path, count in layers.items()
+    }
+    leaves = {
+        path: jax.ShapeDtypeStruct(
+            shape, stored[layer_key(path, 0) if path in layers else path].dtype
+        )
+        for path, shape in sorted(shapes.items())
+    }
+    manifest = Manifest(**{**fields, "notes": tuple(fields["notes"])})
+    return _Folder(manifest, leaves, dict(layers))
 
 
 def load(
@@ -171,7 +229,8 @@ def load(
     Raises:
         UserError: a leaf that is absent or of another shape, or a folder that cannot be read.
     """
-    held = leaves_of(folder)
+    opened = _open(folder)
+    held = opened.leaves
     problems = [
         f"{path} is {held[path].shape}, wanted {leaf.shape}"
         if path in held
@@ -182,14 +241,58 @@ def load(
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{folder}: weights of another config: {'; '.join(problems[:3])}{more}")
+    values: dict[str, jax.Array] = {}
+    for group in _groups(wanted):
+        values |= _load(folder, {path: wanted[path] for path in group}, opened.layers)
+    return values
+
+
+def _groups(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    """Paths that are read at once: for a moment their layers are there twice."""
+    group: list[str] = []
+    size = 0
+    for path, leaf in wanted.items():
+        nbytes = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if group and size + nbytes > TOGETHER:
+            yield group
+            group, size = [], 0
+        group.append(path)
+        size += nbytes
+    if group:
+        yield group
+
+
+def _load(
+    folder: pathlib.Path,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    layers: Mapping[str, int],
+) -> dict[str, jax.Array]:
+    stored = {}
+    for path, leaf in wanted.items():
+        if path in layers:
+            place = layer_place(leaf.sharding)
+            layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
+            stored |= {layer_key(path, i): layer for i in range(layers[path])}
+        else:
+            stored[path] = leaf
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
         with context:
-            return ocp.load(folder.absolute(), dict(wanted))
+            found = ocp.load(folder.absolute(), stored)
     except Exception as error:  # a broken file
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{folder}: cannot be read ({first}): convert it again") from None
+    return {
+        path: _stack([found[layer_key(path, i)] for i in range(layers[path])], place=leaf.sharding)
+        if path in layers
+        else found[path]
+        for path, leaf in wanted.items()
+    }
+
+
+def _stack(layers: Sequence[jax.Array], *, place: Any) -> jax.Array:
+    return jax.jit(jnp.stack, out_shardings=place)(list(layers))
 
 
 def load_numpy(folder: pathlib.Path, paths: Sequence[str]) -> dict[str, np.ndarray]:
@@ -227,7 +330,7 @@ def check_base(
     """
     where: dict[str, pathlib.Path] = {}
     for folder in folders:
-        manifest, leaves = _open(folder)
+        manifest, leaves = read_manifest(folder), leaves_of(folder)
         now = sizes(cfg, manifest.model)
         for section, fields in manifest.model.items():
             for key, value in fields.items():

@@ -1,17 +1,19 @@
-"""From a PyTorch checkpoint to a folder of our weights, a few leaves in memory at a time.
+"""From a PyTorch checkpoint to a folder of our weights, a few layers in memory at a time.
 
 files ─► tensors, not read ─► table laid against the model ─► all problems, or
-      ─► leaf by leaf: layers read, brought into our layout, cast, put on their devices ─► Orbax
+      ─► layer by layer: read, brought into our layout, cast, put on its devices ─► Orbax
 """
 
 import dataclasses
 import functools
 import hashlib
+import math
 import pathlib
 import re
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -32,16 +34,20 @@ from emollama_jax.models.qformer import QFormer
 from emollama_jax.models.visual_tokens import VisualTokens
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.weights import Manifest, Writer, sizes
+from emollama_jax.weights import Manifest, Writer, layer_key, layer_place, sizes
 from tools.convert_torch import positions
 from tools.convert_torch.engine import Leaf, match
 from tools.convert_torch.files import PICKLED, Opened, Tensor
 from tools.convert_torch.settings import from_transformers
 from tools.convert_torch.sources import SOURCES, Source, guess
 
-TOGETHER = 128 << 20  # bytes of small leaves that are written at once
+TOGETHER = 400 << 20  # bytes that are written at once; as much is read meanwhile
+READERS = 2  # threads that bring tensors into our layout; NumPy lets go of the lock meanwhile
 FIRST = 64 << 10  # bytes of each tensor that its fingerprint reads
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "source": "source"}
+
+
+Piece = tuple[Leaf, int]  # and the slot of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,25 +208,33 @@ def convert(
         model=sizes(plan.model, SOURCES[source].sections),
         notes=notes,
     )
-    written = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress, Writer(out, manifest) as writer:
+    written = 0
+    with (
+        Progress(*columns, console=console) as progress,
+        Writer(out, manifest) as writer,
+        ThreadPoolExecutor(READERS) as pool,
+    ):
         task = progress.add_task(source, total=sum(leaf.nbytes for leaf in plan.leaves))
-        for group in _groups(plan.leaves, targets):
-            values = {
-                leaf.path: _place(leaf, targets[leaf.path], places[leaf.path]) for leaf in group
-            }
-            writer.add(values)
-            written += sum(value.nbytes for value in values.values())
-            for value in values.values():
-                value.delete()
-            PICKLED.release()
-            progress.advance(task, sum(leaf.nbytes for leaf in group))
+
+        def read(piece: Piece) -> tuple[str, jax.Array]:
+            leaf, slot = piece
+            array = _place(leaf, slot, targets[leaf.path], places[leaf.path])
+            return (layer_key(leaf.path, slot) if leaf.row.stacked else leaf.path), array
+
+        for group in _groups(_in_file_order(plan), targets):
+            arrays = dict(pool.map(read, group))  # while the last group is being written
+            writer.add(arrays)
+            written += sum(array.nbytes for array in arrays.values())
+            progress.advance(
+                task, sum(leaf.parts[i].nbytes / len(leaf.row.paths) for leaf, i in group)
+            )
+        PICKLED.release()
         writer.finish()
     return Summary(
         tensors=len({key for leaf in plan.leaves for key in leaf.keys}),
@@ -313,29 +327,37 @@ def _places(plan: Plan, mesh: Mesh) -> dict[str, NamedSharding]:
     return param_shardings(leaves, mesh).params
 
 
-def _place(leaf: Leaf, dtype: np.dtype, place: NamedSharding) -> jax.Array:
-    """Reads a leaf to its devices, each only its part."""
+def _place(leaf: Leaf, slot: int, dtype: np.dtype, place: NamedSharding) -> jax.Array:
+    """Reads a layer, or a whole leaf, to its devices, each only its part."""
     held: dict[tuple, np.ndarray] = {}
 
     def part(window: tuple[slice, ...]) -> np.ndarray:
         key = tuple((cut.start, cut.stop) for cut in window)
         if key not in held:  # replicas are read once
-            held[key] = leaf.read(dtype, window)
+            held[key] = leaf.read(slot, dtype, window)
         return held[key]
 
-    return jax.make_array_from_callback(leaf.shape, place, part)
+    place = layer_place(place) if leaf.row.stacked else place
+    return jax.make_array_from_callback(leaf.slot_shape, place, part)
 
 
-def _groups(leaves: Sequence[Leaf], targets: Mapping[str, np.dtype]) -> Iterator[list[Leaf]]:
-    """Leaves that are written together: small ones until they fill `TOGETHER`."""
-    group: list[Leaf] = []
+def _in_file_order(plan: Plan) -> list[Piece]:
+    """All that is to be read, in the order of the files: of PyTorch's own only one is open."""
+    order = {key: number for number, key in enumerate(plan.opened.tensors)}
+    pieces = [(leaf, slot) for leaf in plan.leaves for slot in leaf.slots]
+    return sorted(pieces, key=lambda piece: order[piece[0].keys[piece[1]]])
+
+
+def _groups(pieces: Sequence[Piece], targets: Mapping[str, np.dtype]) -> Iterator[list[Piece]]:
+    """What is written together, until it fills `TOGETHER`."""
+    group: list[Piece] = []
     size = 0
-    for leaf in leaves:
-        nbytes = int(np.prod(leaf.shape)) * targets[leaf.path].itemsize
+    for leaf, slot in pieces:
+        nbytes = math.prod(leaf.slot_shape) * targets[leaf.path].itemsize
         if group and size + nbytes > TOGETHER:
             yield group
             group, size = [], 0
-        group.append(leaf)
+        group.append((leaf, slot))
         size += nbytes
     if group:
         yield group

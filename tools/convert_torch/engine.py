@@ -8,7 +8,6 @@ gives is read leaf by leaf. `emit` goes the other way, tensor by tensor.
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ from emollama_jax.errors import UserError
 from tools.convert_torch.files import Tensor, in_memory
 
 BLOCK = 256  # rows and columns of a matrix that are transposed at once
-READERS = 4  # threads that bring tensors into our layout; NumPy lets go of the lock meanwhile
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
@@ -191,37 +189,34 @@ class Leaf:
         """Of what is read."""
         return sum(part.nbytes for part in self.parts) // len(self.row.paths)
 
-    def read(self, dtype: np.dtype, window: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A window of the leaf, the whole by default, in our layout.
+    @property
+    def slots(self) -> range:
+        """Its layers; a leaf that does not stack any has one slot, the whole."""
+        return range(self.shape[0] if self.row.stacked else 1)
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """Of a layer, or of the whole."""
+        return self.shape[1:] if self.row.stacked else self.shape
+
+    def read(
+        self, slot: int, dtype: np.dtype, window: tuple[slice, ...] | None = None
+    ) -> np.ndarray:
+        """A window of a slot, the whole slot by default, in our layout.
 
         Raises:
             UserError: a value that the row's transform refuses.
         """
-        window = (slice(None),) * len(self.shape) if window is None else window
-        out = np.empty(
-            [len(range(n)[cut]) for n, cut in zip(self.shape, window, strict=True)], dtype
-        )
-        if self.row.stacked:
-            layers = list(enumerate(range(self.shape[0])[window[0]]))
-            into, cut = out, window[1:]
-        else:
-            layers, into, cut = [(0, 0)], out[None], window
-
-        def fill(slot: int, layer: int) -> None:
-            try:
-                part = self.row.transform.to_ours(self.parts[layer].read())
-            except ValueError as error:
-                name = self.row.transform.name
-                raise UserError(f"{self.keys[layer]}: {name}: {error}") from None
-            if len(self.row.paths) > 1:
-                part = part[self.row.paths.index(self.path)]
-            _copy(into[slot], part[cut])
-
-        # One file after the other: of PyTorch's own files only one is open.
-        for file in dict.fromkeys(self.parts[layer].file for _, layer in layers):
-            mine = [pair for pair in layers if self.parts[pair[1]].file == file]
-            with ThreadPoolExecutor(READERS) as pool:
-                list(pool.map(lambda pair: fill(*pair), mine))
+        try:
+            part = self.row.transform.to_ours(self.parts[slot].read())
+        except ValueError as error:
+            name = self.row.transform.name
+            raise UserError(f"{self.keys[slot]}: {name}: {error}") from None
+        if len(self.row.paths) > 1:
+            part = part[self.row.paths.index(self.path)]
+        part = part if window is None else part[window]
+        out = np.empty(part.shape, dtype)
+        _copy(out, part)
         return out
 
 
@@ -322,9 +317,10 @@ def assign(
     held = {key: in_memory(np.asarray(value)) for key, value in tensors.items()}
     found, problems = match(shapes, held, rows, ignore=ignore, keep=keep)
     refuse(problems)
-    values = [leaf.read(leaves[leaf.path].dtype) for leaf in found]
+    values = [[leaf.read(i, leaves[leaf.path].dtype) for i in leaf.slots] for leaf in found]
     for leaf, value in zip(found, values, strict=True):
-        leaves[leaf.path].set_value(jnp.asarray(value))
+        whole = np.stack(value) if leaf.row.stacked else value[0]
+        leaves[leaf.path].set_value(jnp.asarray(whole))
 
 
 def emit(
