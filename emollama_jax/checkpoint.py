@@ -12,16 +12,11 @@ Orbax' v1 API is used throughout.
 """
 
 import difflib
-import gc
 import hashlib
 import json
-import logging
 import pathlib
 import re
-import sys
-import time
-import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol, Self
 
 import grain
@@ -40,9 +35,9 @@ from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
+from emollama_jax.weights import attempt
 
 FOLDER = "checkpoints"
-SETTLE = 0.5  # seconds for the other reads of a checkpoint after one failed
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
 # What may differ between a checkpoint and the run that continues it; all else would change what is
 # computed, or what the saved iterator means.
@@ -312,7 +307,7 @@ def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
 
 
 def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    found, failure = _attempt(lambda: ocp.load_checkpointables(path.absolute(), wanted))
+    found, failure = attempt(lambda: ocp.load_checkpointables(path.absolute(), wanted))
     if failure is None:
         return found
     older = [int(p.name) for p in path.parent.glob("*") if p.name.isdigit()]
@@ -331,43 +326,13 @@ def _read_metadata(path: pathlib.Path) -> dict[str, Any]:
         saved = ocp.metadata(path.absolute(), "params").custom_metadata
         return {"config": saved["config"], "base": saved["base"]}
 
-    found, failure = _attempt(read)
+    found, failure = attempt(read)
     if failure is None:
         return found
     raise UserError(
         f"{path}: not a checkpoint of this program, or a broken one ({failure}): delete this "
         "folder, or name another"
     )
-
-
-def _attempt(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
-    """What a read of Orbax gives and None, or nothing and the first line of its error.
-
-    Its readers raise anything. A failed read leaves pages of log, and other reads on a loop that is
-    closed: they complain when they come back, or when they are collected. Both are waited for here.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    disabled = [logger.disabled for logger in loggers]
-    hook = sys.unraisablehook
-    try:
-        sys.unraisablehook = lambda _: None
-        for logger in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings():
-            try:
-                return read(), None
-            except Exception as error:
-                lines = str(error).strip().splitlines()
-                failure = (lines or [type(error).__name__])[0][:200]
-            warnings.simplefilter("ignore")
-            gc.collect()  # the error, and with it Orbax' frames and tasks, is gone by now
-            time.sleep(SETTLE)
-            gc.collect()
-        return {}, failure
-    finally:
-        sys.unraisablehook = hook
-        for logger, was in zip(loggers, disabled, strict=True):
-            logger.disabled = was
 
 
 def _check_base(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -16,11 +16,16 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
+import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +40,7 @@ from emollama_jax.errors import UserError
 VERSION = 1  # of the format
 LAYER = "#"  # between a leaf's path and the number of a layer of it
 TOGETHER = 512 << 20  # bytes of leaves that are read at once
+SETTLE = 0.5  # seconds for the other reads of a checkpoint after one failed
 # What of a network's config its weights do not depend on.
 FREE = ("dtype", "remat", "dropout", "lora", "image_mean", "image_std", "race_labels")
 
@@ -135,9 +141,47 @@ class Writer:
     def finish(self) -> None:
         """Makes the folder appear."""
         self._wait()
-        with self._context:
+        with self._context, _quiet():
             ocp.partial.finalize(self.out)
         self._finished = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns of what is meant (no OCDBT), and prints pages of log where a read fails."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    disabled = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        yield
+    finally:
+        for logger, was in zip(loggers, disabled, strict=True):
+            logger.disabled = was
+
+
+def attempt(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
+    """What a read of Orbax gives and None, or nothing and the first line of its error.
+
+    Its readers raise anything. A failed read leaves other reads on a loop that is closed: they
+    complain when they come back, or when they are collected. Both are waited for here.
+    """
+    hook = sys.unraisablehook
+    try:
+        sys.unraisablehook = lambda _: None
+        with _quiet(), warnings.catch_warnings():
+            try:
+                return read(), None
+            except Exception as error:
+                lines = str(error).strip().splitlines()
+                failure = (lines or [type(error).__name__])[0].split(". See full")[0][:200]
+            warnings.simplefilter("ignore")
+            gc.collect()  # the error, and with it Orbax' frames and tasks, is gone by now
+            time.sleep(SETTLE)
+            gc.collect()
+        return {}, failure
+    finally:
+        sys.unraisablehook = hook
 
 
 def layer_key(path: str, layer: int) -> str:
@@ -191,13 +235,17 @@ def _read(folder: pathlib.Path, changed: int) -> _Folder:
     wanted = "wanted a folder that `python -m tools.convert_torch` wrote (docs/convert.md)"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {wanted}")
-    try:
+
+    def read() -> dict[str, Any]:
         metadata = ocp.metadata(folder.absolute())
         fields = dict(metadata.custom_metadata)
         version = fields.pop("emollama_weights")
-        stored = dict(metadata.metadata)
-    except Exception:  # Orbax raises anything on a folder that it did not write
-        raise UserError(f"{folder}: holds no imported weights; {wanted}") from None
+        return {"version": version, "fields": fields, "stored": dict(metadata.metadata)}
+
+    found, failure = attempt(read)
+    if failure is not None:
+        raise UserError(f"{folder}: holds no imported weights; {wanted}")
+    version, fields, stored = found["version"], found["fields"], found["stored"]
     if version != VERSION:
         raise UserError(
             f"{folder}: written in format {version}, this version reads {VERSION}: convert it again"
@@ -277,12 +325,16 @@ def _load(
             stored[path] = leaf
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    try:
+
+    def read() -> dict[str, Any]:
         with context:
-            found = ocp.load(folder.absolute(), stored)
-    except Exception as error:  # a broken file
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{folder}: cannot be read ({first}): convert it again") from None
+            return ocp.load(folder.absolute(), stored)
+
+    found, failure = attempt(read)
+    if failure is not None:
+        raise UserError(
+            f"{folder}: a file in it is missing or broken: convert it again ({failure})"
+        )
     return {
         path: _stack([found[layer_key(path, i)] for i in range(layers[path])], place=leaf.sharding)
         if path in layers

@@ -346,3 +346,18 @@ def test_base_of_another_config_is_refused(tmp_path, model):
         weights.check_base([tmp_path / "ours"] * 2, model, leaves)
     with pytest.raises(UserError, match="has no place in this model"):
         weights.check_base([tmp_path / "ours"], model, {})
+
+
+@pytest.mark.parametrize("how", ["cut short", "absent"])
+def test_a_broken_folder_is_refused(tmp_path, model, how):
+    """A missing file would otherwise read as zeros."""
+    write("eva-vit", tmp_path / "theirs", model)
+    convert("eva-vit", tmp_path / "theirs", tmp_path / "ours", model)
+    (numbers,) = (tmp_path / "ours").glob("**/fc1/kernel#1/c/0/0")
+    if how == "absent":
+        numbers.unlink()
+    else:
+        numbers.write_bytes(numbers.read_bytes()[:-9])
+    with pytest.raises(UserError, match="a file in it is missing or broken: convert it again"):
+        leaf(tmp_path / "ours", "vision/blocks/fc1/kernel")
+    assert leaf(tmp_path / "ours", "vision/blocks/fc2/kernel").any()
