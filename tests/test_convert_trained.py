@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert_toy import OVERRIDES, convert, write
+from convert_toy import OVERRIDES, convert, read, write
 from convert_toy import write_back as export
 from small_sets import Store, make_config, small_bpe
 from train_toy import quiet
@@ -146,3 +146,20 @@ def test_a_run_on_other_weights_of_the_same_shape_is_refused(run, tmp_path, monk
     )
     with pytest.raises(UserError, match="trained on other base weights"):
         load_for_inference(run)
+
+
+def test_a_merge_keeps_its_digits_in_float32(run, tmp_path):
+    """Over kernels held in bfloat16."""
+    cfg, _ = load_for_inference(run)
+    for source in ("llama", "peft"):
+        export(source, run, tmp_path / source, merge=False)
+    convert("llama", tmp_path / "llama", tmp_path / "base", cfg.model, dtype="bf16")
+    convert("peft", tmp_path / "peft", tmp_path / "adapter", cfg.model)
+    found = {}
+    for dtype in ("f32", "source"):
+        out = tmp_path / f"merged_{dtype}"
+        export("llama", tmp_path / "base", out, base=(tmp_path / "adapter",), dtype=dtype)
+        found[dtype] = read("llama", out)["model.layers.1.self_attn.q_proj.weight"]
+    assert (found["f32"].dtype, found["source"].dtype) == (np.float32, jnp.bfloat16)
+    assert (found["f32"].astype(jnp.bfloat16) == found["source"]).all()
+    assert (found["f32"] != found["source"].astype(np.float32)).any()

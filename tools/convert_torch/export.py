@@ -149,7 +149,9 @@ def export(
             ": name the folder that holds them by --base"
         )
     adapters = [path for path in ours.paths if path.endswith("lora_A")]
-    get = _merged(ours) if merge and adapters and to != "peft" else ours.get
+    get = ours.get
+    if merge and adapters and to != "peft":
+        get = _merged(ours, dtype=np.dtype(np.float32) if dtype == "f32" else None)
     tensors = _cast(emit(get, rows), dtype)
     partial = out.parent / f"{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -171,8 +173,13 @@ def export(
     return "\n".join(lines)
 
 
-def _merged(ours: Ours) -> Callable[[str], np.ndarray]:
-    """Leaves with LoRA's update, summed in float32, in the kernels that it sits on."""
+def _merged(ours: Ours, *, dtype: np.dtype | None) -> Callable[[str], np.ndarray]:
+    """Leaves with LoRA's update, summed in float32, in the kernels that it sits on.
+
+    Args:
+        ours: the leaves.
+        dtype: of those kernels; None for the dtype that they have.
+    """
     lora = ours.model.llama.lora
 
     def get(path: str) -> np.ndarray:
@@ -181,7 +188,7 @@ def _merged(ours: Ours) -> Callable[[str], np.ndarray]:
         if f"{home}/lora_A" not in ours.paths:
             return value
         a, b = (ours.get(f"{home}/lora_{side}") for side in "AB")
-        merged = np.empty_like(value)
+        merged = np.empty(value.shape, dtype or value.dtype)
         for layer in range(len(value)):
             update = a[layer].astype(np.float32) @ b[layer].astype(np.float32)
             update *= np.float32(lora.alpha / lora.rank)
