@@ -61,19 +61,12 @@ class Holder(nnx.Module):
 def test_transformers(depth, tolerance):
     torch = pytest.importorskip("torch", reason="torch is the reference (extra `convert`)")
     transformers = pytest.importorskip("transformers")
+    from convert_live import vision_settings
+
     cfg = dataclasses.replace(lv.TINY_VISION, depth=depth)
     holder = lv.fill(nnx.eval_shape(lambda: Holder(cfg)), 2)
     theirs = transformers.InstructBlipVisionModel(
-        transformers.InstructBlipVisionConfig(
-            hidden_size=cfg.width,
-            intermediate_size=cfg.mlp_width,
-            num_hidden_layers=cfg.depth,
-            num_attention_heads=cfg.heads,
-            image_size=cfg.image_size,
-            patch_size=cfg.patch_size,
-            layer_norm_eps=cfg.norm_eps,
-            attn_implementation="eager",
-        )
+        transformers.InstructBlipVisionConfig(**vision_settings(cfg), attn_implementation="eager")
     ).eval()
     tensors = their_state_dict(engine.extract(holder, eva_vit()), depth)
     result = theirs.load_state_dict(

@@ -66,20 +66,14 @@ def test_tiny_is_the_original():
 def test_transformers(layers, every, tolerance):
     torch = pytest.importorskip("torch", reason="torch is the reference (extra `convert`)")
     transformers = pytest.importorskip("transformers")
+    from convert_live import qformer_settings
+
     cfg = dataclasses.replace(CFG, layers=layers, cross_attention_every=every)
     ours = holder(cfg)
     theirs = transformers.InstructBlipQFormerModel(
         transformers.InstructBlipQFormerConfig(
-            vocab_size=cfg.vocab_size,
-            hidden_size=cfg.width,
-            num_hidden_layers=cfg.layers,
-            num_attention_heads=cfg.heads,
-            intermediate_size=cfg.mlp_width,
-            max_position_embeddings=cfg.max_positions,
-            layer_norm_eps=cfg.norm_eps,
-            cross_attention_frequency=cfg.cross_attention_every,
+            **qformer_settings(cfg),
             encoder_hidden_size=cfg.encoder_width,
-            pad_token_id=0,
             attn_implementation="eager",
         )
     ).eval()

@@ -36,7 +36,7 @@ from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.weights import Manifest, Writer, layer_key, layer_place, sizes
 from tools.convert_torch import positions
-from tools.convert_torch.engine import Leaf, match
+from tools.convert_torch.engine import Leaf, listed, match
 from tools.convert_torch.files import PICKLED, Opened, Tensor
 from tools.convert_torch.settings import from_transformers
 from tools.convert_torch.sources import SOURCES, Source, guess
@@ -94,7 +94,7 @@ def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig)
         UserError: all that is wrong, in one error.
     """
     kind = SOURCES[source]
-    opened = kind.open(paths, inside=kind.inside) if kind.inside else kind.open(paths)
+    opened = kind.open(paths)
     problems = list(opened.problems)
     if kind.sections:
         model, found = from_transformers(model, opened.settings)
@@ -268,9 +268,7 @@ def fingerprint(leaves: Sequence[Leaf]) -> str:
 
 
 def _refusal(source: str, problems: Sequence[str]) -> UserError:
-    number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
-    lines = "\n  ".join(problems)
-    return UserError(f"{source}: nothing was written, {number}:\n  {lines}")
+    return UserError(f"{source}: nothing was written, {listed(problems)}")
 
 
 def _unknown(source: str, tensors: Mapping[str, Tensor], model: EmoLlamaConfig) -> str:

@@ -279,19 +279,10 @@ def match(
     return list(filled.values()), problems
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raises one error that lists all problems, if there are any.
-
-    Raises:
-        UserError: there are.
-    """
-    if problems:
-        number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
-        lines = "\n  ".join(problems)
-        raise UserError(
-            f"the weights do not fit the model ({number}; is it another size or another source?):"
-            f"\n  {lines}"
-        )
+def listed(problems: Sequence[str]) -> str:
+    """How many there are, and each on a line of its own."""
+    number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+    return "\n  ".join([f"{number}:", *problems])
 
 
 def assign(
@@ -316,7 +307,11 @@ def assign(
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     held = {key: in_memory(np.asarray(value)) for key, value in tensors.items()}
     found, problems = match(shapes, held, rows, ignore=ignore, keep=keep)
-    refuse(problems)
+    if problems:
+        raise UserError(
+            "the weights do not fit the model (is it another size or another source?), "
+            f"{listed(problems)}"
+        )
     values = [[leaf.read(i, leaves[leaf.path].dtype) for i in leaf.slots] for leaf in found]
     for leaf, value in zip(found, values, strict=True):
         whole = np.stack(value) if leaf.row.stacked else value[0]

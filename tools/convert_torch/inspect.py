@@ -60,8 +60,7 @@ def _is_ours(path: pathlib.Path) -> bool:
 
 def _open(paths: Sequence[pathlib.Path], source: str | None) -> Opened:
     if source is not None:
-        kind = SOURCES[source]
-        return kind.open(paths, inside=kind.inside) if kind.inside else kind.open(paths)
+        return SOURCES[source].open(paths)
     if len(paths) == 1 and (paths[0] / "pnet.pt").is_file():
         return SOURCES["mtcnn"].open(paths)
     opened = open_paths(paths)

@@ -62,7 +62,7 @@ class Source:
         fills: our leaves that it fills: a pattern of whole paths.
         namings: in the order in which they are tried.
         inside: the entry of a pickled dict that holds the state dict, where there is one.
-        open: the tensors of some paths.
+        reader: opens paths, given `inside`.
     """
 
     about: str
@@ -71,7 +71,11 @@ class Source:
     fills: str
     namings: tuple[Naming, ...]
     inside: str | None = None
-    open: Callable[..., Opened] = open_paths
+    reader: Callable[..., Opened] = open_paths
+
+    def open(self, paths: Sequence[pathlib.Path]) -> Opened:
+        """The tensors of some paths."""
+        return self.reader(paths, inside=self.inside)
 
     def naming(self, keys: Collection[str]) -> tuple[Naming, str] | None:
         """The naming that some keys follow, and their prefix; None: no known one."""
@@ -107,7 +111,7 @@ def _always(ignore: Mapping[str, str]) -> Callable[[EmoLlamaConfig], Mapping[str
     return lambda cfg: ignore
 
 
-def _open_llama_vid(paths: Sequence[pathlib.Path], *, inside: str | None = None) -> Opened:
+def _open_llama_vid(paths: Sequence[pathlib.Path], *, inside: str | None) -> Opened:
     """A checkpoint and, beside it, `eva_vit_g.pth`, whose keys get their place in the checkpoint.
 
     As the original's loader does, the file beside it is read instead of a tower inside.
@@ -162,7 +166,7 @@ SOURCES: dict[str, Source] = {
             ),
         ),
         inside="model",
-        open=_open_llama_vid,
+        reader=_open_llama_vid,
     ),
     "eva-vit": Source(
         about="EVA-ViT-g: LAVIS' eva_vit_g.pth, or out of BLIP-2 / InstructBLIP",
@@ -235,7 +239,7 @@ SOURCES: dict[str, Source] = {
         namings=(
             Naming("facenet-pytorch", r"()pnet\.conv1\.weight", lambda cfg, prefix: mtcnn.mtcnn()),
         ),
-        open=mtcnn.open_three,
+        reader=lambda paths, inside: mtcnn.open_three(paths),
     ),
     "peft": Source(
         about="a PEFT LoRA adapter's folder",
