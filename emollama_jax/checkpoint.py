@@ -101,7 +101,7 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
     model = nnx.eval_shape(make)
     leaves = named_parameters(model)
     trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
-    shardings = param_shardings(leaves, mesh).params
+    shardings = param_shardings(leaves, mesh, preset=cfg.mesh.preset).params
     elsewhere = matching(given, leaves, key="train.trainable")
     imported = _imported(cfg, leaves)
     filled = {*elsewhere, *imported, *_tiny_paths(cfg, leaves)}

@@ -18,6 +18,8 @@ from emollama_jax.errors import UserError
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 Branches = Literal["both", "global", "local", "none"]
+Attention = Literal["xla", "splash", "cudnn"]  # see models/layers.py
+Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -55,6 +57,7 @@ class LlamaConfig:
     max_positions: int
     dtype: DType
     remat: Remat
+    attention: Attention
     lora: LoraConfig
 
     @property
@@ -78,6 +81,7 @@ class EvaVitConfig:
     image_std: tuple[float, float, float]
     dtype: DType
     remat: Remat
+    attention: Attention
 
     @property
     def patches(self) -> int:
@@ -160,7 +164,7 @@ class EmoLlamaConfig:
     face: FaceXFormerConfig
     fim: FaceInfoMiningConfig
     content: str  # "all", "mean" or "grid:n": LLaMA-VID's content tokens
-    frames_at_once: int  # frames that pass the frozen towers together; bounds their activations
+    frames_at_once: int  # frames of a device that pass the frozen towers together
 
     @property
     def content_tokens(self) -> int:
@@ -243,9 +247,13 @@ class DataConfig:
 
 @_config
 class MeshConfig:
-    data: int
-    fsdp: int
-    tensor: int
+    """How many devices along each axis; −1 in one of them takes all that are left."""
+
+    data: int  # copies of the parameters; over several slices, a multiple of their number
+    fsdp: int  # parts of the parameters and of the batch
+    tensor: int  # parts of heads, feed-forward and vocabulary
+    slices: int = 1  # TPU slices that the data-centre network joins
+    preset: Preset = "fsdp+tensor"
 
 
 @_config

@@ -35,6 +35,7 @@ TINY_LLAMA = LlamaConfig(
     rope_theta=10000.0,
     rope_scaling=1.0,
     max_positions=512,
+    attention="xla",
     lora=NO_LORA,
     **HOW,
 )
@@ -48,6 +49,7 @@ TINY_VISION = EvaVitConfig(
     norm_eps=1e-6,
     image_mean=CLIP_MEAN,
     image_std=CLIP_STD,
+    attention="xla",
     **HOW,
 )
 TINY_QFORMER = QFormerConfig(

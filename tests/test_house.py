@@ -13,7 +13,7 @@ import pytest
 
 import emollama_jax
 from emollama_jax.models.pretrained import named_parameters
-from emollama_jax.sharding.rules import FSDP_TENSOR
+from emollama_jax.sharding.rules import FSDP
 
 # Which part of the package may import which other. `models` and `data` do not know each other;
 # they meet in `batch`. Nothing imports `cli`.
@@ -171,7 +171,7 @@ def test_every_parameter_names_its_axes(name, abstract_model):
         f"{path} {leaf.shape}: {axes}"
         for path, leaf in named_parameters(abstract_model(name)).items()
         for axes in [leaf.get_metadata().get("axes")]
-        if axes is None or len(axes) != len(leaf.shape) or not set(axes) <= set(FSDP_TENSOR)
+        if axes is None or len(axes) != len(leaf.shape) or not set(axes) <= set(FSDP)
     ]
     assert wrong == []
 
@@ -184,7 +184,7 @@ def test_every_axis_of_the_rules_is_used(abstract_model):
     for name in ("tiny", "emollama_7b"):
         for leaf in named_parameters(abstract_model(name)).values():
             used |= set(leaf.axes)
-    assert set(FSDP_TENSOR) - used == set()
+    assert set(FSDP) - used == set()
 
 
 def test_files_stay_short(root):

@@ -65,7 +65,7 @@ def test_every_rule():
         "odd": leaf((4, 4), ("fourier", None)),
         "gate": leaf((), ()),
     }
-    found = param_shardings(params, mesh_of(2, 2, 2))
+    found = param_shardings(params, mesh_of(2, 2, 2), preset="fsdp+tensor")
     assert {name: sharding.spec for name, sharding in found.params.items()} == {
         "q": PartitionSpec(None, "fsdp", "tensor"),
         "kv": PartitionSpec("fsdp", "tensor"),
@@ -82,7 +82,7 @@ def test_every_rule():
 @needs_eight
 def test_dimension_that_does_not_divide_is_replicated_and_listed():
     params = {"head": leaf((8, 7), ("embed", "heads")), "twice": leaf((8, 8), ("embed", "embed"))}
-    found = param_shardings(params, mesh_of(1, 4, 2))
+    found = param_shardings(params, mesh_of(1, 4, 2), preset="fsdp+tensor")
     assert found.params["head"].spec == PartitionSpec("fsdp", None)
     assert found.params["twice"].spec == PartitionSpec("fsdp", None)
     assert found.replicated == (
@@ -94,18 +94,18 @@ def test_dimension_that_does_not_divide_is_replicated_and_listed():
 def test_parameter_without_a_rule_is_refused():
     mesh = mesh_of(1, 1, 1)
     with pytest.raises(ValueError, match="x: no rule for the axis 'width'"):
-        param_shardings({"x": leaf((4,), ("width",))}, mesh)
+        param_shardings({"x": leaf((4,), ("width",))}, mesh, preset="fsdp+tensor")
     with pytest.raises(ValueError, match="x: axes None for shape"):
-        param_shardings({"x": nnx.Param(jnp.zeros(4))}, mesh)
+        param_shardings({"x": nnx.Param(jnp.zeros(4))}, mesh, preset="fsdp+tensor")
     with pytest.raises(ValueError, match="one name per dimension"):
-        param_shardings({"x": leaf((4, 4), ("embed",))}, mesh)
+        param_shardings({"x": leaf((4, 4), ("embed",))}, mesh, preset="fsdp+tensor")
 
 
 @needs_eight
 def test_every_parameter_of_the_7b_model_has_a_rule():
     cfg = config.load("emollama_7b").model
     params = named_parameters(nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0))))
-    found = param_shardings(params, mesh_of(1, 4, 2))
+    found = param_shardings(params, mesh_of(1, 4, 2), preset="fsdp+tensor")
     assert set(found.params) == set(params)
     kernel = found.params["llama/layers/q_proj/kernel"]
     assert kernel.spec == PartitionSpec(None, "fsdp", "tensor")
@@ -124,7 +124,7 @@ def trained(mesh_sizes, *, accumulation):
     with jax.set_mesh(mesh):
         model = Toy(cfg.model, rngs=nnx.Rngs(0))
         leaves = named_parameters(model)
-        where = param_shardings(leaves, mesh).params
+        where = param_shardings(leaves, mesh, preset="fsdp+tensor").params
         trainable = matching((".*",), leaves, key="train.trainable") - {"llama/embed_tokens"}
         optimizer = make_optimizer(cfg.train, leaves, trainable=trainable)
         values = {n: jax.device_put(x[...], where[n]) for n, x in leaves.items()}

@@ -194,7 +194,7 @@ def assemble(
     model = init_model(cfg, mesh, given=cfg.train.trainable if resumes else ())
     leaves = named_parameters(model)
     trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
-    where = param_shardings(leaves, mesh)
+    where = param_shardings(leaves, mesh, preset=cfg.mesh.preset)
     if where.replicated:
         console.print(
             f"{len(where.replicated)} dimensions stay whole on every device, e.g. "

@@ -7,13 +7,15 @@ files ─► tensors, not read ─► table laid against the model ─► all pr
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
+import mmap
 import pathlib
 import re
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emollama_jax import config
-from emollama_jax.config import EmoLlamaConfig, MeshConfig
+from emollama_jax.config import EmoLlamaConfig, MeshConfig, Preset
 from emollama_jax.errors import UserError
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.facexformer import FaceXFormer
@@ -36,12 +38,12 @@ from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.weights import Manifest, Writer, layer_key, layer_place, sizes
 from tools.convert_torch import positions
-from tools.convert_torch.engine import Leaf, listed, match
+from tools.convert_torch.engine import Empty, Leaf, listed, match
 from tools.convert_torch.files import PICKLED, Opened, Tensor
 from tools.convert_torch.settings import from_transformers
 from tools.convert_torch.sources import SOURCES, Source, guess
 
-TOGETHER = 400 << 20  # bytes that are written at once; as much is read meanwhile
+TOGETHER = 240 << 20  # bytes that are written at once; as much is read meanwhile
 READERS = 2  # threads that bring tensors into our layout; NumPy lets go of the lock meanwhile
 FIRST = 64 << 10  # bytes of each tensor that its fingerprint reads
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "source": "source"}
@@ -80,6 +82,42 @@ class Summary:
             f"wrote {self.written / 1e9:.2f} GB in {self.seconds:.1f} s, peak memory "
             f"{self.peak / 1e9:.2f} GB"
         )
+
+
+class Buffers:
+    """Memory for the arrays of one group, taken again for those of a later one.
+
+    New memory costs as much time as filling it. Aligned to pages, it is also what JAX takes on a
+    CPU without a copy.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[mmap.mmap]] = {}  # by bytes
+
+    def take(self, nbytes: int) -> mmap.mmap:
+        """Memory that is not cleared; from any thread."""
+        try:
+            return self._free.get(nbytes, []).pop()
+        except IndexError:
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            return memory
+
+    def give_back(self, memory: Iterable[mmap.mmap]) -> None:
+        """Takes back what may be overwritten. What nobody took since the last time is let go."""
+        free: dict[int, list[mmap.mmap]] = {}
+        for part in memory:
+            free.setdefault(len(part), []).append(part)
+        self._free = free
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A group that is being read."""
+
+    arrays: list[Future[tuple[str, jax.Array]]]
+    memory: list[mmap.mmap]  # of the arrays
 
 
 def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig) -> Plan:
@@ -195,7 +233,7 @@ def convert(
     plan = make_plan(source, paths, model)
     targets = {leaf.path: _dtype(leaf, dtype) for leaf in plan.leaves}
     devices = make_mesh(mesh)
-    places = _places(plan, devices)
+    places = _places(plan, devices, mesh.preset)
     notes = tuple(plan.opened.notes) + tuple(
         f"left out {number} tensor{'s' if number > 1 else ''}: {reason}"
         for reason, number in plan.left_out.items()
@@ -215,6 +253,7 @@ def convert(
         TimeRemainingColumn(),
     )
     written = 0
+    buffers = Buffers()
     with (
         Progress(*columns, console=console) as progress,
         Writer(out, manifest) as writer,
@@ -222,18 +261,30 @@ def convert(
     ):
         task = progress.add_task(source, total=sum(leaf.nbytes for leaf in plan.leaves))
 
-        def read(piece: Piece) -> tuple[str, jax.Array]:
+        def read(piece: Piece, memory: list[mmap.mmap]) -> tuple[str, jax.Array]:
             leaf, slot = piece
-            array = _place(leaf, slot, targets[leaf.path], places[leaf.path])
+
+            def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+                memory.append(buffers.take(max(1, math.prod(shape) * dtype.itemsize)))
+                return np.frombuffer(memory[-1], dtype, math.prod(shape)).reshape(shape)
+
+            array = _place(leaf, slot, targets[leaf.path], places[leaf.path], empty)
+            progress.advance(task, leaf.parts[slot].nbytes / len(leaf.row.paths))
             return (layer_key(leaf.path, slot) if leaf.row.stacked else leaf.path), array
 
-        for group in _groups(_in_file_order(plan), targets):
-            arrays = dict(pool.map(read, group))  # while the last group is being written
-            writer.add(arrays)
+        def begin(group: Sequence[Piece]) -> Reading:
+            memory: list[mmap.mmap] = []
+            return Reading([pool.submit(read, piece, memory) for piece in group], memory)
+
+        groups = map(begin, _groups(_in_file_order(plan), targets))
+        before: list[mmap.mmap] = []
+        # The next group is being read while this one waits for the last one to be written.
+        for group, _ in itertools.pairwise(itertools.chain(groups, [None])):
+            arrays = dict(future.result() for future in group.arrays)
+            writer.add(arrays)  # the group before is on the disk now
             written += sum(array.nbytes for array in arrays.values())
-            progress.advance(
-                task, sum(leaf.parts[i].nbytes / len(leaf.row.paths) for leaf, i in group)
-            )
+            buffers.give_back(before)
+            before = group.memory
         PICKLED.release()
         writer.finish()
     return Summary(
@@ -317,22 +368,22 @@ def _dtype(leaf: Leaf, dtype: str) -> np.dtype:
     return found.pop()
 
 
-def _places(plan: Plan, mesh: Mesh) -> dict[str, NamedSharding]:
+def _places(plan: Plan, mesh: Mesh, preset: Preset) -> dict[str, NamedSharding]:
     """Where each leaf lives while it is written; MTCNN's parameters are too small to be split."""
     leaves = abstract_leaves(SOURCES[plan.source], plan.model)
     if not SOURCES[plan.source].sections:
         return {path: NamedSharding(mesh, jax.sharding.PartitionSpec()) for path in leaves}
-    return param_shardings(leaves, mesh).params
+    return param_shardings(leaves, mesh, preset=preset).params
 
 
-def _place(leaf: Leaf, slot: int, dtype: np.dtype, place: NamedSharding) -> jax.Array:
+def _place(leaf: Leaf, slot: int, dtype: np.dtype, place: NamedSharding, empty: Empty) -> jax.Array:
     """Reads a layer, or a whole leaf, to its devices, each only its part."""
     held: dict[tuple, np.ndarray] = {}
 
     def part(window: tuple[slice, ...]) -> np.ndarray:
         key = tuple((cut.start, cut.stop) for cut in window)
         if key not in held:  # replicas are read once
-            held[key] = leaf.read(slot, dtype, window)
+            held[key] = leaf.read(slot, dtype, window, empty)
         return held[key]
 
     place = layer_place(place) if leaf.row.stacked else place

@@ -19,6 +19,7 @@ from emollama_jax.errors import UserError
 from tools.convert_torch.files import Tensor, in_memory
 
 BLOCK = 256  # rows and columns of a matrix that are transposed at once
+Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]  # as np.empty
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
@@ -200,9 +201,19 @@ class Leaf:
         return self.shape[1:] if self.row.stacked else self.shape
 
     def read(
-        self, slot: int, dtype: np.dtype, window: tuple[slice, ...] | None = None
+        self,
+        slot: int,
+        dtype: np.dtype,
+        window: tuple[slice, ...] | None = None,
+        empty: Empty = np.empty,
     ) -> np.ndarray:
         """A window of a slot, the whole slot by default, in our layout.
+
+        Args:
+            slot: of `slots`.
+            dtype: to cast to.
+            window: a slice for each dimension.
+            empty: gives the array that is filled, by shape and dtype.
 
         Raises:
             UserError: a value that the row's transform refuses.
@@ -215,7 +226,7 @@ class Leaf:
         if len(self.row.paths) > 1:
             part = part[self.row.paths.index(self.path)]
         part = part if window is None else part[window]
-        out = np.empty(part.shape, dtype)
+        out = empty(part.shape, dtype)
         _copy(out, part)
         return out
 
@@ -374,6 +385,9 @@ def _problem(row: Row, tensor: Tensor, wanted: Sequence[int]) -> str:
 
 def _copy(into: np.ndarray, part: np.ndarray) -> None:
     """Copies and casts. A transposed matrix goes in blocks: whole rows would miss every cache."""
+    if into.dtype == part.dtype:  # NumPy moves bfloat16 number by number, integers in a loop
+        integer = f"u{into.dtype.itemsize}"
+        into, part = into.view(integer), part.view(integer)
     if part.ndim != 2 or part.flags.c_contiguous:
         into[...] = part
         return

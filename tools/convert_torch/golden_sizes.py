@@ -123,12 +123,14 @@ def _llama(**fields: Any) -> LlamaConfig:
     """A LLaMA without padding of its vocabulary, scaling of positions or adapters."""
     head_dim = fields["width"] // fields["heads"]
     plain = {"vocab_multiple": 1, "rope_scaling": 1.0, "lora": NO_LORA}
-    return LlamaConfig(**fields, **plain, **FLOAT32, head_dim=head_dim)
+    return LlamaConfig(**fields, **plain, **FLOAT32, head_dim=head_dim, attention="xla")
 
 
 def _vision(**fields: Any) -> EvaVitConfig:
     """A tower; its pictures come normalised."""
-    return EvaVitConfig(**fields, **FLOAT32, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    return EvaVitConfig(
+        **fields, **FLOAT32, image_mean=(0.0,) * 3, image_std=(1.0,) * 3, attention="xla"
+    )
 
 
 def _qformer(**fields: Any) -> QFormerConfig:
