@@ -1,12 +1,13 @@
 """What a run writes down and reads back: Orbax checkpoints of what trains, and the base below it.
 
 A checkpoint holds only what training changes, the parameters that `train.trainable` names with the
-optimizer's state, and what is needed to go on exactly: the Grain iterator, the step, the config.
+optimizer's state, and what is needed to go on exactly: the step, the config, and the state of the
+data iterator, which is the same on every host: so a run may go on with other hosts and devices.
 All other weights are the *base*, which `init_model` makes again from the config: the package's tiny
 towers, imported weights (`weights.py`), or random numbers from the seed. A fingerprint of the base
 is kept, since adapters on another base would give wrong answers without any error.
 
-    RUN/checkpoints/STEP/{params, training, data}, config and base as Orbax' custom metadata
+    RUN/checkpoints/STEP/{params, training}; config, base and data as Orbax' custom metadata
 
 Orbax' v1 API is used throughout.
 """
@@ -14,7 +15,6 @@ Orbax' v1 API is used throughout.
 import difflib
 import hashlib
 import json
-import pathlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol, Self
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp  # where Orbax 0.12 keeps its v1 API
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -33,11 +34,14 @@ from emollama_jax.errors import UserError
 from emollama_jax.models import pretrained
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.paths import as_path, from_root, is_remote
+from emollama_jax.sharding.distributed import put
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.weights import attempt
 
 FOLDER = "checkpoints"
+COMMITTED = "commit_success.txt"  # Orbax' mark of a complete checkpoint in a bucket
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
 # What may differ between a checkpoint and the run that continues it; all else would change what is
 # computed, or what the saved iterator means.
@@ -45,7 +49,9 @@ FREE = (
     "name",
     "weights",  # imported ones may have moved; the base's fingerprint tells them apart
     "mesh",
+    "distributed",
     "generate",
+    "xla",
     "data.dir",
     "data.workers",
     "data.broken_share",
@@ -126,7 +132,7 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
             leaf.set_value(values[name])
         elif name not in imported or name in elsewhere:
             zeros = np.zeros(leaf.shape, np.float32)
-            leaf.set_value(jax.device_put(finish(name, zeros), shardings[name]))
+            leaf.set_value(put(finish(name, zeros), shardings[name]))
     wanted = {
         name: jax.ShapeDtypeStruct(
             leaves[name].shape,
@@ -140,8 +146,8 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
         leaves[name].set_value(value)
     if cfg.weights == "tiny":
         pretrained.load_tiny(model)
-        for name, leaf in leaves.items():
-            leaf.set_value(jax.device_put(finish(name, leaf[...]), shardings[name]))
+        for name in _tiny_paths(cfg, leaves):
+            leaves[name].set_value(put(finish(name, leaves[name][...]), shardings[name]))
     return model
 
 
@@ -150,7 +156,7 @@ def base_reference(cfg: Config) -> dict[str, Any]:
     if cfg.weights == "none":
         return {"weights": "none", "seed": cfg.train.seed}
     if cfg.weights != "tiny":
-        manifests = [weights.read_manifest(pathlib.Path(folder)) for folder in cfg.weights]
+        manifests = [weights.read_manifest(folder) for folder in cfg.weights]
         prints = sorted([manifest.source, manifest.fingerprint] for manifest in manifests)
         return {"weights": "imported", "fingerprints": prints, "seed": cfg.train.seed}
     files = {name: pretrained.WEIGHTS / f"{name}.safetensors" for name in pretrained.TINY.values()}
@@ -173,20 +179,20 @@ class State(Protocol):
 class Checkpoints:
     """The checkpoints of one run, written in the background; a context manager."""
 
-    def __init__(self, run: pathlib.Path, cfg: Config):
+    def __init__(self, run: epath.PathLike, cfg: Config):
         """Opens `run`/checkpoints, or makes it.
 
         Raises:
             UserError: the folder cannot be made.
         """
-        self.directory = run / FOLDER
+        self.directory = as_path(run) / FOLDER
         self._metadata = {"config": _plain(config.to_dict(cfg)), "base": base_reference(cfg)}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{run}: cannot be a run's folder: {error.strerror}") from None
         self._orbax = ocp.training.Checkpointer(
-            self.directory.absolute(),
+            from_root(self.directory),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(cfg.train.keep),
             cleanup_tmp_directories=True,  # of a save that was cut short
@@ -208,8 +214,8 @@ class Checkpoints:
         """Starts writing a checkpoint; returns once the arrays may change again."""
         self._orbax.save_checkpointables_async(
             int(state.step),
-            {"params": state.params, "training": state.replace(params={}), "data": data},
-            custom_metadata=self._metadata,
+            {"params": state.params, "training": state.replace(params={})},
+            custom_metadata=self._metadata | {"data": data.get_state()},
         )
 
     def restore(self, state: State, *, data: grain.DatasetIterator) -> State:
@@ -234,25 +240,31 @@ class Checkpoints:
         wanted = {
             "params": _abstract(state.params),
             "training": _abstract(state.replace(params={})),
-            "data": data,
         }
         found = _load(path, wanted)
+        data.set_state(saved["data"])
         return found["training"].replace(params=found["params"])
 
 
-def find(path: pathlib.Path) -> pathlib.Path:
+def find(path: epath.PathLike) -> epath.Path:
     """The checkpoint folder that a user means: a run (its newest), or one step of it.
 
     Raises:
         UserError: no such folder, or no checkpoint in it.
     """
+    path = as_path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder (wanted: a run of `emollama train`)")
     if path.parent.name == FOLDER and path.name.isdigit():
         return path
     folder = path if path.name == FOLDER else path / FOLDER
-    # A folder still being written has a longer name; Orbax renames it when it is complete.
-    steps = [int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()]
+    # On a disk, a folder still being written has a longer name; Orbax renames it when it is
+    # complete. In a bucket, which cannot rename, it puts a file into it.
+    steps = [
+        int(p.name)
+        for p in folder.glob("*")
+        if p.name.isdigit() and (p / COMMITTED if is_remote(p) else p).exists()
+    ]
     if not steps:
         raise UserError(
             f"{path}: no checkpoint here (wanted: a run of `emollama train`, which holds "
@@ -261,8 +273,18 @@ def find(path: pathlib.Path) -> pathlib.Path:
     return folder / str(max(steps))
 
 
+def read_config(path: epath.PathLike) -> Config:
+    """The config of a run, or of one checkpoint of it.
+
+    Raises:
+        UserError: as of `load_for_inference`.
+    """
+    path = find(path)
+    return config.from_dict(_read_metadata(path)["config"], origin=str(path))
+
+
 def load_for_inference(
-    path: pathlib.Path, *, mesh: MeshConfig = ONE_DEVICE
+    path: epath.PathLike, *, mesh: MeshConfig = ONE_DEVICE
 ) -> tuple[Config, EmoLlama]:
     """The model of a checkpoint, on its base, and the config that made it.
 
@@ -273,7 +295,7 @@ def load_for_inference(
     Raises:
         UserError: no checkpoint, one of another base, or one that cannot be read.
     """
-    path = find(pathlib.Path(path))
+    path = find(path)
     saved = _read_metadata(path)
     cfg = config.from_dict(saved["config"], origin=str(path))
     _check_base(path, saved["base"], base_reference(cfg))
@@ -287,12 +309,12 @@ def load_for_inference(
     return cfg, model
 
 
-def _imported(cfg: Config, leaves: dict[str, Any]) -> dict[str, pathlib.Path]:
+def _imported(cfg: Config, leaves: dict[str, Any]) -> dict[str, epath.Path]:
     """The parameters that imported weights fill, and the folder of each."""
     if isinstance(cfg.weights, str):
         return {}
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    return weights.check_base(map(pathlib.Path, cfg.weights), cfg.model, shapes)
+    return weights.check_base(cfg.weights, cfg.model, shapes)
 
 
 def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
@@ -306,11 +328,11 @@ def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
     }
 
 
-def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    found, failure = attempt(lambda: ocp.load_checkpointables(path.absolute(), wanted))
+def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    found, failure = attempt(lambda: ocp.load_checkpointables(from_root(path), wanted))
     if failure is None:
         return found
-    older = [int(p.name) for p in path.parent.glob("*") if p.name.isdigit()]
+    older = [int(p.name) for p in path.parent.iterdir() if p.name.isdigit()]
     older = sorted(step for step in older if step < int(path.name))
     then = f"from step {older[-1]}" if older else "anew"
     raise UserError(
@@ -319,12 +341,12 @@ def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _read_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """The config and the base that a checkpoint was made with."""
+def _read_metadata(path: epath.Path) -> dict[str, Any]:
+    """The config and the base that a checkpoint was made with, and where its data stood."""
 
     def read() -> dict[str, Any]:
-        saved = ocp.metadata(path.absolute(), "params").custom_metadata
-        return {"config": saved["config"], "base": saved["base"]}
+        saved = ocp.metadata(from_root(path), "params").custom_metadata
+        return {key: saved[key] for key in ("config", "base", "data")}
 
     found, failure = attempt(read)
     if failure is None:
@@ -335,7 +357,7 @@ def _read_metadata(path: pathlib.Path) -> dict[str, Any]:
     )
 
 
-def _check_base(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_base(path: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if saved != now:
         raise UserError(
             f"{path}: trained on other base weights ({_first_difference(saved, now)}): use the "

@@ -6,6 +6,7 @@ The model sections hold no defaults: what a network computes is written out in `
 import dataclasses
 import difflib
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, dataclass_transform
 
@@ -14,11 +15,13 @@ import yaml
 from pydantic import dataclasses as pydantic_dataclasses
 
 from emollama_jax.errors import UserError
+from emollama_jax.paths import as_path
 
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 Branches = Literal["both", "global", "local", "none"]
 Attention = Literal["xla", "splash", "cudnn"]  # see models/layers.py
+RUN_SECTIONS = ("mesh", "distributed", "generate")  # that a trained run may be used with others
 Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
 
 
@@ -257,6 +260,15 @@ class MeshConfig:
 
 
 @_config
+class DistributedConfig:
+    """How the processes of a run on several hosts find one another; see docs/cloud_tpu.md."""
+
+    coordinator: str = "auto"  # "auto": as Cloud TPU, GKE or Slurm say; "none"; or "host:port"
+    processes: int = 1  # with "host:port": how many there are,
+    process_id: int = 0  # and which of them this is
+
+
+@_config
 class TrainConfig:
     steps: int
     seed: int
@@ -299,6 +311,10 @@ class Config:
     # What a run starts from: the package's tiny towers, random numbers, or imported weights: the
     # folders that `python -m tools.convert_torch` wrote, which may be several.
     weights: str | tuple[str, ...] = "none"
+    # Flags of XLA for the train step on a TPU, each "name=value", e.g.
+    # "xla_tpu_enable_async_collective_fusion=true"; `emollama plan` shows what they change.
+    xla: tuple[str, ...] = ()
+    distributed: DistributedConfig = DistributedConfig()
 
     @pydantic.field_validator("weights")
     @classmethod
@@ -306,6 +322,19 @@ class Config:
         if isinstance(value, str) and value not in ("tiny", "none"):
             raise ValueError(f"{value!r} is neither 'tiny' nor 'none' nor a list of folders")
         return value
+
+    @pydantic.field_validator("xla")
+    @classmethod
+    def _xla(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for flag in value:
+            if not re.fullmatch(r"\w+=\S+", flag):
+                raise ValueError(f"{flag!r} is not name=value")
+        return value
+
+    @property
+    def xla_flags(self) -> dict[str, str]:
+        """`xla` as `jax.jit(compiler_options=…)` takes it."""
+        return dict(flag.split("=", 1) for flag in self.xla)
 
 
 def config_dir() -> pathlib.Path:
@@ -324,10 +353,10 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such file, broken YAML, an unknown key, a value of the wrong type.
     """
-    path = pathlib.Path(name)
+    path = as_path(name)
     if path.suffix not in (".yaml", ".yml"):
-        path = config_dir() / f"{name}.yaml"
-    if not path.is_file():
+        path = as_path(config_dir() / f"{name}.yaml")
+    if not path.exists():
         known = ", ".join(sorted(p.stem for p in config_dir().glob("*.yaml")))
         raise UserError(f"{name}: no such config (known: {known}; or give a path to a .yaml file)")
     try:
@@ -336,9 +365,39 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    tree.setdefault("distributed", {})  # a section that files may leave out
     for override in overrides:
         _override(tree, override)
     return from_dict(tree, origin=str(name))
+
+
+def how_to_run(overrides: Sequence[str]) -> DistributedConfig:
+    """The section `distributed` of overrides of a trained run, before the run is read.
+
+    Raises:
+        UserError: an override of what training fixed, or a value of the wrong type.
+    """
+    for change in overrides:
+        if change.split(".")[0] not in RUN_SECTIONS:
+            raise UserError(
+                f"{change}: training fixed this; only {', '.join(RUN_SECTIONS)} may change"
+            )
+    tree: dict[str, Any] = {"distributed": {}}
+    for change in overrides:
+        if change.startswith("distributed."):
+            _override(tree, change)
+    try:
+        return DistributedConfig(**tree["distributed"])
+    except pydantic.ValidationError as error:
+        raise UserError("distributed: " + "; ".join(map(_explain, error.errors()))) from None
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with `key=value` overrides, as of `load`."""
+    tree = to_dict(config)
+    for change in overrides:
+        _override(tree, change)
+    return from_dict(tree, origin=config.name)
 
 
 def from_dict(tree: dict[str, Any], *, origin: str) -> Config:

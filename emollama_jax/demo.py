@@ -131,7 +131,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         for name, sizes in ((IMAGES, size.images), (CLIPS, size.clips)):
             prepare_source(
                 cfg,
-                start,
+                start.face,
                 name,
                 sizes=sizes,
                 splits=("train", "test"),

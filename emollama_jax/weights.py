@@ -2,7 +2,7 @@
 
 One Orbax checkpoint of a flat dict, parameter path → array, with a manifest as its metadata: where
 the numbers come from, a fingerprint of them, and the sizes of the networks that they fit. A leaf
-that stacks layers is stored layer by layer (`path#0`, `path#1`, …), so that writing it takes the
+that stacks layers is stored layer by layer (`path@0`, `path@1`, …), so that writing it takes the
 memory of a few layers, and is stacked when it is read. Orbax writes a folder of another name and
 renames it at the end, so a folder that is there is whole.
 
@@ -33,13 +33,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from emollama_jax.config import EmoLlamaConfig, to_dict
 from emollama_jax.errors import UserError
+from emollama_jax.paths import as_path, from_root, is_remote, on_disk
 
-VERSION = 1  # of the format
-LAYER = "#"  # between a leaf's path and the number of a layer of it
+VERSION = 2  # of the format
+LAYER = "@"  # between a leaf's path and the number of a layer of it; "#" would end a gs:// URL
 TOGETHER = 512 << 20  # bytes of leaves that are read at once
 SETTLE = 0.5  # seconds for the other reads of a checkpoint after one failed
 # What of a network's config its weights do not depend on.
@@ -84,8 +86,9 @@ class Writer:
         """Opens the folder to be.
 
         Raises:
-            UserError: it is there already, or cannot be made.
+            UserError: it is there already, cannot be made, or is a bucket's.
         """
+        on_disk(out, instead="write here, then copy it: gcloud storage cp -r FOLDER gs://…")
         self.out = out.absolute()
         if out.exists():
             raise UserError(f"{out}: is there already: delete it, or name another folder")
@@ -214,8 +217,8 @@ def layer_place(place: Any) -> Any:
     return place
 
 
-def read_manifest(folder: pathlib.Path) -> Manifest:
-    """The manifest of a folder of weights.
+def read_manifest(folder: epath.PathLike) -> Manifest:
+    """The manifest of a folder of weights, on a disk or in a bucket.
 
     Raises:
         UserError: no such folder, or one of something else.
@@ -223,7 +226,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     return _open(folder).manifest
 
 
-def leaves_of(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+def leaves_of(folder: epath.PathLike) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every leaf in a folder of weights, by path.
 
     Raises:
@@ -241,20 +244,22 @@ class _Folder:
     layers: dict[str, int]  # of the leaves that are stored layer by layer
 
 
-def _open(folder: pathlib.Path) -> _Folder:
+def _open(folder: epath.PathLike) -> _Folder:
+    folder = as_path(folder)
     file = folder / "_CHECKPOINT_METADATA"
-    return _read(folder, file.stat().st_mtime_ns if file.is_file() else 0)
+    changed = 0 if is_remote(folder) or not file.exists() else os.stat(file).st_mtime_ns
+    return _read(folder, changed)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(folder: pathlib.Path, changed: int) -> _Folder:
+def _read(folder: epath.Path, changed: int) -> _Folder:
     """Reads it; `changed` is when it was written, so that a folder made anew is read anew."""
     wanted = "wanted a folder that `python -m tools.convert_torch` wrote (docs/convert.md)"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {wanted}")
 
     def read() -> dict[str, Any]:
-        metadata = ocp.metadata(folder.absolute())
+        metadata = ocp.metadata(from_root(folder))
         fields = dict(metadata.custom_metadata)
         version = fields.pop("emollama_weights")
         return {"version": version, "fields": fields, "stored": dict(metadata.metadata)}
@@ -282,7 +287,7 @@ def _read(folder: pathlib.Path, changed: int) -> _Folder:
 
 
 def load(
-    folder: pathlib.Path,
+    folder: epath.PathLike,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
     """Reads leaves to their places, cast to the dtypes wanted.
@@ -308,7 +313,7 @@ def load(
         raise UserError(f"{folder}: weights of another config: {'; '.join(problems[:3])}{more}")
     values: dict[str, jax.Array] = {}
     for group in _groups(wanted):
-        values |= _load(folder, {path: wanted[path] for path in group}, opened.layers)
+        values |= _load(as_path(folder), {path: wanted[path] for path in group}, opened.layers)
     return values
 
 
@@ -328,7 +333,7 @@ def _groups(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
 
 
 def _load(
-    folder: pathlib.Path,
+    folder: epath.Path,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     layers: Mapping[str, int],
 ) -> dict[str, jax.Array]:
@@ -345,7 +350,7 @@ def _load(
 
     def read() -> dict[str, Any]:
         with context:
-            return ocp.load(folder.absolute(), stored)
+            return ocp.load(from_root(folder), stored)
 
     found, failure = attempt(read)
     if failure is not None:
@@ -364,7 +369,7 @@ def _stack(layers: Sequence[jax.Array], *, place: Any) -> jax.Array:
     return jax.jit(jnp.stack, out_shardings=place)(list(layers))
 
 
-def load_numpy(folder: pathlib.Path, paths: Sequence[str]) -> dict[str, np.ndarray]:
+def load_numpy(folder: epath.PathLike, paths: Sequence[str]) -> dict[str, np.ndarray]:
     """Leaves on this host, as they were written.
 
     Raises:
@@ -383,10 +388,10 @@ def load_numpy(folder: pathlib.Path, paths: Sequence[str]) -> dict[str, np.ndarr
 
 
 def check_base(
-    folders: Iterable[pathlib.Path],
+    folders: Iterable[epath.PathLike],
     cfg: EmoLlamaConfig,
     shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, pathlib.Path]:
+) -> dict[str, epath.Path]:
     """Which leaf comes from which folder of a base.
 
     Args:
@@ -397,8 +402,8 @@ def check_base(
     Raises:
         UserError: a folder for another config, or leaves that two folders hold.
     """
-    where: dict[str, pathlib.Path] = {}
-    for folder in folders:
+    where: dict[str, epath.Path] = {}
+    for folder in map(as_path, folders):
         manifest, leaves = read_manifest(folder), leaves_of(folder)
         now = sizes(cfg, manifest.model)
         for section, fields in manifest.model.items():
@@ -422,7 +427,7 @@ def check_base(
 
 
 def load_base(
-    where: Mapping[str, pathlib.Path], wanted: Mapping[str, jax.ShapeDtypeStruct]
+    where: Mapping[str, epath.PathLike], wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Reads what `check_base` found, folder by folder, each leaf to its sharding.
 

@@ -353,7 +353,7 @@ def test_a_broken_folder_is_refused(tmp_path, model, how):
     """A missing file would otherwise read as zeros."""
     write("eva-vit", tmp_path / "theirs", model)
     convert("eva-vit", tmp_path / "theirs", tmp_path / "ours", model)
-    (numbers,) = (tmp_path / "ours").glob("**/fc1/kernel#1/c/0/0")
+    (numbers,) = (tmp_path / "ours").glob("**/fc1/kernel@1/c/0/0")
     if how == "absent":
         numbers.unlink()
     else:

@@ -168,6 +168,7 @@ CHANGES = {
         "max_positions": 8,
         "dtype": "bfloat16",
         "remat": "full",
+        "attention": "cudnn",
         "lora": dataclasses.replace(LORA, rank=0),
     },
     "lora": {"rank": 3, "alpha": 8.0, "dropout": 0.25, "targets": ("q_proj",)},
@@ -183,6 +184,7 @@ CHANGES = {
         "image_std": (0.5, 0.5, 0.5),
         "dtype": "bfloat16",
         "remat": "dots",
+        "attention": "cudnn",
     },
     "qformer": {
         "vocab_size": 70,

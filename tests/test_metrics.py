@@ -1,8 +1,14 @@
 """Metrics: by hand, against published numbers, and against the definition of the bootstrap."""
 
+import math
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from emollama_jax.evaluate import metrics
 
@@ -123,6 +129,9 @@ def test_over_folds_is_the_mean_of_scores_not_the_score_of_the_sum():
     assert result.uars == pytest.approx((0.65, 0.75))
     assert result.uar == pytest.approx(0.7)
     assert metrics.war(np.sum(folds, axis=0)) != pytest.approx(0.87, abs=0.05)
+    assert result.war_std == pytest.approx(np.std([0.75, 0.99], ddof=1))
+    assert result.uar_std == pytest.approx(np.std([0.65, 0.75], ddof=1))
+    assert math.isnan(metrics.over_folds(folds[:1]).war_std)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +157,73 @@ def test_missing_clusters_and_folds_are_refused():
         )
     with pytest.raises(ValueError, match="no folds"):
         metrics.over_folds([])
+
+
+@st.composite
+def cases(draw):
+    """Classes, and labels and answers that may miss some; answers may name nothing."""
+    classes = draw(st.integers(2, 11))
+    size = draw(st.integers(1, 60))
+    present = draw(st.lists(st.integers(0, classes - 1), min_size=1, unique=True))
+    labels = draw(st.lists(st.sampled_from(present), min_size=size, max_size=size))
+    answers = st.integers(metrics.UNPARSED, classes - 1)
+    if draw(st.booleans()):
+        answers = st.just(metrics.UNPARSED)  # a model that says nothing at all
+    return classes, labels, draw(st.lists(answers, min_size=size, max_size=size))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_scores_are_those_of_scikit_learn(case):
+    classes, labels, answers = case
+    confusion = metrics.confusion_matrix(labels, answers, classes=classes)
+    known = [*range(classes), metrics.UNPARSED]
+    want = sklearn.metrics.confusion_matrix(labels, answers, labels=known)
+    np.testing.assert_array_equal(confusion, want[:classes])
+    assert metrics.war(confusion) == pytest.approx(sklearn.metrics.accuracy_score(labels, answers))
+    with warnings.catch_warnings():
+        # It warns of answers that are no class of the labels, and of absent classes.
+        warnings.simplefilter("ignore")
+        balanced = sklearn.metrics.balanced_accuracy_score(labels, answers)
+        precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
+            labels, answers, labels=range(classes), zero_division=np.nan
+        )
+    assert metrics.uar(confusion) == pytest.approx(balanced)
+    scores = metrics.per_class(confusion)
+    np.testing.assert_array_equal(scores.support, support)
+    np.testing.assert_allclose(scores.recall, recall)
+    np.testing.assert_allclose(scores.precision, precision)
+    np.testing.assert_allclose(scores.f1, f1)
+
+
+@pytest.mark.parametrize(
+    ("right", "items", "low", "high"),
+    [  # Newcombe 1998, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_are_the_published_ones(right, items, low, high):
+    found = metrics.wilson(right, items, level=0.95)
+    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    mirrored = metrics.wilson(items - right, items, level=0.95)
+    assert mirrored.low == pytest.approx(1 - found.high)
+    assert math.isnan(metrics.wilson(0, 0, level=0.95).low)
+
+
+def test_calibration_by_hand():
+    scores = np.log([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.5, 0.5]])
+    found = metrics.calibration([0, 1, 1, -1], scores - 100, bins=5)  # a constant changes nothing
+    assert found.count.tolist() == [0, 0, 1, 1, 2]
+    np.testing.assert_allclose(found.confidence, [np.nan, np.nan, 0.5, 0.7, 0.9])
+    np.testing.assert_allclose(found.accuracy, [np.nan, np.nan, 0, 1, 0.5])
+    assert found.error == pytest.approx((0.5 + 0.3 + 2 * 0.4) / 4)
+
+
+def test_calibration_error_of_honest_probabilities_is_small(rng):
+    likelihood = rng.dirichlet([0.5] * 7, 20_000)
+    labels = [rng.choice(7, p=row) for row in likelihood]
+    assert metrics.calibration(labels, np.log(likelihood), bins=10).error < 0.02
+    assert metrics.calibration(labels, 3 * np.log(likelihood), bins=10).error > 0.1  # too sure

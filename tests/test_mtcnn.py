@@ -334,6 +334,28 @@ def test_every_rule_matters(networks, portrait, field, value, monkeypatch):
     assert loads[0] != loads.get(1)
 
 
+def test_many_pictures_over_the_devices(networks, detect, portrait):
+    """Batches find what single searches find, whatever is left of a batch."""
+    mesh = jax.make_mesh(
+        (4,), ("frames",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
+    many = Detector(networks, mesh=mesh, batch=1)
+    tiny, blank = np.zeros((12, 12, 3), np.uint8), np.zeros((96, 96, 3), np.uint8)
+    mirrored = np.ascontiguousarray(portrait[:, ::-1])
+    pictures = [portrait, tiny, blank, mirrored, portrait[:90], portrait[:, 4:]]
+    found = many.many(pictures)
+    assert [len(faces) for faces in found] == [1, 0, 0, 1, 1, 1]
+    for faces, picture in zip(found, pictures, strict=True):
+        alone = detect(picture)
+        np.testing.assert_allclose(faces.boxes, alone.boxes, atol=1e-3)
+        np.testing.assert_allclose(faces.probabilities, alone.probabilities, atol=1e-5)
+        np.testing.assert_allclose(faces.landmarks, alone.landmarks, atol=1e-3)
+    assert many.many([]) == []
+    short = dataclasses.replace(FACENET, capacities=(Capacity(4, 16, 4), FACENET.capacities[0]))
+    crowded = Detector(networks, short, batch=1).many([portrait])  # too many candidates: alone
+    np.testing.assert_allclose(crowded[0].boxes, found[0].boxes, atol=1e-3)
+
+
 def test_refuses_what_is_no_picture(detect):
     with pytest.raises(ValueError, match=r"float32 \(20, 20, 3\), wanted uint8"):
         detect(np.zeros((20, 20, 3), np.float32))

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html.parser
 import io
+import json
 import math
 import re
 
@@ -12,7 +13,8 @@ import pytest
 from PIL import Image
 
 from emollama_jax.data.emotions import LABEL_SPACES
-from emollama_jax.evaluate import charts, protocol, report
+from emollama_jax.evaluate import charts, latex, metrics, protocol, report, results
+from emollama_jax.evaluate.published import published
 
 SPACE = LABEL_SPACES["actionfaces"]
 VOID = {"meta", "col"}
@@ -138,9 +140,15 @@ def test_the_numbers_are_those_of_the_evaluation(full):
     assert rows["surprise"][2].split() == ["20", "2"]
     assert rows["fear"][8].split() == ["25", "1"]  # the column of unparsed answers
     assert rows["fear"][9].strip() == "4"
-    bars = {row[0].strip(): row for row in page.rows if len(row) == 6}
-    assert [cell.strip() for cell in bars["surprise"][2:]] == ["80.0", "100.0", "88.9", "10"]
-    assert [cell.strip() for cell in bars["anger"][2:]] == ["–", "–", "–", "0"]
+    bars = {row[0].strip(): row for row in page.rows if len(row) == 7}
+    low, high = e.recall_interval[0].low, e.recall_interval[0].high
+    spread = f"{100 * low:.1f} – {100 * high:.1f}"
+    cells = [cell.strip() for cell in bars["surprise"][2:]]
+    assert cells == ["80.0", spread, "100.0", "88.9", "10"]
+    assert [cell.strip() for cell in bars["anger"][2:]] == ["–", "–", "–", "–", "0"]
+    whisker = f'<u style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%">'
+    assert text.count("<u ") == 2  # two classes have items
+    assert whisker in text
 
 
 def test_no_column_for_unparsed_answers_where_there_are_none(full):
@@ -276,3 +284,122 @@ def test_ticks_are_round_and_cover_the_range(low, high):
 )
 def test_durations(seconds, text):
     assert report.duration(seconds) == text
+
+
+# ---- what an evaluation leaves behind
+
+
+def scored(number: int, label: str, scores: dict[str, float], **change) -> protocol.Prediction:
+    fields = {
+        "id": f"item-{number}",
+        "source": "raf_db:test",
+        "label": label,
+        "predicted": max(scores, key=scores.__getitem__),
+        "text": None,
+        "scores": scores,
+        "parsed": "score",
+    }
+    return protocol.Prediction(**fields | change)
+
+
+@pytest.fixture
+def left(tmp_path):
+    """The folder of an evaluation whose model is 95 % sure and right three times in four."""
+    space = LABEL_SPACES["raf_db"]
+    sure = {name: math.log(0.95 if name == "fear" else 0.05 / 6) for name in space.classes}
+    items = [scored(n, "fear" if n % 4 else "anger", sure) for n in range(40)]
+    unsure = {name: math.log(0.4 if name == "fear" else 0.1) for name in space.classes}
+    items.append(scored(40, "disgust", unsure, text="<b>fear</b>"))
+    tested = results.Tested(
+        title="label scoring", predictions=items, evaluation=protocol.evaluate(items, space)
+    )
+    results.write_results(
+        tmp_path,
+        title="RAF-DB_test",
+        lede="",
+        source="raf_db",
+        tested=[tested],
+        command="emollama eval",
+        config="a: 1\n",
+        versions={},
+        trace={"predictions.jsonl": "0123abcd"},
+    )
+    return tmp_path
+
+
+def test_results_say_the_same_in_html_json_and_latex(left):
+    text = (left / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert [link for link in page.links if not link.startswith("data:")] == []
+    tree = json.loads((left / "evaluation.json").read_text())
+    assert tree["war"] == 30 / 41
+    assert tree["trace"] == {"predictions.jsonl": "0123abcd"}
+    assert "0123abcd" in text
+    gap = abs(40 * (0.95 - 0.75) + 1 * (0.4 - 0)) / 41
+    assert tree["calibration"]["error"] == pytest.approx(gap)
+    assert tree["calibration"]["count"] == [0, 0, 0, 0, 1, 0, 0, 0, 0, 40]
+    assert f"calibration error: {100 * gap:.1f} %" in text
+    assert text.count('class="end"') == 2  # dots of two filled bins
+    table = (left / "table.tex").read_text()
+    assert "RAF-DB\\_test" in table
+    assert "73.17" in table and "92.21" in table
+    assert (table.count("{"), table.count("\\begin")) == (table.count("}"), 2)
+    rows = [row for row in page.rows if row[0].strip() in ("POSTER++", "GPT-4V")]
+    assert [row[-1].strip() for row in rows] == ["92.21", "75.81"]
+
+
+def test_the_surest_mistakes_come_first_and_no_picture_is_shown_unasked(left):
+    text = (left / "report.html").read_text(encoding="utf-8")
+    assert "<image" not in text and "<img" not in text
+    rows = [row[0].strip() for row in Page(text).rows if row and row[0].strip().startswith("item-")]
+    assert rows == ["item-0", "item-4", "item-8", "item-40"]  # three of one confusion, no more
+    assert "&lt;b&gt;fear&lt;/b&gt;" in text
+
+
+def test_mistakes_with_pictures(full):
+    text = report.render(dataclasses.replace(full, mistakes=[item("surprise", frames=4)]))
+    Page(text)
+    assert "<h2>Worst mistakes" in text
+    assert text.count('class="item wrong"') == 3
+
+
+def test_reliability_lies_on_the_diagonal_where_a_model_knows_what_it_knows():
+    found = metrics.Calibration(
+        confidence=np.array([0.25, 0.75]),
+        accuracy=np.array([0.25, 0.75]),
+        count=np.array([5, 10]),
+        error=0.0,
+    )
+    svg = charts.reliability(found, alt="a & b")
+    diagonal = re.findall(r"[\d.]+", path_of(svg, "mark"))
+    (x0, y0, x1, y1) = map(float, diagonal)
+    for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg):
+        share = (float(x) - x0) / (x1 - x0)
+        assert float(y) == pytest.approx(y0 + share * (y1 - y0), abs=0.1)
+        assert share in (pytest.approx(0.25, abs=1e-3), pytest.approx(0.75, abs=1e-3))
+    assert "a &amp; b" in svg
+
+
+def test_published_numbers_are_of_the_set_that_was_tested():
+    assert [row.war for row in published("mafw/fold1")] == [
+        57.68,
+        57.37,
+        54.31,
+        52.55,
+        48.82,
+        45.89,
+        26.98,
+    ]
+    assert {row.model for row in published("ferplus")} == {"GPT-4V", "Exp-CLIP L/14", "SCN"}
+    assert all(
+        (row.uar is None) == (name in ("raf_db", "ferplus", "affectnet7", "affectnet8"))
+        for name in LABEL_SPACES
+        for row in published(name)
+    )
+    assert published("own/faces") == published("actionfaces/images") == []
+
+
+def test_latex_escapes():
+    assert latex.escape("50% of A_b & {c} ~ \\") == (
+        r"50\% of A\_b \& \{c\} \textasciitilde{} \textbackslash{}"
+    )

@@ -139,6 +139,7 @@ def trained(mesh_sizes, *, accumulation):
             state=shardings,
             mesh=mesh,
             accumulation=accumulation,
+            xla={},
         )
         rng = np.random.Generator(np.random.PCG64(0))
         batch = jax.device_put(make_batch(rng, examples=16, frames=2), batch_sharding(mesh))

@@ -148,6 +148,8 @@ class Encoder:
 
             clip = read_frames(media, pick)
             pictures, indices, count = clip.frames, clip.indices, clip.count
+        if len(prior.found) == 0:
+            raise UserError("could not be read when its face priors were computed")
         if count != len(prior.found):
             raise UserError(
                 f"{count} frames, but face priors of {len(prior.found)}: compute the priors again"

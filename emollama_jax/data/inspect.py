@@ -1,46 +1,223 @@
-"""`emollama data inspect`: what is in a prepared split, as counts and as a contact sheet."""
+"""`emollama data inspect`: what is in a prepared set, beside what is published, and what is wrong.
 
+Counts come from the index that preparation wrote, so that media are read for the contact sheet
+only. Faults are told in lines of their own: an example that stands twice in a split or in two
+splits, by its name or by the content of its media, and folds that share a test clip.
+"""
+
+import dataclasses
 import os
-import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.builders import registry, store
+from emollama_jax.data.builders.listing import brief
+from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.pipeline import open_source
+from emollama_jax.errors import UserError
 
 TILE = 120  # pixels
 STRIP = 10  # frames shown of a clip
 COLUMNS = 10
+DIFFERS = "≠"
 
 
-def count_classes(
-    folder: str | os.PathLike, name: str, split: str
-) -> Iterator[tuple[str, int, float]]:
-    """(class, examples, share) in the set's native order.
+@dataclasses.dataclass(frozen=True)
+class SplitCounts:
+    """How many examples of each class a split has, and how many it should have."""
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]
+    published: tuple[int, ...] | None  # of each class; None where nothing is published
+    published_total: int | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def differs(self) -> bool:
+        """Whether any count is not the published one."""
+        classes = self.published is not None and self.published != self.counts
+        return classes or self.published_total not in (None, self.total)
+
+    def lines(self) -> list[str]:
+        """A line for each class, then the whole split's."""
+        wanted = self.published or (None,) * len(self.counts)
+        rows = [
+            _line(label, count, self.total, expected)
+            for label, count, expected in zip(self.classes, self.counts, wanted, strict=True)
+        ]
+        whole = _line("all", self.total, self.total, self.published_total)
+        return [*rows, f"{whole}  {self.name}, {self.split}"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found."""
+
+    splits: tuple[SplitCounts, ...]
+    notes: tuple[str, ...]  # what preparation left out
+    faults: tuple[str, ...]
+
+    @property
+    def first(self) -> SplitCounts:
+        return self.splits[0]
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        tables = [line for counts in self.splits for line in [*counts.lines(), ""]]
+        differ = [f"{s.name}, {s.split}" for s in self.splits if s.differs]
+        verdict = f"{DIFFERS} counts differ from the published ones: {'; '.join(differ)}"
+        compared = any(s.published_total is not None for s in self.splits)
+        same = ["all counts are the published ones"] if compared else []
+        faults = [f"✗ {fault}" for fault in self.faults]
+        return [*tables, *self.notes, *([verdict] if differ else same), *faults]
+
+
+def inspect(folder: str | os.PathLike, name: str, split: str | None = None) -> Inspection:
+    """Counts and checks a prepared set.
+
+    Args:
+        folder: `data.dir`.
+        name: a set, or one of its folds; a set with folds stands for all that are prepared.
+        split: one alone, or all.
 
     Raises:
-        UserError: not prepared.
+        UserError: no such set, not prepared, or no such split.
     """
-    data = open_source(str(folder), name, split)
-    labels = [int(data[i]["label"]) for i in range(len(data))]
-    for number, label in enumerate(label_space(name).classes):
-        count = labels.count(number)
-        yield label, count, count / len(labels)
+    views = registry.prepared(folder, name)
+    if split is not None and (unknown := [v for v, given in views.items() if split not in given]):
+        given = ", ".join(views[unknown[0]])
+        raise UserError(f"{name}: there is no split {split!r}; choose one of {given}")
+    space = registry.space_of(folder, name)
+    indexed = {(view, s): _index(folder, view, s) for view, given in views.items() for s in given}
+    counted = tuple(
+        _count(space, view, s, index) for (view, s), index in indexed.items() if split in (None, s)
+    )
+    metadata = store.read_metadata(folder, registry.place_of(name)) or {}
+    notes = [f"dropped {rows}: {why}" for why, rows in dict(metadata.get("dropped", {})).items()]
+    if metadata.get("missing"):
+        notes.append(f"missing files, left out: {metadata['missing']}")
+    return Inspection(counted, tuple(notes), tuple(_faults(views, indexed)))
+
+
+def _index(folder: str | os.PathLike, name: str, split: str) -> dict[str, np.ndarray]:
+    where = registry.find(folder, name, split)
+    if name.startswith("actionfaces/"):  # drawn: no example can stand twice
+        data = open_source(os.fspath(folder), name, split)
+        examples = [data[i] for i in range(len(data))]
+        ids = np.array([example["id"] for example in examples], str)
+        labels = np.array([int(example["label"]) for example in examples], np.int64)
+        return {"id": ids, "label": labels, "digest": ids}
+    return store.read_index(folder, where)
+
+
+def _count(
+    space: LabelSpace, name: str, split: str, index: Mapping[str, np.ndarray]
+) -> SplitCounts:
+    counts = np.bincount(index["label"], minlength=len(space.classes))
+    config = name.partition("/")[2]
+    key = f"{config}/{split}" if config.startswith("fold") else split
+    return SplitCounts(
+        name=name,
+        split=split,
+        classes=space.classes,
+        counts=tuple(map(int, counts)),
+        published=space.support.get(key),
+        published_total=space.splits.get(key),
+    )
+
+
+def _faults(
+    views: Mapping[str, Sequence[str]], indexed: Mapping[tuple[str, str], dict[str, np.ndarray]]
+) -> list[str]:
+    """Examples that stand where they should not, a line for each kind and pair of splits."""
+    faults, tests = [], {}
+    for name, splits in views.items():
+        for n, first in enumerate(splits):
+            ids, digests = (indexed[name, first][key] for key in ("id", "digest"))
+            if twice := _repeated(ids):
+                faults.append(
+                    f"{name}, {first}: {len(twice)} duplicated, listed twice: {brief(twice)}"
+                )
+            if alike := _alike(ids, digests):
+                faults.append(
+                    f"{name}, {first}: {len(alike)} duplicated, the same content under two names: "
+                    f"{brief(alike)}"
+                )
+            for second in splits[n + 1 :]:
+                others = indexed[name, second]
+                both = np.intersect1d(ids, others["id"]).tolist()
+                if both:
+                    faults.append(
+                        f"{name}: {len(both)} in both splits, {first} and {second}: {brief(both)}"
+                    )
+                _, here, there = np.intersect1d(digests, others["digest"], return_indices=True)
+                pairs = [
+                    f"{ids[i]} = {others['id'][j]}"
+                    for i, j in zip(here, there, strict=True)
+                    if ids[i] != others["id"][j]
+                ]
+                if pairs:
+                    faults.append(
+                        f"{name}: {len(pairs)} in both splits, the same content in {first} and "
+                        f"{second}: {brief(pairs)}"
+                    )
+        if "/fold" in name and "test" in splits:
+            tests[name] = set(indexed[name, "test"]["id"].tolist())
+    names = list(tests)
+    for n, first in enumerate(names):
+        for second in names[n + 1 :]:
+            if shared := sorted(tests[first] & tests[second]):
+                faults.append(
+                    f"wrong fold: {first} and {second} test {len(shared)} clips alike, and folds "
+                    f"share none: {brief(shared)}"
+                )
+    return faults
+
+
+def _repeated(ids: np.ndarray) -> list[str]:
+    names, times = np.unique(ids, return_counts=True)
+    return names[times > 1].tolist()
+
+
+def _alike(ids: np.ndarray, digests: np.ndarray) -> list[str]:
+    """Pairs of names whose media are the same, a pair for each content."""
+    order = np.argsort(digests, kind="stable")
+    ids, digests = ids[order], digests[order]
+    pairs = {}
+    for i in np.flatnonzero(digests[1:] == digests[:-1]):
+        if ids[i] != ids[i + 1]:
+            pairs.setdefault(digests[i], f"{ids[i]} = {ids[i + 1]}")
+    return list(pairs.values())
+
+
+def _line(label: str, count: int, total: int, expected: int | None) -> str:
+    share = count / total if total else 0.0
+    if expected is None:
+        return f"{label:<15}{count:>8}{share:>8.1%}"
+    mark = DIFFERS if count != expected else " "
+    return f"{label:<15}{count:>8}{share:>8.1%}   published {expected:>7} {mark}"
 
 
 def contact_sheet(
     folder: str | os.PathLike, name: str, split: str, *, most: int = 80
 ) -> Image.Image:
-    """The first examples with their labels: pictures side by side, a clip as a strip of frames."""
-    data = open_source(str(pathlib.Path(folder)), name, split)
-    classes = label_space(name).classes
-    tiles = [_tile(data[i], classes[int(data[i]["label"])]) for i in range(min(most, len(data)))]
-    columns = COLUMNS if tiles[0].width <= TILE else 1
-    tiles = tiles if columns > 1 else tiles[: most // 4]
+    """Examples spread over a split with their labels: pictures side by side, clips as strips."""
+    data = open_source(os.fspath(folder), name, split)
+    classes = registry.space_of(folder, name).classes
+    strip = data[0]["kind"] == "clip"
+    most = most // 4 if strip else most
+    shown = np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)).tolist()
+    tiles = [_tile(data[i], classes[int(data[i]["label"])], strip=strip) for i in shown]
+    columns = 1 if strip else COLUMNS
     rows = -(-len(tiles) // columns)
     width, height = tiles[0].size
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
@@ -49,19 +226,23 @@ def contact_sheet(
     return sheet
 
 
-def _tile(example: Mapping[str, Any], label: str) -> Image.Image:
-    if example["kind"] == "image":
-        frames = [read_image(example["media"])]
-    else:
-        clip = list(read_video(example["media"]))
-        frames = [clip[i] for i in np.linspace(0, len(clip) - 1, STRIP).astype(int)]
-        label = f"{label}, {len(clip)} frames"
-    tile = Image.new("RGB", (TILE * len(frames), TILE + 16), "white")
+def _tile(example: Mapping[str, Any], label: str, *, strip: bool) -> Image.Image:
+    count = STRIP if strip else 1
+    try:
+        if strip:
+            clip = list(read_video(example["media"]))
+            frames = [clip[i] for i in np.linspace(0, len(clip) - 1, STRIP).astype(int)]
+            label = f"{label}, {len(clip)} frames"
+        else:
+            frames = [read_image(example["media"])]
+    except UserError:
+        frames, label = [], f"{label}, unreadable: {example['id']}"
+    tile = Image.new("RGB", (TILE * count, TILE + 16), "white")
     for i, frame in enumerate(frames):
         picture = Image.fromarray(frame)
         picture.thumbnail((TILE - 4, TILE - 4))
         scale = (TILE - 4) / max(picture.size)
-        size = tuple(round(side * scale) for side in picture.size)
+        size = tuple(max(round(side * scale), 1) for side in picture.size)
         tile.paste(picture.resize(size, Image.Resampling.BICUBIC), (i * TILE + 2, 2))
     ImageDraw.Draw(tile).text((4, TILE), label, fill="black")
     return tile

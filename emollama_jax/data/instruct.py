@@ -1,7 +1,21 @@
-"""Instruction data: the category item that every set has, as EMO-LLaMA's FERID words it."""
+"""Instruction data: the category item that every set has, as EMO-LLaMA's FERID words it, and the
+conversations that `emollama data instruct` stored beside a prepared set, as training reads them.
+"""
 
-from collections.abc import Sequence
-from typing import Literal
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+
+from emollama_jax.errors import UserError
+from emollama_jax.paths import as_path
+
+# What `emollama data instruct` leaves in `instruct_folder`.
+ITEMS = "items.array_record"  # an example's id, items and their maker as JSON, in the split's order
+CONVERSES = "conversations.npy"  # bool [n], which examples have a conversation
+DONE = "instruct.json"  # settings and counts; written last, so what is beside it is whole
 
 # What a kind of example is called in a sentence.
 MEDIUM = {"image": "image", "clip": "video"}
@@ -35,3 +49,78 @@ def category_item(
         {"from": "human", "value": "<image>\n" + category_question(classes, kind)},
         {"from": "gpt", "value": classes[label]},
     ]
+
+
+def instruct_folder(data_dir: epath.PathLike, name: str, split: str) -> epath.Path:
+    """Where `emollama data instruct` keeps what it made for a split."""
+    return as_path(data_dir) / "instruct" / name / split
+
+
+def with_conversations(
+    data: Sequence[Mapping[str, Any]], data_dir: epath.PathLike, name: str, split: str
+) -> Sequence[Mapping[str, Any]]:
+    """A prepared split with the conversations that `emollama data instruct` made for it, if any.
+
+    Args:
+        data: the split as it was prepared.
+        data_dir: where it lies.
+        name: of the set.
+        split: of it.
+
+    Raises:
+        UserError: the conversations are of another preparation.
+    """
+    folder = instruct_folder(data_dir, name, split)
+    if not (folder / DONE).exists():
+        return data
+    return Instructed(data, folder)
+
+
+def drawable(
+    data_dir: epath.PathLike, name: str, split: str, items: str, count: int
+) -> Sequence[int]:
+    """The positions of a split that training may draw.
+
+    A source of conversations alone leaves out the examples that have none: those that were set
+    aside, or not asked about yet.
+
+    Args:
+        data_dir: where sets are prepared.
+        name: of the set.
+        split: of it.
+        items: the source's: "category", "conversation" or "both".
+        count: examples of the split.
+    """
+    folder = instruct_folder(data_dir, name, split)
+    if items != "conversation" or not (folder / DONE).exists():
+        return range(count)
+    with (folder / CONVERSES).open("rb") as file:
+        return np.flatnonzero(np.load(file)).tolist()
+
+
+class Instructed(Sequence):
+    """A split whose `items` are those of `emollama data instruct`: lazy, picklable."""
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], folder: epath.Path):
+        import grain
+
+        self._data, self._folder = data, folder
+        self._items = grain.sources.ArrayRecordDataSource([str(folder / ITEMS)])
+        if len(self._items) != len(data):
+            raise UserError(self._other(f"{len(self._items)} examples, the split has {len(data)}"))
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        example = self._data[index]
+        record = json.loads(self._items[index])
+        if record["id"] != example["id"]:
+            raise UserError(self._other(f"{record['id']} where the split has {example['id']}"))
+        return {**example, "items": json.dumps(record["items"])}
+
+    def _other(self, found: str) -> str:
+        return (
+            f"{self._folder}: made for another preparation of the set ({found}); move it away and "
+            "run `emollama data instruct` again"
+        )

@@ -6,9 +6,14 @@ that of dynamic FER code. What differs: EXIF and video rotation are applied, tra
 on white, 16-bit pictures are scaled instead of clipped, a clip slower than the wanted rate gives
 all its frames instead of an error, and every unreadable file raises one `UserError`.
 
-A clip is streamed: its frames are counted without decoding, then decoded one by one, and only the
-wanted ones become pictures. FFmpeg may open containers that hold video and nothing else: a playlist
-or a text file could make it read other files or the network.
+A directory of frames may be packed into one file (`pack_frames`): an uncompressed zip, whose frames
+are read as those of the directory, one by one.
+
+A clip's frames are counted without decoding. Of H.264 and HEVC in MP4 or Matroska, frames that are
+neither wanted nor referred to are not decoded at all, which changes no pixel of the others; all
+else is decoded frame by frame. Only wanted frames become pictures. FFmpeg may open containers that
+hold video and nothing else: a playlist or a text file could make it read other files or the
+network.
 """
 
 import dataclasses
@@ -16,7 +21,8 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Callable, Container, Iterator
+import zipfile
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +40,9 @@ PAD_COLOUR = (122, 116, 104)  # CLIP's mean as LLaVA rounds it
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs; 9,459 × 9,459
 MAX_SIDE = 8192  # of what is resized; longer pictures are shrunk or cut first
 MAX_ASPECT = 16
+MAX_HELD = 2**26  # bytes of a video file whose packets are held between counting and decoding
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
+_ZIP = b"PK\x03\x04"  # how packed frames begin
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,m4v,h264,hevc,mjpeg,ivf,nut,mxf,dv"
 
 
@@ -90,6 +98,8 @@ def is_video(source: Source) -> bool:
     if _is_folder(source):
         return bool(_frame_files(source))
     data = _read(source)
+    if data.startswith(_ZIP):
+        return bool(_packed(source)[1])
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.format in ("GIF", "PNG") and getattr(image, "n_frames", 1) > 1
@@ -117,11 +127,27 @@ def read_frames(source: Source, pick: Pick) -> Clip:
         UserError: missing, not a video, truncated, broken, without frames.
         IndexError: `pick` asked for a frame that the clip does not have.
     """
-    count, fps = _probe(source)
-    while True:
+
+    def choose(count: int, fps: float | None) -> Int[np.ndarray, " m"]:
         indices = np.asarray(pick(count, fps))
         if indices.size and not 0 <= indices.min() <= indices.max() < count:
             raise IndexError(f"{_name(source)}: frames {indices} of a clip of {count}")
+        return indices
+
+    if _is_folder(source) or _is_packed(source):
+        count, fps = _probe(source)
+        indices = choose(count, fps)
+    else:
+        with _open(source) as (container, stream):
+            held = container.size <= MAX_HELD and _skips(container, stream)
+            packets = container.demux(stream)
+            packets = list(packets) if held else packets
+            count, fps = _count(source, container, stream, packets)
+            indices = choose(count, fps)
+            found = _select(stream, packets, set(indices.tolist())) if held else None
+        if found is not None:
+            return Clip([found[i] for i in indices.tolist()], indices, count, fps)
+    while True:
         wanted = set(indices.tolist())
         kept, decoded = {}, 0
         for index, picture in _stream(source, wanted):
@@ -135,6 +161,7 @@ def read_frames(source: Source, pick: Pick) -> Clip:
         # Fewer frames decode than the container lists, e.g. after a cut before a key frame: what
         # decodes is the clip.
         count = decoded
+        indices = choose(count, fps)
 
 
 def read_video(source: Source) -> Iterator[Picture]:
@@ -147,6 +174,20 @@ def read_video(source: Source) -> Iterator[Picture]:
             yield picture
     if decoded == 0:
         raise UserError(_no_frames(source))
+
+
+def pack_frames(folder: str | os.PathLike) -> bytes:
+    """A directory of frames as one file that `read_frames` reads: its frames, byte for byte.
+
+    Raises:
+        UserError: a directory without frames.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for path in _frame_files(folder):
+            # A fixed date: the same frames give the same bytes.
+            archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes())
+    return buffer.getvalue()
 
 
 def segment_indices(
@@ -209,9 +250,12 @@ def to_model_frame(
         if image.width <= image.height
         else (int(size * long / short), size)
     )
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    # Pillow resizes across, then down; what the crop drops is left out in between.
     left, top = (width - size) // 2, (height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    image = image.crop((left, 0, left + size, image.height))
+    image = image.resize((size, height), Image.Resampling.BICUBIC)
+    return np.array(image.crop((0, top, size, top + size)))
 
 
 def _square(image: Image.Image) -> Image.Image:
@@ -244,18 +288,62 @@ def _probe(source: Source) -> tuple[int, float | None]:
     """Frames of a clip and their average rate, without decoding."""
     if _is_folder(source):
         return len(_frame_files(source)), None
+    if _is_packed(source):
+        return len(_packed(source)[1]), None
     with _open(source) as (container, stream):
-        packets = [packet.is_discard for packet in container.demux(stream) if packet.size]
-        count = packets.count(False)
-        # Only MP4's table counts what the file should hold; other headers are often estimates.
-        if "mov" in container.format.name and len(packets) < stream.frames:
-            raise UserError(
-                f"{_name(source)}: truncated video ({len(packets)} of {stream.frames} frames)"
-            )
-        if count == 0:
-            raise UserError(_no_frames(source))
-        rate = stream.average_rate or stream.guessed_rate
-        return count, float(rate) if rate else None
+        return _count(source, container, stream, container.demux(stream))
+
+
+def _count(
+    source: Source, container: Any, stream: Any, packets: Iterable[Any]
+) -> tuple[int, float | None]:
+    """`_probe` of an open container's packets."""
+    discarded = [packet.is_discard for packet in packets if packet.size]
+    count = discarded.count(False)
+    # Only MP4's table counts what the file should hold; other headers are often estimates.
+    if "mov" in container.format.name and len(discarded) < stream.frames:
+        raise UserError(
+            f"{_name(source)}: truncated video ({len(discarded)} of {stream.frames} frames)"
+        )
+    if count == 0:
+        raise UserError(_no_frames(source))
+    rate = stream.average_rate or stream.guessed_rate
+    return count, float(rate) if rate else None
+
+
+def _skips(container: Any, stream: Any) -> bool:
+    """Whether frames can be left out: packets are frames, and the decoder knows references."""
+    boxed = any(name in container.format.name for name in ("mov", "matroska"))
+    return boxed and stream.codec.name in ("h264", "hevc")
+
+
+def _select(stream: Any, packets: Sequence[Any], wanted: set[int]) -> dict[int, Picture] | None:
+    """The wanted frames by index; of the others only those that later ones refer to are decoded.
+
+    None where packets and frames cannot be matched, or a wanted frame does not decode: then frames
+    have to be counted as they come out.
+    """
+    times = sorted(p.pts for p in packets if p.size and not p.is_discard and p.pts is not None)
+    frames = [p for p in packets if p.size]
+    if len(set(times)) < sum(not p.is_discard for p in frames) or not frames[0].is_keyframe:
+        return None
+    from av.video.reformatter import VideoReformatter
+
+    converter = VideoReformatter()
+    places = {times[index]: index for index in wanted}
+    found: dict[int, Picture] = {}
+    stream.codec_context.thread_count = 1  # slices are few, and threads for them cost a tenth
+    skip = ""
+    for packet in packets:
+        needed = "DEFAULT" if packet.pts in places or not packet.size else "NONREF"
+        if needed != skip:
+            stream.codec_context.skip_frame = skip = needed
+        for frame in stream.decode(packet):
+            if frame.pts in places:
+                found[places[frame.pts]] = _picture(converter, frame)
+        if len(found) == len(wanted):
+            return found
+    return None
 
 
 def _stream(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Picture | None]]:
@@ -263,6 +351,11 @@ def _stream(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Pictu
     if _is_folder(source):
         for index, path in enumerate(_frame_files(source)):
             yield index, read_image(path) if index in wanted else None
+        return
+    if _is_packed(source):
+        archive, names = _packed(source)
+        for index, name in enumerate(names):
+            yield index, _packed_frame(source, archive, name) if index in wanted else None
         return
     from av.video.reformatter import VideoReformatter
 
@@ -273,9 +366,13 @@ def _stream(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Pictu
             if index not in wanted:
                 yield index, None
                 continue
-            picture = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            # A copy: the array would keep FFmpeg's padded buffer alive.
-            yield index, np.array(np.rot90(picture, round(frame.rotation / 90)), order="C")
+            yield index, _picture(converter, frame)
+
+
+def _picture(converter: Any, frame: Any) -> Picture:
+    picture = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    # A copy: the array would keep FFmpeg's padded buffer alive.
+    return np.array(np.rot90(picture, round(frame.rotation / 90)), order="C")
 
 
 @contextmanager
@@ -305,14 +402,50 @@ def _open(source: Source) -> Iterator[tuple[Any, Any]]:
 
 def _frame_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     """Frames of a directory; 2.jpg comes before 10.jpg."""
-
-    def order(path: pathlib.Path) -> list:
-        return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", path.name)]
-
     files = [p for p in pathlib.Path(folder).iterdir() if p.suffix.lower() in FRAME_ENDINGS]
+    files = [p for p in files if not p.name.startswith(".")]
     if not files:
         raise UserError(f"{folder}: directory without .jpg or .png frames")
-    return sorted(files, key=order)
+    return sorted(files, key=lambda path: _order(path.name))
+
+
+def _order(name: str) -> list:
+    return [int(s) if s.isdigit() else s for s in re.split(r"([0-9]+)", name)]
+
+
+def _is_packed(source: Source) -> bool:
+    if isinstance(source, bytes):
+        return source.startswith(_ZIP)
+    path = pathlib.Path(source)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
+
+
+def _packed(source: Source) -> tuple[zipfile.ZipFile, list[str]]:
+    """Packed frames and their names in order."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(_read(source)))
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{_name(source)}: broken packed frames ({_one_line(error)})") from None
+    # Stored as they are, else a small file could unpack to a large one.
+    names = [
+        info.filename
+        for info in archive.infolist()
+        if info.filename.lower().endswith(FRAME_ENDINGS)
+        and info.compress_type == zipfile.ZIP_STORED
+    ]
+    if not names:
+        raise UserError(f"{_name(source)}: neither a picture nor a video (a zip without frames)")
+    return archive, sorted(names, key=_order)
+
+
+def _packed_frame(source: Source, archive: zipfile.ZipFile, name: str) -> Picture:
+    try:
+        return read_image(archive.read(name))
+    except (UserError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        raise UserError(f"{_name(source)}, frame {name}: {_one_line(error)}") from None
 
 
 def _is_folder(source: Source) -> bool:

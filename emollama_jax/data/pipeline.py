@@ -15,9 +15,8 @@ the run.
 
 import dataclasses
 import functools
-import importlib
 import logging
-import pkgutil
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +26,9 @@ from absl import flags
 
 from emollama_jax.batch import Batch
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data import builders
+from emollama_jax.data.builders import registry
 from emollama_jax.data.elements import Encoder, Examples, Kind, Prior, Row, View, stack
+from emollama_jax.data.instruct import drawable, with_conversations
 from emollama_jax.errors import UserError
 
 Data = Sequence[Mapping[str, Any]]  # examples by their position, read lazily
@@ -47,19 +47,18 @@ def open_source(folder: str, name: str, split: str) -> Data:
 
     Args:
         folder: `data.dir`.
-        name: of a builder and its config, e.g. "actionfaces/images".
+        name: of the set, e.g. "raf_db", "dfew/fold1", "actionfaces/images".
         split: of it.
 
     Raises:
-        UserError: no such builder, or not prepared.
+        UserError: no such set, or not prepared.
     """
-    builder, _, config = name.partition("/")
-    modules = {module.name for module in pkgutil.iter_modules(builders.__path__)}
-    known = sorted(modules - {"schema"})  # what the builders share
-    if builder not in known:
-        raise UserError(f"{name}: no such data set; known are {', '.join(known)}")
-    module = importlib.import_module(f"{builders.__name__}.{builder}")
-    return module.open_split(folder, config, split)
+    return registry.open_split(folder, name, split)
+
+
+def open_training(folder: str, name: str, split: str) -> Data:
+    """As `open_source`, with the conversations of `emollama data instruct` where they were made."""
+    return with_conversations(open_source(folder, name, split), folder, name, split)
 
 
 def make_train_iterator(
@@ -68,7 +67,7 @@ def make_train_iterator(
     open_priors: PriorOpener,
     host_index: int = 0,
     host_count: int = 1,
-    open_data: Opener = open_source,
+    open_data: Opener = open_training,
 ) -> "TrainIterator":
     """This host's training batches, without end.
 
@@ -79,8 +78,9 @@ def make_train_iterator(
         cfg: the sources' weights are shares of the steps between the two kinds, and of the examples
             between the sources of a kind.
         open_priors: gives a split's face priors, from the same arguments as `open_data`.
-        host_index: of this process.
-        host_count: of all processes; each gets its share of every batch.
+        host_index: which part of every batch is this process's.
+        host_count: how many parts there are: consecutive rows, so that a batch of all hosts is the
+            batch of one.
         open_data: gives a split's examples.
 
     Raises:
@@ -102,10 +102,10 @@ def make_train_iterator(
     for kind in ("image", "clip"):
         numbers = [i for i, examples in enumerate(sources) if examples.source.kind == kind]
         if numbers:
-            drawn = _drawn(sources, numbers, seed=cfg.train.seed)
-            local = drawn.slice(slice(host_index, None, host_count))
-            rows = local.map(_Decode(sources))
+            drawn = _drawn(sources, numbers, seed=cfg.train.seed, folder=cfg.data.dir)
             size = _local_batch(cfg, kind, host_count)
+            local = _Share(drawn, rows=size, index=host_index, count=host_count)
+            rows = local.map(_Decode(sources))
             steps.append(rows.batch(size, drop_remainder=True, batch_fn=stack))
             weights.append(sum(sources[i].source.weight for i in numbers))
     return TrainIterator(
@@ -188,15 +188,19 @@ def make_eval_batches(
     open_priors: PriorOpener,
     open_data: Opener = open_source,
     view: View = "all",
+    host_index: int = 0,
+    host_count: int = 1,
 ) -> Iterator[EvalBatch]:
     """Every example of a split once, in order, with the category question as the prompt.
 
     Args:
         cfg: the run's.
         source: the data set and its split.
-        batch: rows of a batch; the last one is padded.
+        batch: rows of a batch, all hosts together; the last ones are padded, so that every host
+            gets the same number of batches.
         open_priors: as in `make_train_iterator`, as is `open_data`.
         view: "all" frames, a clip's "middle" frame alone, or a "blank".
+        host_index: as in `make_train_iterator`, as is `host_count`.
     """
     examples = Examples(
         Encoder(cfg),
@@ -206,26 +210,33 @@ def make_eval_batches(
     )
     count = len(examples)
     padded = grain.MapDataset.range(-(-count // batch) * batch)
-    rows = padded.map(lambda index: _evaluate(examples, index, view))
+    size = batch // host_count
+    local = _Share(padded, rows=size, index=host_index, count=host_count)
+    rows = local.map(lambda index: _evaluate(examples, index, view))
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-    batches = iter(rows.batch(batch, batch_fn=_stack_evaluation).to_iter_dataset(options))
+    batches = iter(rows.batch(size, batch_fn=_stack_evaluation).to_iter_dataset(options))
     try:
         yield from batches
     finally:
         batches.close()
 
 
-def _drawn(sources: Sequence[Examples], numbers: Sequence[int], *, seed: int) -> grain.MapDataset:
+def _drawn(
+    sources: Sequence[Examples], numbers: Sequence[int], *, seed: int, folder: str
+) -> grain.MapDataset:
     """Endless (number of the source, position, seed of its choices), mixed by weight."""
     each, weights = [], []
     for number in numbers:
         source = sources[number].source
         if source.weight <= 0:
             raise UserError(f"{source.name}: weight {source.weight}, wanted more than 0")
-        if not len(sources[number]):
-            raise UserError(f"{source.name}, split {source.split}: no examples")
+        count = len(sources[number])
+        usable = drawable(folder, source.name, source.split, source.items, count)
+        if not usable:
+            what = "no examples with a conversation" if count else "no examples"
+            raise UserError(f"{source.name}, split {source.split}: {what}")
         own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        positions = grain.MapDataset.range(len(sources[number])).seed(own).shuffle().repeat()
+        positions = grain.MapDataset.source(usable).seed(own).shuffle().repeat()
         each.append(positions.random_map(functools.partial(_draw, number)))
         weights.append(source.weight)
     return _mix(each, weights)
@@ -250,6 +261,23 @@ def _local_batch(cfg: Config, kind: Kind, hosts: int) -> int:
 def _distinct(sources: Sequence[Examples]) -> int:
     """How many examples there are; two sources may read the same split."""
     return sum({(x.source.name, x.source.split): len(x) for x in sources}.values())
+
+
+class _Share(grain.MapDataset):
+    """A host's rows of every batch: `rows` consecutive ones of each `rows` × `count`."""
+
+    def __init__(self, parent: grain.MapDataset, *, rows: int, index: int, count: int):
+        super().__init__(parent)
+        self._rows, self._index, self._count = rows, index, count
+
+    def __len__(self) -> int:
+        return len(self._parent) // (self._rows * self._count) * self._rows
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._rows)
+        return self._parent[(batch * self._count + self._index) * self._rows + row]
 
 
 class _Decode:
@@ -279,7 +307,10 @@ class _Watch:
                 self._broken.add(name)
                 _log.warning("%s (%d broken so far)", line, len(self._broken))
         judged = min(self._examples, max(self._seen, FEW))
-        if len(self._broken) > self._share * judged:
+        allowed = self._share * judged
+        if judged < self._examples:  # a part may by chance hold more than its share
+            allowed += 3 * math.sqrt(allowed)
+        if len(self._broken) > allowed:
             raise UserError(
                 f"{len(self._broken)} broken examples among the first {judged}, more than "
                 f"data.broken_share = {self._share}; the last one is {trouble[-1]}"

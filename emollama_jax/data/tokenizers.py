@@ -20,6 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from emollama_jax.config import TokenizerConfig
 from emollama_jax.errors import UserError
+from emollama_jax.paths import as_path
 
 TINY = pathlib.Path(__file__).parent.parent / "models" / "weights" / "tiny_bpe.json"
 SPECIAL = ("<unk>", "<s>", "</s>")  # of the small BPE: ids 0, 1, 2, as LLaMA's; padding is <unk>
@@ -100,7 +101,7 @@ def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     Raises:
         UserError: no such file, or a file of another kind.
     """
-    path = TINY if cfg.path == "tiny" else pathlib.Path(cfg.path)
+    path = TINY if cfg.path == "tiny" else as_path(cfg.path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from emollama_jax.evaluate.metrics import Calibration
+
 # iBUG's 68 points as lines: (first, last, closed).
 _LINES = (
     (0, 16, False),  # jaw
@@ -91,6 +93,48 @@ def curve(
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )
+
+
+_SQUARE, _MARGIN = 360, 52  # pixels of the reliability diagram's plot and around it
+
+
+def reliability(calibration: Calibration, *, alt: str) -> str:
+    """Share of right answers over stated probability; the area of a dot is its bin's count.
+
+    On the dashed diagonal a model is as often right as it says.
+    """
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return _MARGIN + _SQUARE * x, 16 + _SQUARE * (1 - y)
+
+    parts = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = at(tick, tick)
+        parts.append(f'<path class="grid" d="M{_MARGIN} {y:.1f}H{_MARGIN + _SQUARE}"/>')
+        parts.append(f'<text x="{_MARGIN - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{_SQUARE + 34}" text-anchor="middle">{tick:g}</text>')
+    (x0, y0), (x1, y1) = at(0, 0), at(1, 1)
+    parts.append(f'<path class="mark" d="M{x0} {y0}L{x1} {y1}"/>')
+    filled = np.flatnonzero(calibration.count)
+    points = [at(calibration.confidence[k], calibration.accuracy[k]) for k in filled]
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    parts.append(f'<path class="smooth" d="M{path}"/>')
+    for k, (x, y) in zip(filled, points, strict=True):
+        radius = 3 + 11 * math.sqrt(calibration.count[k] / calibration.count.sum())
+        parts.append(
+            f'<circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" opacity=".75">'
+            f"<title>{calibration.count[k]:,} answers: stated "
+            f"{calibration.confidence[k]:.2f}, right {calibration.accuracy[k]:.2f}</title></circle>"
+        )
+    parts.append(
+        f'<text x="{_MARGIN + _SQUARE / 2}" y="{_SQUARE + 54}" text-anchor="middle">'
+        "probability that the model gives its answer</text>"
+    )
+    parts.append(f'<text x="{_MARGIN - 40}" y="10">share of right answers</text>')
+    return (
+        f'<svg class="chart square" viewBox="0 0 {_SQUARE + 2 * _MARGIN} {_SQUARE + 60}" '
+        f'role="img" aria-label="{escape(alt)}">{"".join(parts)}</svg>'
     )
 
 

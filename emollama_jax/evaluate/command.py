@@ -1,21 +1,131 @@
-"""`emollama eval`: predictions, numbers and a page for one split."""
+"""`emollama eval`: predictions, numbers and a page for one split, or for every fold of a set."""
 
+import dataclasses
 import importlib.metadata
 import json
-import pathlib
+from collections.abc import Sequence
+from typing import Literal
 
 import yaml
+from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emollama_jax import config as configs
+from emollama_jax.checkpoint import find, load_for_inference, read_config
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.builders.registry import space_of
+from emollama_jax.data.elements import Encoder
+from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.pipeline import open_source
+from emollama_jax.errors import UserError
+from emollama_jax.evaluate import folds as joined
 from emollama_jax.evaluate import report
-from emollama_jax.evaluate.protocol import Evaluation, evaluate, write_predictions
+from emollama_jax.evaluate.asked import Asked, Order, map_classes, unanswerable
+from emollama_jax.evaluate.protocol import (
+    SEGMENTS,
+    Evaluation,
+    Prediction,
+    evaluate,
+    protocol_of,
+    read_predictions,
+    write_predictions,
+)
+from emollama_jax.evaluate.results import Tested, worst, write_results
 from emollama_jax.evaluate.run import Answering, predict
+from emollama_jax.evaluate.trace import data_hash, file_hash, folder_hash, priors_hash
+from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.paths import as_path
+from emollama_jax.sharding.distributed import leads
+from emollama_jax.sharding.mesh import make_mesh
+
+TITLES = {"generate": "written answers", "score": "label scoring"}
+STRIP = 8  # frames of a clip that a picture of a mistake shows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class How:
+    """How a model is asked, and what is shown of it."""
+
+    answering: Answering | Literal["both"] = "both"
+    batch: int = 32
+    asked: str | None = None  # the set whose label words the question lists; None: the tested one's
+    order: Order = "native"
+    seed: int = 0  # of shuffled options
+    pictures: bool = False  # show pictures of a set under a research licence
+
+    @property
+    def ways(self) -> tuple[Answering, ...]:
+        """The headline first."""
+        return ("generate", "score") if self.answering == "both" else (self.answering,)
+
+
+def evaluate_source(
+    run: str,
+    overrides: Sequence[str],
+    source: str,
+    split: str,
+    *,
+    fold: str | None,
+    folder: str | None,
+    how: How,
+    out: str | None,
+    console: Console,
+) -> str:
+    """Evaluates a run, or one run for each fold, on a set.
+
+    Args:
+        run: of `emollama train`; "{fold}" in it stands for the fold's number.
+        overrides: key=value of the sections that may change after training.
+        source: the set, e.g. "raf_db", "dfew", "dfew/fold1".
+        split: of it.
+        fold: its number, or "all"; None: as `source` says.
+        folder: of the data; None: the run's.
+        how: to ask.
+        out: gets the results; None: RUN/eval.
+        console: where progress goes.
+
+    Returns:
+        What the command prints.
+
+    Raises:
+        UserError: no such fold, a run that saw what is tested, no or unfitting data.
+    """
+    names = _fold_names(source, fold)
+    which = "all" if len(names) > 1 else str(names[0][0])
+    home = out or f"{run.rstrip('/').replace('{fold}', which)}/eval"
+    paths = [run.replace("{fold}", str(number)) for number, _ in names]
+    runs = [configs.override(read_config(path), overrides) for path in paths]
+    for cfg, (_, name) in zip(runs, names, strict=True):  # before any model is loaded
+        check_unseen(cfg, name, split)
+    tested, loaded = [], ""
+    for path, cfg, (number, name) in zip(paths, runs, names, strict=True):
+        if path != loaded:
+            _, model = load_for_inference(path, mesh=cfg.mesh)
+            loaded = path
+        if folder is not None:
+            cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dir=folder))
+        tested.append(
+            evaluate_run(
+                cfg,
+                model,
+                name,
+                split,
+                answering=how.answering,
+                batch=how.batch,
+                out=f"{home}/fold{number}" if len(names) > 1 else home,
+                console=console,
+                mesh=make_mesh(cfg.mesh),
+                how=how,
+                checkpoint=path,
+            )
+        )
+    if len(tested) == 1:
+        e = tested[0]
+        return f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home}/report.html"
+    return _join(tested, names, source, split, home, how)
 
 
 def evaluate_run(
@@ -24,12 +134,17 @@ def evaluate_run(
     name: str,
     split: str,
     *,
-    answering: Answering,
+    answering: Answering | Literal["both"],
     batch: int,
-    out: pathlib.Path,
+    out: epath.PathLike,
     console: Console,
+    mesh: Mesh | None = None,
+    how: How | None = None,
+    checkpoint: str | None = None,
 ) -> Evaluation:
     """Evaluates a model on a prepared split and writes down everything.
+
+    On several hosts the first one writes.
 
     Args:
         cfg: of the model's run.
@@ -38,35 +153,224 @@ def evaluate_run(
         split: of it.
         answering: how the model answers.
         batch: examples at a time.
-        out: gets `predictions.jsonl`, `evaluation.json` and `report.html`.
+        out: gets `predictions.jsonl` (label scoring beside writing: `predictions-score.jsonl`),
+            `evaluation.json`, `table.tex` and `report.html`.
         console: where progress goes.
+        mesh: that the model is spread over; None for one device.
+        how: the rest of how to ask; None: natively.
+        checkpoint: where the model came from, to be traced; None: untraced.
+
+    Returns:
+        The headline's numbers: of the written answers, if the model wrote.
     """
+    how = dataclasses.replace(how or How(), answering=answering, batch=batch)
+    out = as_path(out)
+    console = console if leads() else Console(quiet=True)
     data = open_source(cfg.data.dir, name, split)
     kind = data[0]["kind"]
     source = SourceConfig(name=name, split=split, kind=kind, weight=1.0)
+    space = space_of(cfg.data.dir, name)
+    listed = space if how.asked is None else space_of(cfg.data.dir, how.asked)
+    asked = Asked(listed, how.order, how.seed)
+    native = how.asked is None and how.order == "native"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
         task = bars.add_task(f"{name}, {split}", total=len(data))
-        predictions = predict(
+        found = predict(
             cfg,
             model,
             source,
-            answerings=(answering,),
+            answerings=how.ways,
             batch=batch,
             progress=lambda done: bars.update(task, completed=done),
-        )[answering]
-    evaluation = evaluate(predictions, label_space(name))
-    write_predictions(out / "predictions.jsonl", predictions)
-    (out / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n")
-    versions = ("emollama-jax", "jax", "flax")
-    page = report.Report(
+            mesh=mesh,
+            asked=None if native else asked,
+        )
+    tested = [
+        Tested(title=TITLES[way], predictions=items, evaluation=evaluate(items, space))
+        for way, items in found.items()
+    ]
+    if not leads():
+        return tested[0].evaluation
+    trace = {}
+    for number, (way, item) in enumerate(zip(how.ways, tested, strict=True)):
+        file = out / (f"predictions-{way}.jsonl" if number else "predictions.jsonl")
+        write_predictions(file, item.predictions)
+        trace[file.name] = file_hash(file)
+    if checkpoint is not None:
+        trace[f"checkpoint {find(checkpoint)}"] = folder_hash(find(checkpoint))
+    priors = open_priors(cfg.data.dir, name, split)
+    trace[f"data, {name}, {split}"] = data_hash(data, space)
+    trace[f"face priors, {name}, {split}"] = priors_hash(priors[i] for i in range(len(priors)))
+    trace["question"] = asked.question(data[0]["id"], kind)
+    protocol = protocol_of(name)
+    mistakes = []
+    if how.pictures or (protocol is not None and protocol.open):
+        mistakes = _pictures(cfg, source, tested[0].predictions)
+    verbs = {"generate": "writing", "score": "scoring the label words"}
+    ways = " and by ".join(verbs[way] for way in how.ways)
+    write_results(
+        out,
         title=f"{name}, {split}",
-        lede=f"{evaluation.n} examples; the model answers by "
-        f"{({'generate': 'writing', 'score': 'scoring the label words'})[answering]}.",
-        results=[report.Result(title=kind.capitalize() + "s", source=name, evaluation=evaluation)],
-        command=f"emollama eval RUN --source {name} --split {split} --answering {answering}",
+        lede=f"{len(data):,} examples; the model answers by {ways}.",
+        source=name,
+        tested=tested,
+        notes=[_protocol(cfg, name, kind), *_mapping(asked, space, tested[0])],
+        mistakes=mistakes,
+        command=_command(name, split, how),
         config=yaml.safe_dump(json.loads(json.dumps(configs.to_dict(cfg))), sort_keys=False),
-        versions={package: importlib.metadata.version(package) for package in versions},
+        versions=_versions(),
+        trace=trace,
     )
-    report.write_report(out / "report.html", page)
-    return evaluation
+    return tested[0].evaluation
+
+
+def check_unseen(cfg: Config, name: str, split: str) -> None:
+    """Refuses a number about examples that the run was trained on.
+
+    Raises:
+        UserError: the run's sources hold the tested split, or another fold of the set, whose
+            training list holds most of this fold's test items.
+    """
+    builder, _, view = name.partition("/")
+    protocol = protocol_of(name)
+    for source in cfg.data.sources:
+        other, _, trained = source.name.partition("/")
+        if source.name == name and source.split == split:
+            raise UserError(f"{name}: the run was trained on its split {split!r}; test another")
+        folds = protocol is not None and protocol.folds > 1 and other == builder
+        if folds and trained != view:
+            raise UserError(
+                f"{name}: the run was trained on {source.name}, whose training list holds test "
+                f"items of {view}: test it on {source.name}, or name one run a fold, RUN{{fold}}"
+            )
+
+
+def _fold_names(source: str, fold: str | None) -> list[tuple[int, str]]:
+    """(number, name) of the folds to test; number 0 where the set has none."""
+    builder, _, view = source.partition("/")
+    protocol = protocol_of(source)
+    count = protocol.folds if protocol else 1
+    if count == 1:
+        if fold is not None:
+            raise UserError(f"--fold {fold}: {source} has no folds")
+        return [(0, source)]
+    if view and fold is None:
+        fold = view.removeprefix("fold")
+    if fold is None:
+        raise UserError(f"{source} has {count} folds: name one with --fold 1, or --fold all")
+    if fold == "all":
+        return [(number, f"{builder}/fold{number}") for number in range(1, count + 1)]
+    if not fold.isdigit() or not 1 <= int(fold) <= count:
+        raise UserError(f"--fold {fold}: {builder} has the folds 1 … {count}, or all")
+    return [(int(fold), f"{builder}/fold{int(fold)}")]
+
+
+def _join(
+    tested: Sequence[Evaluation],
+    names: Sequence[tuple[int, str]],
+    source: str,
+    split: str,
+    home: str,
+    how: How,
+) -> str:
+    """The mean over the folds, written down and as a line."""
+    protocol = protocol_of(source)
+    assert protocol is not None  # only sets with a protocol have folds
+    numbers = [number for number, _ in names]
+    mean = joined.join(dict(zip(numbers, tested, strict=True)), protocol)
+    if leads():
+        files = [as_path(home) / f"fold{number}" / "predictions.jsonl" for number in numbers]
+        items = [read_predictions(file) for file in files]
+        joined.check_disjoint(items)
+        write_results(
+            as_path(home),
+            title=f"{protocol.space.title}, {split}, {len(tested)} folds",
+            lede="The mean over the official folds, each tested by itself.",
+            source=source,
+            tested=[
+                Tested(title=f"fold {number}", predictions=found, evaluation=e)
+                for number, found, e in zip(numbers, items, tested, strict=True)
+            ],
+            folds=mean,
+            command=_command(source, split, how) + " --fold all",
+            config="# of each fold: see its own report\n",
+            versions=_versions(),
+            trace={f"{file.parent.name}/{file.name}": file_hash(file) for file in files},
+        )
+    return (
+        f"WAR {mean.war:.4f} ± {mean.war_std:.4f}  UAR {mean.uar:.4f} ± {mean.uar_std:.4f}  "
+        f"{len(tested)} folds: {home}/report.html"
+    )
+
+
+def _command(name: str, split: str, how: How) -> str:
+    words = f"emollama eval RUN --source {name} --split {split} --answering {how.answering}"
+    if how.asked is not None:
+        words += f" --asked {how.asked}"
+    return words + (f" --order shuffled --seed {how.seed}" if how.order == "shuffled" else "")
+
+
+def _versions() -> dict[str, str]:
+    return {p: importlib.metadata.version(p) for p in ("emollama-jax", "jax", "flax")}
+
+
+def _protocol(cfg: Config, name: str, kind: Literal["image", "clip"]) -> report.Table:
+    """The set's protocol beside what this run did."""
+    protocol = protocol_of(name)
+    rows = []
+    if protocol is not None:
+        rows = [("frames", protocol.frames), ("face", protocol.crop)]
+    if kind == "clip":
+        data = cfg.data
+        done = f"{data.clip_frames} frames, sampling={data.sampling}"
+        usual = data.sampling == "segments" and data.clip_frames == SEGMENTS
+        rows.append(("this run", done + ("" if usual else ": differs from the protocol")))
+    margin = f"the box and {cfg.data.face_margin:g} of its side"
+    rows.append(("face crop of this run", margin))
+    return report.Table(title="Protocol", note="", head=("", ""), rows=rows)
+
+
+def _mapping(asked: Asked, space: LabelSpace, tested: Tested) -> list[report.Table]:
+    """What the question's words mean in the tested set, and what does not map."""
+    if asked.space.classes == space.classes:
+        return []
+    support = dict(zip(space.classes, tested.evaluation.per_class.support.tolist(), strict=True))
+    means = map_classes(asked.space, space)
+    foreign = "– (an answer of this kind counts as wrong)"
+    rows = [(word, name or foreign) for word, name in means.items()]
+    rows += [
+        (f"– (cannot be answered: {support[name]:,} items count as wrong)", name)
+        for name in unanswerable(asked.space, space)
+    ]
+    note = f"The question lists the words of {asked.space.title}; they are mapped by meaning."
+    head = (f"asked, {asked.space.title}", f"tested, {space.title}")
+    return [report.Table(title="Labels across sets", note=note, head=head, rows=rows)]
+
+
+def _pictures(
+    cfg: Config, source: SourceConfig, predictions: Sequence[Prediction]
+) -> list[report.Item]:
+    """The worst mistakes as the model saw them."""
+    encoder = Encoder(cfg)
+    data = open_source(cfg.data.dir, source.name, source.split)
+    priors = open_priors(cfg.data.dir, source.name, source.split)
+    found = []
+    for number in worst(predictions):
+        item = predictions[number]
+        try:
+            look = encoder.look(data[number]["media"], kind=source.kind, prior=priors[number])
+        except UserError:
+            continue  # unreadable media were answered blind; there is nothing to show
+        frames = list(look.frames[:: max(1, -(-len(look.frames) // STRIP))])
+        found.append(
+            report.Item(
+                id=item.id,
+                frames=frames,
+                landmarks=[None] * len(frames),
+                label=item.label,
+                predicted=item.predicted,
+                text=item.text or "",
+            )
+        )
+    return found

@@ -8,6 +8,8 @@ Arrays of NumPy and JAX are taken alike; what comes back is NumPy arrays and pla
 """
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,10 +46,15 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Folds:
-    """The result of a cross-validated set: the mean of the folds' scores, as DFEW and MAFW ask."""
+    """The result of a cross-validated set: the mean of the folds' scores, as DFEW and MAFW ask.
+
+    Standard deviations are those of a sample (n - 1 below the line); nan for a single fold.
+    """
 
     war: float
     uar: float
+    war_std: float
+    uar_std: float
     wars: tuple[float, ...]
     uars: tuple[float, ...]
 
@@ -155,7 +162,111 @@ def over_folds(confusions: Sequence[ArrayLike]) -> Folds:
     if not confusions:
         raise ValueError("no folds: wanted one confusion matrix per fold")
     wars, uars = tuple(map(war, confusions)), tuple(map(uar, confusions))
-    return Folds(war=float(np.mean(wars)), uar=float(np.mean(uars)), wars=wars, uars=uars)
+    spread = [statistics.stdev(x) if len(x) > 1 else math.nan for x in (wars, uars)]
+    return Folds(
+        war=float(np.mean(wars)),
+        uar=float(np.mean(uars)),
+        war_std=spread[0],
+        uar_std=spread[1],
+        wars=wars,
+        uars=uars,
+    )
+
+
+def wilson(right: int, items: int, *, level: float) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927); nan for a share of nothing.
+
+    Unlike the normal approximation it stays within 0 … 1, and has a width at shares of 0 and 1:
+    30 of 30 right answers are no proof of perfection.
+    """
+    if not items:
+        return Interval(math.nan, math.nan)
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    share, spread = right / items, z * z / items
+    centre = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return Interval(
+        max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How far stated probabilities are from the share of right answers.
+
+    Attributes:
+        confidence: mean probability of the answered class, of each bin; nan for an empty one.
+        accuracy: share of right answers of each bin; nan for an empty one.
+        count: answers of each bin.
+        error: the expected calibration error, Σ count/n · |accuracy - confidence| (Guo 2017).
+    """
+
+    confidence: Float[np.ndarray, " k"]
+    accuracy: Float[np.ndarray, " k"]
+    count: Int[np.ndarray, " k"]
+    error: float
+
+
+def calibration(labels: ArrayLike, log_likelihood: ArrayLike, *, bins: int) -> Calibration:
+    """Calibration of label scoring; probabilities are a softmax over the labels.
+
+    Args:
+        labels: int [N], -1 where the true class is none of the scored ones.
+        log_likelihood: float [N, C], natural logarithm.
+        bins: of equal width between 0 and 1.
+    """
+    labels, scores = np.asarray(labels), np.asarray(log_likelihood, np.float64)
+    likelihood = np.exp(scores - scores.max(1, keepdims=True))
+    confidence = likelihood.max(1) / likelihood.sum(1)
+    right = likelihood.argmax(1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan of an empty bin
+        stated = np.bincount(place, confidence, minlength=bins) / count
+        reached = np.bincount(place, right, minlength=bins) / count
+    gap = np.abs(reached - stated)[count > 0]
+    return Calibration(
+        confidence=stated,
+        accuracy=reached,
+        count=count,
+        error=float(gap @ count[count > 0] / len(labels)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """What the place of an option in the question does; C places.
+
+    Attributes:
+        answered: share of the answers that named the option at each place.
+        true: share of the items whose true class stood there.
+        recall: right answers among those; nan where there are none.
+        bias: half the summed distance of `answered` from `true`: 0 for none, near 1 for a model
+            that always takes the same place.
+    """
+
+    answered: Float[np.ndarray, " c"]
+    true: Float[np.ndarray, " c"]
+    recall: Float[np.ndarray, " c"]
+    bias: float
+
+
+def positions(true: ArrayLike, answered: ArrayLike, *, places: int) -> Positions:
+    """Position bias of answers to questions whose options were shuffled.
+
+    Args:
+        true: int [N], the place of the true class among the options of its question.
+        answered: int [N], the place of the answered class.
+        places: C.
+    """
+    true, answered = np.asarray(true), np.asarray(answered)
+    stood = np.bincount(true, minlength=places)
+    right = np.bincount(true[true == answered], minlength=places)
+    shares = [np.bincount(x, minlength=places) / len(x) for x in (answered, true)]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that Positions promises
+        recall = right / stood
+    bias = float(np.abs(shares[0] - shares[1]).sum() / 2)
+    return Positions(answered=shares[0], true=shares[1], recall=recall, bias=bias)
 
 
 def _war(confusion: np.ndarray) -> np.ndarray:

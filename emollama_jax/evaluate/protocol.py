@@ -1,12 +1,4 @@
-"""The evaluation protocol: from an answer to a class, a record per item, and the numbers.
-
-Reading a free-text answer goes in stages, and the first that names a class decides:
-  exact    the answer is a class name and nothing else;
-  word     class names are searched as whole words;
-  synonym  the synonym table is searched ("joyful" → happiness).
-If a stage names two classes, the answer is ambiguous; if none names one, it says nothing. Both are
-unparsed: they count as wrong, and their rate is reported. A mention under a negation ("not happy",
-"no sign of fear or anger") names nothing; its reach ends with the clause.
+"""The evaluation protocol: how each set is tested, a record per item, and the numbers.
 
 Classes go by name everywhere, never by number: several number orders circulate for the same set.
 """
@@ -14,28 +6,104 @@ Classes go by name everywhere, never by number: several number orders circulate 
 import dataclasses
 import json
 import math
-import os
-import pathlib
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+from etils import epath
 
-from emollama_jax.data.emotions import SYNONYMS, LabelSpace
+from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace
+from emollama_jax.data.instruct import category_question
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics
+from emollama_jax.evaluate.answers import How
+from emollama_jax.paths import as_path, write_whole
 
-How = Literal["exact", "word", "synonym", "score", "ambiguous", "none"]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a set is tested, so that a number can stand beside those of other people."""
+
+    name: str  # of the set, as in "dfew/fold1"
+    kind: Literal["image", "clip"] | None  # None: the builder's config says it
+    folds: int  # official folds; 1: one split
+    train: str  # the split that training may see
+    test: str  # the split that is tested
+    frames: str  # of an example
+    crop: str  # which pixels show the face
+    open: bool  # False: a research licence forbids showing its pictures
+
+    @property
+    def space(self) -> LabelSpace:
+        """The classes, in the set's native order."""
+        return LABEL_SPACES[self.name]
+
+    def question(self, kind: Literal["image", "clip"]) -> str:
+        """The category question."""
+        return category_question(self.space.classes, kind)
 
 
-@dataclasses.dataclass(frozen=True)
-class Parsed:
-    """What an answer names."""
+SEGMENTS = 16  # of a clip in testing: the centre frame of each
+_ONE = "the picture"
+_CENTRES = f"centre frames of {SEGMENTS} segments; a short clip repeats its last frame"
+_ALIGNED = "the set's aligned faces; the face crop is FaceXFormer's, of MTCNN's box"
+_SCENE = "whole frames; the face crop is FaceXFormer's, of MTCNN's box followed through the clip"
 
-    label: str | None  # a class of the space, or None: unparsed
-    how: How
+
+def _image(name: str, *, test: str = "test", crop: str = _ALIGNED) -> Protocol:
+    return Protocol(
+        name=name,
+        kind="image",
+        folds=1,
+        train="train",
+        test=test,
+        frames=_ONE,
+        crop=crop,
+        open=False,
+    )
+
+
+def _clip(name: str, *, folds: int, crop: str = _SCENE) -> Protocol:
+    return Protocol(
+        name=name,
+        kind="clip",
+        folds=folds,
+        train="train",
+        test="test",
+        frames=_CENTRES,
+        crop=crop,
+        open=False,
+    )
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        _image("raf_db"),
+        _image("ferplus", crop="FER2013's 48 × 48 faces as they are"),
+        _image("affectnet7", crop="the set's face box"),
+        _image("affectnet8", crop="the set's face box"),
+        _clip("dfew", folds=5),
+        _clip("ferv39k", folds=1, crop="the set's face frames"),
+        _clip("mafw", folds=5),
+        Protocol(
+            name="actionfaces",
+            kind=None,
+            folds=1,
+            train="train",
+            test="test",
+            frames=f"{_ONE}, or {_CENTRES}",
+            crop="the drawn picture; the face crop is FaceXFormer's, of the drawn box",
+            open=True,
+        ),
+    )
+}
+
+
+def protocol_of(source: str) -> Protocol | None:
+    """The protocol of a source, e.g. "dfew/fold1"; None for a user's own set."""
+    return PROTOCOLS.get(source.partition("/")[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +118,7 @@ class Prediction:
     scores: dict[str, float] | None  # class → log-likelihood; None if text was generated
     parsed: How
     subject: str | None = None  # whose face, where the set says so: for clustered intervals
+    options: tuple[str, ...] | None = None  # as the question listed them; None: native order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +135,7 @@ class Evaluation:
     clustered: bool  # intervals by subject
     confusion: np.ndarray  # int64 [C, C + 1], the last column unparsed
     per_class: metrics.PerClass
+    recall_interval: tuple[metrics.Interval, ...]  # Wilson's, of each class
     unparsed: float  # share of answers that named no class
     parsed: dict[str, int]  # how answers were read → how many
 
@@ -78,32 +148,11 @@ class Evaluation:
             name: dict(zip(self.classes, map(_plain, values.tolist()), strict=True))
             for name, values in vars(self.per_class).items()
         }
+        tree["recall_interval"] = {
+            name: {"low": _plain(interval.low), "high": _plain(interval.high)}
+            for name, interval in zip(self.classes, self.recall_interval, strict=True)
+        }
         return tree
-
-
-def parse_answer(text: str, space: LabelSpace) -> Parsed:
-    """Reads the class that an answer names."""
-    bare = re.sub(r"^\W+|\W+$", "", text).casefold()
-    names = {name.casefold(): name for name in space.classes}
-    if bare in names:
-        return Parsed(names[bare], "exact")
-    mentions = _mentions(text, names, _synonyms(space))
-    for how in ("word", "synonym"):
-        found = {mention.label for mention in mentions if mention.how == how}
-        if found:
-            return Parsed(found.pop(), how) if len(found) == 1 else Parsed(None, "ambiguous")
-    return Parsed(None, "none")
-
-
-def best_label(scores: dict[str, float]) -> Parsed:
-    """The class of the highest log-likelihood.
-
-    Raises:
-        UserError: a score that is no number; a diverged model would get a class by chance.
-    """
-    if not all(map(math.isfinite, scores.values())):
-        raise UserError(f"label scores {scores}: wanted finite numbers; are the weights whole?")
-    return Parsed(max(scores, key=scores.__getitem__), "score")
 
 
 def evaluate(
@@ -154,6 +203,7 @@ def evaluate(
         level=level,
         clusters=subjects if clustered else None,
     )
+    scores = metrics.per_class(confusion)
     return Evaluation(
         classes=tuple(space.classes),
         n=len(predictions),
@@ -164,7 +214,11 @@ def evaluate(
         level=level,
         clustered=clustered,
         confusion=confusion,
-        per_class=metrics.per_class(confusion),
+        per_class=scores,
+        recall_interval=tuple(
+            metrics.wilson(int(right), int(items), level=level)
+            for right, items in zip(np.diagonal(confusion), scores.support, strict=True)
+        ),
         unparsed=float(np.mean(predicted == metrics.UNPARSED)),
         parsed=dict(Counter(item.parsed for item in predictions)),
     )
@@ -173,24 +227,23 @@ def evaluate(
 # ---- predictions files
 
 
-def write_predictions(path: pathlib.Path, predictions: Iterable[Prediction]) -> None:
+def write_predictions(path: epath.PathLike, predictions: Iterable[Prediction]) -> None:
     """Writes one JSON object a line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
-    with half.open("w", encoding="utf-8") as file:
-        for item in predictions:
-            json.dump(dataclasses.asdict(item), file, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-    os.replace(half, path)
+    lines = (
+        json.dumps(dataclasses.asdict(item), ensure_ascii=False, allow_nan=False) + "\n"
+        for item in predictions
+    )
+    write_whole(as_path(path), "".join(lines))
 
 
-def read_predictions(path: pathlib.Path) -> list[Prediction]:
+def read_predictions(path: epath.PathLike) -> list[Prediction]:
     """Reads a predictions file.
 
     Raises:
         UserError: no such file, or a line that is no prediction; the line is named.
     """
-    if not path.is_file():
+    path = as_path(path)
+    if not path.exists():
         raise UserError(f"{path}: no such predictions file (`emollama eval` writes one)")
     items = []
     with path.open("rb") as file:
@@ -229,6 +282,11 @@ def _read(tree: Any) -> Prediction:
         and all(isinstance(v, float | int) and math.isfinite(v) for v in scores.values())
     )
     _demand(good, "scores", scores, "class → finite number, or null")
+    options = tree.get("options")
+    if options is not None:
+        good = isinstance(options, list) and all(isinstance(name, str) for name in options)
+        _demand(good, "options", options, "a list of texts, or null")
+        tree = tree | {"options": tuple(options)}
     return Prediction(**tree)
 
 
@@ -239,59 +297,3 @@ def _demand(good: bool, name: str, found: object, wanted: str) -> None:
 
 def _plain(value: float) -> float | None:
     return None if value != value else value
-
-
-# ---- mentions and negations
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mention:
-    label: str
-    how: How
-
-
-_EMPHASIS = (  # "not only sad", "no doubt fear": they deny nothing
-    r"not (?:only|just|merely|simply|sure|certain)|nothing but"
-    r"|(?:no|without(?: a)?|beyond) (?:doubt|question)"
-)
-_DENIAL = (
-    r"rather than|instead of|lack(?:s|ing)? of|absence of|free of|devoid of|far from|opposed to"
-    r"|not|no|never|none|nor|neither|nothing|without|cannot|hardly|barely|unlike|lacks?|lacking"
-    r"|\w+n['’]t"
-)
-_CLAUSE_END = r"but|and|rather|instead|however|although|though|while|whereas|because|since|then"
-# What a denial covers: the next emotion, those that "or" ties to it, and a list that ends in "or".
-_DENIED = re.compile(r"N[WON]{0,6}E(?:W{0,3}OW{0,3}E)*(?:(?:CE)*C?OE)?")
-
-
-def _mentions(text: str, names: dict[str, str], synonyms: dict[str, str]) -> list[_Mention]:
-    """Every mention of a class that no negation covers.
-
-    The text is spelled with one letter a word (the groups' names: E emotion, N negation, O "or",
-    C comma, B end of a clause, W and P any other word), and `_DENIED` is searched in that spelling.
-    """
-    emotions = "|".join(map(re.escape, sorted({*names, *synonyms}, key=len, reverse=True)))
-    pattern = (
-        rf"\b(?:(?P<P>{_EMPHASIS})|(?P<E>{emotions})|(?P<N>{_DENIAL})|(?P<O>or)"
-        rf"|(?P<B>{_CLAUSE_END}))\b|(?P<C>,)|(?P<D>[.;:!?()\n—–])|(?P<W>\w+)"
-    )
-    tokens = list(re.finditer(pattern, text.casefold()))
-    spelling = "".join(token.lastgroup or "" for token in tokens).replace("P", "W")
-    for i, token in enumerate(tokens):  # "no fear and anger": "and" ties two emotions
-        if token[0] == "and" and spelling[i - 1 : i + 2] == "EBE":
-            spelling = f"{spelling[:i]}O{spelling[i + 1 :]}"
-    denied = {i for scope in _DENIED.finditer(spelling) for i in range(*scope.span())}
-    return [
-        _Mention(names[token[0]], "word")
-        if token[0] in names
-        else _Mention(synonyms[token[0]], "synonym")
-        for i, token in enumerate(tokens)
-        if spelling[i] == "E" and i not in denied
-    ]
-
-
-def _synonyms(space: LabelSpace) -> dict[str, str]:
-    """Words → the classes of a space, whatever name the space gives them ("happy", "happiness")."""
-    classes = dict(zip(space.canonical, space.classes, strict=True))
-    table = {word: classes[common] for word, common in SYNONYMS.items() if common in classes}
-    return table | classes

@@ -5,16 +5,17 @@ the style (`report.css`) follows the reader's light or dark setting and prints o
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
+from etils import epath
 
 from emollama_jax.evaluate import charts
-from emollama_jax.evaluate.metrics import Interval
+from emollama_jax.evaluate.metrics import Calibration, Interval
 from emollama_jax.evaluate.protocol import Evaluation
+from emollama_jax.paths import as_path, write_whole
 
 _STYLE = pathlib.Path(__file__).with_name("report.css")
 _STRONG = 0.7  # tint from which a cell's text is white
@@ -61,6 +62,7 @@ class Table:
     note: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    own: Sequence[int] = ()  # numbers of the rows to stand out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,20 +74,20 @@ class Report:
     results: Sequence[Result]
     pictures: Sequence[Item] = ()
     clips: Sequence[Item] = ()
+    mistakes: Sequence[Item] = ()  # worst first
+    calibrations: Sequence[tuple[str, Calibration]] = ()  # title, of label scoring
     curves: Sequence[Curve] = ()
     tables: Sequence[Table] = ()  # difficulty, ablation
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # stage → duration
     command: str
     config: str  # the whole config as YAML
     versions: Mapping[str, str]
+    trace: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what → hash or file
 
 
-def write_report(path: pathlib.Path, report: Report) -> None:
+def write_report(path: epath.PathLike, report: Report) -> None:
     """Writes the page; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
-    half.write_text(render(report), encoding="utf-8")
-    os.replace(half, path)
+    write_whole(as_path(path), render(report))
 
 
 def render(report: Report) -> str:
@@ -96,6 +98,8 @@ def render(report: Report) -> str:
         _section("Training", "", "".join(map(_curve, report.curves))),
         *(_result(result) for result in report.results),
         *(_section(table.title, table.note, _table(table)) for table in report.tables),
+        _section("Worst mistakes", _WORST, _gallery(report.mistakes, _style(report.mistakes))),
+        _section("Calibration", _CALIBRATION, "".join(map(_calibration, report.calibrations))),
         _section("Time", "", _seconds(report.seconds)),
         _section("How it was made", "", _making(report)),
     ]
@@ -117,6 +121,15 @@ def render(report: Report) -> str:
 _SEEN = (
     "With the landmarks that were found, the emotion that was answered, and the model's own "
     "words. Wrong answers are framed, and the true emotion stands beside them."
+)
+_WORST = (
+    "Wrong answers of which the model was surest, by its scores where labels were scored; else the "
+    "first of the most frequent confusions."
+)
+_CALIBRATION = (
+    "Of label scoring: the probability that the model gives its answer (softmax over the labels) "
+    "against how often it is right. On the dashed line it knows what it knows; below, it is too "
+    "sure. Larger dots stand for more answers."
 )
 _SEEN_CLIPS = "From left to right in time. Wrong answers are framed."
 
@@ -194,6 +207,17 @@ def _item(item: Item) -> str:
     )
 
 
+def _style(items: Sequence[Item]) -> str:
+    return "clips" if items and len(items[0].frames) > 1 else "faces"
+
+
+def _calibration(titled: tuple[str, Calibration]) -> str:
+    title, calibration = titled
+    error = f"Expected calibration error: {percent(calibration.error)} %."
+    drawn = charts.reliability(calibration, alt=f"{title}: reliability diagram")
+    return f"<h3>{escape(title)}</h3>\n<p class='note'>{error}</p>\n<figure>{drawn}</figure>\n"
+
+
 def _curve(curve: Curve) -> str:
     drawn = charts.curve(curve.steps, curve.values, label=curve.label, marks=curve.marks)
     return (
@@ -252,15 +276,24 @@ def _bars(e: Evaluation) -> str:
     for c, name in enumerate(e.classes):
         recall = scores.recall[c]
         width = 0.0 if np.isnan(recall) else 100 * recall
+        low, high = e.recall_interval[c].low, e.recall_interval[c].high
+        spread = "–" if np.isnan(low) else f"{percent(low)} – {percent(high)}"
+        whisker = (
+            ""
+            if np.isnan(low)
+            else f'<u style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></u>'
+        )
         rows.append(
             f'<tr><th scope="row">{escape(name)}</th><td class="bar"><div>'
-            f'<i style="width:{width:.1f}%"></i><b style="left:{100 * e.uar:.1f}%"></b></div></td>'
-            f"<td>{percent(recall)}</td><td>{percent(scores.precision[c])}</td>"
+            f'<i style="width:{width:.1f}%"></i>{whisker}'
+            f'<b style="left:{100 * e.uar:.1f}%"></b></div></td>'
+            f"<td>{percent(recall)}</td><td>{spread}</td><td>{percent(scores.precision[c])}</td>"
             f"<td>{percent(scores.f1[c])}</td><td>{scores.support[c]:,}</td></tr>"
         )
     return (
         '<div class="scroll"><table class="bars"><thead><tr><th></th>'
-        f"<th>recall (dashed: UAR {percent(e.uar)} %)</th><th>recall</th><th>precision</th>"
+        f"<th>recall (dashed: UAR {percent(e.uar)} %)</th><th>recall</th>"
+        f'<th title="Wilson">{100 * e.level:g} % interval</th><th>precision</th>'
         f"<th>F1</th><th>items</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -268,10 +301,10 @@ def _bars(e: Evaluation) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
     rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
+        f'<tr{" class=own" if number in table.own else ""}><th scope="row">{escape(row[0])}</th>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
-        for row in table.rows
+        for number, row in enumerate(table.rows)
     )
     return (
         f'<div class="scroll"><table class="plain"><thead><tr>{head}</tr></thead>'
@@ -295,8 +328,11 @@ def _seconds(seconds: Mapping[str, float]) -> str:
 
 def _making(report: Report) -> str:
     versions = Table(title="", note="", head=("", "version"), rows=list(report.versions.items()))
+    rows = list(report.trace.items())
+    trace = Table(title="", note="", head=("", "file, or SHA-256 of it"), rows=rows)
     return (
         f'<h3>Command</h3>\n<pre class="command">{escape(report.command)}</pre>\n'
         f"<h3>Versions</h3>\n{_table(versions)}\n"
-        f"<h3>Config</h3>\n<pre>{escape(report.config)}</pre>\n"
+        + (f"<h3>Where the numbers come from</h3>\n{_table(trace)}\n" if rows else "")
+        + f"<h3>Config</h3>\n<pre>{escape(report.config)}</pre>\n"
     )

@@ -2,29 +2,41 @@
 
 - "generate": the model writes an answer to the category question, and the parser reads it;
 - "score": the class whose word has the highest log-likelihood after the same prompt.
+
+On several hosts each looks at its own rows of every batch; all take the same steps, and all have
+all predictions at the end.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from emollama_jax.batch import Batch
+from emollama_jax.checkpoint import ONE_DEVICE
 from emollama_jax.config import Config, SourceConfig
+from emollama_jax.data.builders.registry import space_of
 from emollama_jax.data.elements import Encoder, View, stack
-from emollama_jax.data.emotions import LabelSpace, label_space
-from emollama_jax.data.pipeline import make_eval_batches, open_source
+from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.data.pipeline import Data, make_eval_batches, open_source
 from emollama_jax.data.prompts import answer_ids
 from emollama_jax.data.tokenizers import load_tokenizer
-from emollama_jax.evaluate.protocol import Prediction, best_label, parse_answer
+from emollama_jax.errors import UserError
+from emollama_jax.evaluate.answers import best_label, parse_answer
+from emollama_jax.evaluate.asked import Asked, Reworded, map_classes
+from emollama_jax.evaluate.protocol import Prediction
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.generate.decode import decode, make_ending, texts
 from emollama_jax.generate.prompt import Prompt, embed
 from emollama_jax.generate.sampling import sampling
 from emollama_jax.generate.score import Labels, pad_labels, score
 from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.sharding.distributed import gather, place_batch, share, whole
+from emollama_jax.sharding.mesh import batch_shards, make_mesh
 
 Answering = Literal["generate", "score"]
 ANSWER_TOKENS = 8  # of a class name, its end included; more would be an answer of another kind
@@ -46,11 +58,11 @@ class Speaker:
     def write(self, prompt: Prompt, *, max_new_tokens: int) -> list[str]:
         """The model's own words."""
         ids = decode(*self._llama, prompt, self._how, self._ending, max_new_tokens=max_new_tokens)
-        return texts(ids, self.tokenizer.decode)
+        return texts(whole(ids), self.tokenizer.decode)
 
     def rate(self, prompt: Prompt, labels: Labels) -> Float[np.ndarray, "b c"]:
         """The log-likelihood of each label."""
-        return np.asarray(score(*self._llama, prompt, labels))
+        return whole(score(*self._llama, prompt, labels))
 
 
 def predict(
@@ -61,7 +73,9 @@ def predict(
     answerings: Sequence[Answering],
     batch: int,
     view: View = "all",
+    asked: Asked | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    mesh: Mesh | None = None,
 ) -> dict[Answering, list[Prediction]]:
     """One prediction for every example of a split, for each way of answering.
 
@@ -72,10 +86,26 @@ def predict(
         answerings: how; frames are looked at once for all ways.
         batch: examples at a time.
         view: "all" frames of a clip, its "middle" frame alone, or a "blank" picture.
+        asked: what the question lists, mapped back by name; None: the set's own classes as they
+            are stored.
         progress: called with the number of examples done.
+        mesh: that the model is spread over; None for one device.
+
+    Raises:
+        UserError: a batch that the mesh does not divide.
     """
+    if mesh is None:
+        mesh = make_mesh(ONE_DEVICE, devices=jax.local_devices())
+    if batch % batch_shards(mesh):
+        raise UserError(
+            f"--batch is {batch}, wanted a multiple of {batch_shards(mesh)}: mesh.data × mesh.fsdp"
+        )
+    part = share(mesh)
+    mine = part.rows(batch)
     speaker = Speaker(cfg, model)
-    tokenizer, space = speaker.tokenizer, label_space(source.name)
+    tokenizer, tested = speaker.tokenizer, space_of(cfg.data.dir, source.name)
+    space = asked.space if asked else tested
+    means = map_classes(space, tested)
     labels = pad_labels(
         [[*answer_ids(name, tokenizer=tokenizer), tokenizer.eos] for name in space.classes]
     )
@@ -83,25 +113,49 @@ def predict(
         "generate": lambda prompt: _written(speaker, prompt, space),
         "score": lambda prompt: _scored(speaker, prompt, labels, space),
     }
-    predictions: dict[Answering, list[Prediction]] = {way: [] for way in answerings}
+
+    def open_asked(folder: str, name: str, split: str) -> Data:
+        data = open_source(folder, name, split)
+        return Reworded(data, asked) if asked else data
+
+    found: dict[Answering, dict[int, Prediction]] = {way: {} for way in answerings}  # by place
+    steps = make_eval_batches(
+        cfg,
+        source,
+        batch=batch,
+        open_priors=open_priors,
+        open_data=open_asked,
+        view=view,
+        host_index=part.index,
+        host_count=part.count,
+    )
     done = 0
-    for rows in make_eval_batches(cfg, source, batch=batch, open_priors=open_priors, view=view):
-        prompt = speaker.read(rows.batch)
-        for way, found in predictions.items():
-            # The answers to the last batch's padding are left over.
-            for example, answer in zip(rows.examples, ways[way](prompt), strict=False):
-                found.append(
-                    Prediction(
+    with jax.set_mesh(mesh):
+        for step, rows in enumerate(steps):
+            prompt = speaker.read(place_batch(rows.batch, mesh))
+            first = step * batch + part.index * len(mine)  # place of this host's first example
+            for way, predictions in found.items():
+                answers = ways[way](prompt)
+                # The answers to the last batch's padding are left over.
+                for row, example in enumerate(rows.examples):
+                    subject = int(example["subject"])
+                    predictions[first + row] = Prediction(
                         id=example["id"],
                         source=f"{source.name}:{source.split}",
-                        label=space.classes[int(example["label"])],
-                        subject=str(int(example["subject"])),
-                        **answer,
+                        label=tested.classes[int(example["label"])],
+                        subject=str(subject) if subject >= 0 else None,
+                        options=asked.options(example["id"]) if asked else None,
+                        **_mapped(answers[mine[row]], means),
                     )
-                )
-        done += len(rows.examples)
-        progress(done)
-    return predictions
+            done += len(rows.examples) * part.count
+            progress(done)
+        hosts = gather(found)
+    return {
+        way: [
+            at[1] for at in sorted({k: v for host in hosts for k, v in host[way].items()}.items())
+        ]
+        for way in answerings
+    }
 
 
 def describe(
@@ -126,6 +180,14 @@ def describe(
     speaker = Speaker(cfg, model)
     prompt = speaker.read(stack(rows)[0])
     return speaker.write(prompt, max_new_tokens=cfg.generate.max_new_tokens)
+
+
+def _mapped(answer: dict[str, Any], means: Mapping[str, str | None]) -> dict[str, Any]:
+    """An answer in the tested set's words; one that it has no class for is foreign."""
+    named = answer["predicted"]
+    if named is None or means[named] is not None:
+        return answer | {"predicted": means.get(named)}
+    return answer | {"predicted": None, "parsed": "foreign"}
 
 
 def _written(speaker: Speaker, prompt: Prompt, space: LabelSpace) -> list[dict[str, Any]]:

@@ -3,26 +3,75 @@
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from emollama_jax import weights
 from emollama_jax.config import Config
-from emollama_jax.data.builders import actionfaces
-from emollama_jax.data.pipeline import open_source
+from emollama_jax.data.builders import actionfaces, registry, store
+from emollama_jax.data.builders.listing import Listing, brief
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import Reader, prepare_priors, priors_folder
+from emollama_jax.faces.priors import Reader, Summary, local_mesh, prepare_priors, priors_folder
+from emollama_jax.models import pretrained
 from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.mtcnn import Detector
+from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.paths import on_disk
+from emollama_jax.sharding.distributed import alone
 
 Report = Callable[[int, int], None]  # (done, all)
 
 
+def load_face(cfg: Config) -> FaceXFormer:
+    """The FaceXFormer that a run of this config starts from, without the rest of the model.
+
+    Raises:
+        UserError: imported weights that do not fit, or that hold no FaceXFormer.
+    """
+
+    def make() -> FaceXFormer:
+        return FaceXFormer(cfg.model.face, rngs=nnx.Rngs(cfg.train.seed))
+
+    if cfg.weights == "none":
+        return nnx.jit(make)()
+    face = nnx.eval_shape(make)  # without making random numbers first
+    leaves = named_parameters(face)
+    if cfg.weights == "tiny":
+        for leaf in leaves.values():
+            leaf.set_value(jnp.zeros(leaf.shape, leaf.dtype))
+        pretrained.load(face, pretrained.WEIGHTS / f"{pretrained.TINY['face']}.safetensors")
+        return face
+    model = nnx.eval_shape(lambda: EmoLlama(cfg.model, rngs=nnx.Rngs(0)))
+    shapes = {name: leaf.shape for name, leaf in named_parameters(model).items()}
+    where = weights.check_base(cfg.weights, cfg.model, shapes)
+    if absent := [name for name in leaves if f"face/{name}" not in where]:
+        raise UserError(
+            f"weights: face/{absent[0]} is in none of {', '.join(map(str, cfg.weights))}: import "
+            "FaceXFormer with python -m tools.convert_torch and name its folder too"
+        )
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        f"face/{name}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+        for name, leaf in leaves.items()
+    }
+    for name, value in weights.load_base(where, wanted).items():
+        leaves[name.removeprefix("face/")].set_value(value)
+    return face
+
+
 def prepare_source(
     cfg: Config,
-    model: EmoLlama,
+    face: FaceXFormer,
     name: str,
     *,
-    sizes: Mapping[str, int] | None,
+    sizes: Mapping[str, int] | None = None,
+    source: pathlib.Path | None = None,
+    fold: int | None = None,
+    missing_share: float = store.MISSING_SHARE,
     splits: Sequence[str],
     processes: int,
     console: Console,
@@ -30,22 +79,26 @@ def prepare_source(
     """Prepares a data set under `data.dir`; what is complete is kept.
 
     Args:
-        cfg: whose `data` and `model.face` hold.
-        model: whose FaceXFormer reads the faces.
-        name: a builder and its config, e.g. "actionfaces/images".
+        cfg: whose `data` holds.
+        face: reads the faces.
+        name: the set, e.g. "dfew", "own/office" or "actionfaces/images".
         sizes: examples of each split that is drawn; None for the builder's own.
-        splits: that get face priors.
-        processes: that draw side by side.
+        source: the official tree, or a user's data; None for what is drawn.
+        fold: of a set with folds; None for all.
+        missing_share: of the files that lists name; more stop the preparation.
+        splits: that get face priors, as far as the set has them.
+        processes: that draw or read side by side.
         console: where progress goes.
 
     Returns:
         The folder of the examples.
 
     Raises:
-        UserError: an unknown data set.
+        UserError: an unknown data set, or a tree that is not the set's.
     """
-    check(name)
-    config = name.partition("/")[2]
+    check(name, source)
+    alone("emollama data prepare")
+    on_disk(cfg.data.dir, instead="prepare here, then copy it: gcloud storage cp -r data/* gs://…")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
 
@@ -53,31 +106,82 @@ def prepare_source(
             task = bars.add_task(f"{name}: {what}", total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        folder = actionfaces.prepare(
-            cfg.data.dir,
-            config_name=config,
-            sizes=sizes,
-            processes=processes,
-            progress=bar("drawing"),
-        )
-        reader, detect = Reader(model.face, margin=cfg.data.face_margin), Detector()
-        for split in splits:
-            prepare_priors(
-                open_source(cfg.data.dir, name, split),
-                priors_folder(cfg.data.dir, name, split),
-                reader=reader,
-                detect=detect,
-                progress=bar(f"faces of {split}"),
+        def tell(line: str) -> None:
+            console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+        if source is None:
+            folder = actionfaces.prepare(
+                cfg.data.dir,
+                config_name=name.partition("/")[2],
+                sizes=sizes,
+                processes=processes,
+                progress=bar("drawing"),
             )
+        else:
+            folder, found = registry.prepare_set(
+                name,
+                source,
+                cfg.data.dir,
+                fold=fold,
+                missing_share=missing_share,
+                processes=processes,
+                progress=bar("reading"),
+            )
+            for line in _told(found):
+                tell(line)
+        mesh = local_mesh()
+        reader, detector = Reader(face, margin=cfg.data.face_margin, mesh=mesh), Detector(mesh=mesh)
+        for stored, split in _places(cfg.data.dir, name, splits):
+            progress = bar(f"faces of {split}")
+            summary = prepare_priors(
+                registry.open_stored(cfg.data.dir, stored, split),
+                pathlib.Path(priors_folder(cfg.data.dir, stored, split)),
+                reader=reader,
+                detect=detector.many,
+                progress=progress,
+                fingerprint=registry.fingerprint(cfg.data.dir, stored),
+                threads=processes,
+            )
+            progress(summary.examples, summary.examples)  # also of what was there before
+            tell(f"faces of {split}: {_counted(summary)}")
     return folder
 
 
-def check(name: str) -> None:
-    """Refuses a name that `prepare_source` does not take.
+def check(name: str, source: pathlib.Path | None = None) -> None:
+    """Refuses a name or a source that `prepare_source` does not take.
 
     Raises:
-        UserError: with the names that it takes.
+        UserError: with what it takes.
     """
-    known = [f"{actionfaces.NAME}/{config}" for config in actionfaces.SIZES]
-    if name not in known:
-        raise UserError(f"{name}: no such data set to prepare (known: {', '.join(known)})")
+    registry.check(name)
+    drawn = name.startswith(f"{actionfaces.NAME}/")
+    if drawn and source is not None:
+        raise UserError(f"{name} is drawn, not read: leave --source out")
+    if not drawn and source is None:
+        raise UserError(f"{name}: say where the set lies: --source DIR")
+
+
+def _places(data_dir: str, name: str, splits: Sequence[str]) -> list[tuple[str, str]]:
+    """The stored (set, split)s behind the splits of all views of a name, each once."""
+    found = [
+        registry.find(data_dir, view, split)
+        for view, given in registry.prepared(data_dir, name).items()
+        for split in given
+        if split in splits
+    ]
+    return list(dict.fromkeys((where.name, where.split) for where in found))
+
+
+def _told(found: Listing) -> list[str]:
+    """What the user should know of a tree, a line each."""
+    dropped = [f"dropped {rows} rows: {reason}" for reason, rows in found.dropped.items()]
+    missing = [f"{len(found.missing)} files are missing and left out: {brief(found.missing)}"]
+    return [f"media: {found.layout}", *dropped, *(missing if found.missing else []), *found.notes]
+
+
+def _counted(summary: Summary) -> str:
+    speed = f", {summary.rate:,.1f} frames/s" if summary.frames_done else ""
+    return (
+        f"{summary.frames:,} frames of {summary.examples:,} examples{speed}; "
+        f"{summary.without_face} without a face, {summary.unreadable} unreadable"
+    )

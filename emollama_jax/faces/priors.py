@@ -2,34 +2,54 @@
 
 The dense face features are not stored: the frozen FaceXFormer computes them inside the train step.
 A split's priors are a folder of `.npy` files in the data directory, read through memory maps; the
-frames of all examples lie one after the other, and `offsets` says where each example's begin.
+frames of all examples lie one after the other, and `offsets` says where each example's begin. An
+example whose media cannot be read has no frames; one without a face has frames in which it is not
+found. Both stay, so that priors and examples keep the same order.
+
+Threads decode while the devices search (`mtcnn.Detector.many`) and read (`Reader`), both in batches
+of one static size, split over the devices of a mesh. What is done is on disk part by part.
 """
 
 import dataclasses
 import hashlib
+import io
 import json
-import os
+import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from emollama_jax.data.builders import registry
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.errors import UserError
 from emollama_jax.faces.track import Faces, crop_face, track
 from emollama_jax.models.eva_vit import normalise
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.paths import as_path, is_remote
 
-CHUNK = 256  # examples of one resumable part
+CHUNK = {"image": 512, "clip": 32}  # examples of one resumable part
+GROUP = 256  # frames that are searched and read together, at least; one clip's stay together
+GROUP_BYTES = 2**29  # of decoded frames, at which a group is closed earlier
+AHEAD = 8  # examples decoded before they are asked for
+SMOOTHING = 5  # frames of a centred mean over a clip's boxes, against the detector's jitter
 PER_FRAME = ("boxes", "found", "landmarks")
 PER_EXAMPLE = ("agr", "agr_probability")
 
 Detect = Callable[[np.ndarray], Faces]  # uint8 [H, W, 3] → the faces in it
+DetectMany = Callable[[Sequence[np.ndarray]], Sequence[Faces]]  # the same of several pictures
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +72,61 @@ class Prior:
     agr_probability: np.ndarray  # float32 [3]; 0 where no frame has a face
 
 
-class Reader:
-    """The frozen FaceXFormer's heads on face crops, in batches of one static size."""
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a pass over a split found."""
 
-    def __init__(self, face: FaceXFormer, *, margin: float, batch: int = 128):
+    examples: int
+    frames: int
+    without_face: int  # examples
+    unreadable: int  # examples
+    frames_done: int  # frames of this run; the others were there before
+    seconds: float  # of this run
+
+    @property
+    def rate(self) -> float:
+        """Frames a second of this run."""
+        return self.frames_done / self.seconds if self.seconds else 0.0
+
+
+def local_mesh() -> Mesh:
+    """This host's devices in a row, for `Reader` and `Detector`: each takes its share of frames."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("frames",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+class Reader:
+    """The frozen FaceXFormer's heads on face crops, in batches of one static size.
+
+    Args:
+        face: the network.
+        margin: of the crop, as in `crop_box`.
+        batch: crops at a time on each device.
+        mesh: of `local_mesh`, whose devices share a batch; None for the device of the weights.
+    """
+
+    def __init__(
+        self, face: FaceXFormer, *, margin: float, batch: int = 128, mesh: Mesh | None = None
+    ):
         graphdef, self._state = nnx.split(face)
         cfg = face.cfg
-        self.size, self.margin, self._batch = cfg.swin.image_size, margin, batch
+        self.size, self.margin = cfg.swin.image_size, margin
+        self._batch = batch * (mesh.size if mesh else 1)
+        whole = split = None
+        if mesh:
+            whole = NamedSharding(mesh, PartitionSpec())
+            split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            self._state = jax.device_put(self._state, whole)
         digest = hashlib.sha256(repr((cfg, margin)).encode())
         for name, leaf in named_parameters(face).items():
             digest.update(name.encode() + np.asarray(leaf[...], np.float32).tobytes())
         self.fingerprint = digest.hexdigest()
 
-        @jax.jit
         def heads(state, crops):
             y = nnx.merge(graphdef, state)(normalise(crops, cfg.image_mean, cfg.image_std))
             return y.landmarks, tuple(jax.nn.softmax(x) for x in (y.age, y.gender, y.race))
 
-        self._heads = heads
+        self._heads = jax.jit(heads, in_shardings=(whole, split), out_shardings=split)
 
     def __call__(self, crops: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """Landmarks [F, 68, 2] and the probabilities of age [F, 8], gender [F, 2], race [F, 5].
@@ -96,16 +153,28 @@ def find_face(
     """Follows one face through an example's frames and cuts it out.
 
     Args:
-        frames: uint8 pictures.
+        frames: uint8 pictures, perhaps far apart in time: boxes are not smoothed.
         boxes: the data set's own boxes [F, 4], or None to detect.
         detect: a face detector, e.g. MTCNN.
         reader: whose crop size and margin hold.
     """
-    if boxes is None:
-        followed = track([detect(frame) for frame in frames])
-        boxes, found = followed.boxes, followed.found
-    else:
-        found = np.ones(len(frames), bool)
+    if boxes is not None:
+        return cut_out(frames, boxes, np.ones(len(frames), bool), reader=reader)
+    followed = track([detect(frame) for frame in frames])
+    return cut_out(frames, followed.boxes, followed.found, reader=reader)
+
+
+def cut_out(
+    frames: Sequence[np.ndarray], boxes: np.ndarray, found: np.ndarray, *, reader: Reader
+) -> Found:
+    """The crops of one face.
+
+    Args:
+        frames: F uint8 pictures.
+        boxes: float32 [F, 4], (x1, y1, x2, y2) in pixels.
+        found: bool [F].
+        reader: whose crop size and margin hold.
+    """
     crops = np.zeros((len(frames), reader.size, reader.size, 3), np.uint8)
     for i in np.flatnonzero(found):
         crops[i], _ = crop_face(frames[i], boxes[i], reader.margin, reader.size)
@@ -114,6 +183,8 @@ def find_face(
 
 def read_faces(faces: Sequence[Found], reader: Reader) -> list[Prior]:
     """The priors of several examples, their crops read together."""
+    if not faces:
+        return []
     crops = np.concatenate([face.crops[face.found] for face in faces])
     landmarks, heads = reader(crops) if len(crops) else (None, ())
     priors, start = [], 0
@@ -136,47 +207,136 @@ def prepare_priors(
     folder: pathlib.Path,
     *,
     reader: Reader,
-    detect: Detect,
+    detect: DetectMany,
     progress: Callable[[int, int], None],
-) -> None:
+    fingerprint: str = "",
+    threads: int = 2,
+) -> Summary:
     """Computes and stores the priors of a split once; continues where it was stopped.
 
     Args:
         examples: of the split, with `media`, `kind` and `boxes` ([F, 4], or empty to detect).
         folder: of the split's priors.
         reader: FaceXFormer; other weights or another margin make the stored priors void.
-        detect: for examples without boxes.
+        detect: for examples without boxes, e.g. `Detector.many`.
         progress: called with (done, all) examples.
+        fingerprint: of the examples; others make the stored priors void.
+        threads: that decode.
     """
-    mark = {"examples": len(examples), "reader": reader.fingerprint}
+    mark = {
+        "examples": len(examples),
+        "reader": reader.fingerprint,
+        "data": fingerprint,
+        "smoothing": SMOOTHING,
+    }
     parts = folder.with_name(folder.name + ".parts")
-    if _read_json(folder / "done.json") == mark:
-        return
+    if (done := _read_json(folder / "done.json")) and done["of"] == mark:
+        return Summary(**done["summary"], frames_done=0, seconds=0.0)
     shutil.rmtree(folder, ignore_errors=True)
     if _read_json(parts / "of.json") != mark:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
         (parts / "of.json").write_text(json.dumps(mark))
+    began, frames = time.monotonic(), 0
+    chunk = CHUNK[examples[0]["kind"]] if len(examples) else 1
     files = []
-    for start in range(0, len(examples), CHUNK):
-        stop = min(start + CHUNK, len(examples))
+    for start in range(0, len(examples), chunk):
+        stop = min(start + chunk, len(examples))
         files.append(parts / f"{start:08d}.npz")
         if not files[-1].exists():
-            faces = []
-            for i in range(start, stop):
-                frames, boxes = _frames(examples[i])
-                faces.append(find_face(frames, boxes=boxes, detect=detect, reader=reader))
-            _save(files[-1], read_faces(faces, reader))
+            priors = []
+            for group in _groups(_decoded(examples, range(start, stop), threads)):
+                priors += _read_group(group, reader=reader, detect=detect)
+                if len(priors) < stop - start:  # the whole part counts once it is on disk
+                    progress(start + len(priors), len(examples))
+            _save(files[-1], priors)
+            frames += sum(len(prior.found) for prior in priors)
         progress(stop, len(examples))
-    _join(files, folder)
-    (folder / "done.json").write_text(json.dumps(mark))
+    summary = _join(files, folder)
+    (folder / "done.json").write_text(json.dumps({"of": mark, "summary": summary}))
     shutil.rmtree(parts)
+    return Summary(**summary, frames_done=frames, seconds=time.monotonic() - began)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoded:
+    """The pictures of one example."""
+
+    id: str
+    frames: list[np.ndarray]  # uint8 [H, W, 3]; empty if they cannot be read
+    boxes: np.ndarray | None  # float32 [F, 4], the set's own
+
+    @property
+    def bytes(self) -> int:
+        return sum(frame.nbytes for frame in self.frames)
+
+
+def _decoded(
+    examples: Sequence[Mapping[str, Any]], numbers: Iterable[int], threads: int
+) -> Iterator[_Decoded]:
+    """Decodes examples in order, a few ahead."""
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[_Decoded]] = deque()
+        for number in numbers:
+            ahead.append(pool.submit(_decode, examples, number))
+            if len(ahead) > AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _decode(examples: Sequence[Mapping[str, Any]], number: int) -> _Decoded:
+    example = examples[number]
+    name = str(example.get("id", number))
+    boxes = np.asarray(example["boxes"], np.float32).reshape(-1, 4)
+    try:
+        media = example["media"]
+        frames = [read_image(media)] if example["kind"] == "image" else list(read_video(media))
+    except UserError as error:
+        _log.warning("example %s has no face priors: %s", name, error)
+        return _Decoded(name, [], None)
+    return _Decoded(name, frames, boxes if len(boxes) else None)
+
+
+def _groups(examples: Iterable[_Decoded]) -> Iterator[list[_Decoded]]:
+    """Examples with about `GROUP` frames together."""
+    group: list[_Decoded] = []
+    for example in examples:
+        group.append(example)
+        enough = sum(len(one.frames) for one in group) >= GROUP
+        if enough or sum(one.bytes for one in group) >= GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _read_group(group: Sequence[_Decoded], *, reader: Reader, detect: DetectMany) -> list[Prior]:
+    """The priors of a group: faces searched together, followed one by one, read together."""
+    pictures = [frame for one in group if one.boxes is None for frame in one.frames]
+    faces = iter(detect(pictures) if pictures else [])
+    seen = []
+    for one in group:
+        if one.boxes is None:
+            followed = track([next(faces) for _ in one.frames], smoothing=SMOOTHING)
+            boxes, found = followed.boxes, followed.found
+        else:
+            boxes, found = one.boxes, np.ones(len(one.frames), bool)
+        try:
+            seen.append(cut_out(one.frames, boxes, found, reader=reader))
+        except (UserError, IndexError) as error:  # the set's own box fits no picture
+            _log.warning("example %s counts as without a face: %s", one.id, error)
+            nowhere = np.zeros(len(one.frames), bool)
+            boxes = np.zeros((len(one.frames), 4), np.float32)
+            seen.append(cut_out(one.frames, boxes, nowhere, reader=reader))
+    return read_faces(seen, reader)
 
 
 class Priors(Sequence):
     """The stored priors of a split, read lazily."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: epath.PathLike):
+        folder = as_path(folder)
         if not (folder / "done.json").exists():
             raise UserError(
                 f"{folder}: no face priors; run `emollama data prepare` for this data set first"
@@ -186,7 +346,7 @@ class Priors(Sequence):
 
     def _open(self) -> None:
         names = (*PER_FRAME, *PER_EXAMPLE, "offsets")
-        self._arrays = {n: np.load(self._folder / f"{n}.npy", mmap_mode="r") for n in names}
+        self._arrays = {n: _load(self._folder / f"{n}.npy") for n in names}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder}  # memory maps are opened anew in a worker process
@@ -207,24 +367,42 @@ class Priors(Sequence):
         return Prior(**frames, **whole)
 
 
-def priors_folder(data_dir: str | os.PathLike, name: str, split: str) -> pathlib.Path:
+def priors_folder(data_dir: epath.PathLike, name: str, split: str) -> epath.Path:
     """Where the priors of e.g. ("data", "actionfaces/images", "train") lie."""
-    return pathlib.Path(data_dir) / "priors" / name / split
+    return as_path(data_dir) / "priors" / name / split
 
 
-def open_priors(data_dir: str | os.PathLike, name: str, split: str) -> Priors:
-    """The priors of a prepared split.
+def open_priors(data_dir: epath.PathLike, name: str, split: str) -> Sequence[Prior]:
+    """The priors of a prepared split, in the order of its examples.
 
     Raises:
         UserError: they are not prepared.
     """
-    return Priors(priors_folder(data_dir, name, split))
+    where = registry.find(data_dir, name, split)
+    whole = Priors(priors_folder(data_dir, where.name, where.split))
+    return whole if where.positions is None else Some(whole, where.positions)
 
 
-def _frames(example: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray | None]:
-    media, boxes = example["media"], np.asarray(example["boxes"], np.float32).reshape(-1, 4)
-    frames = [read_image(media)] if example["kind"] == "image" else list(read_video(media))
-    return frames, boxes if len(boxes) else None
+class Some(Sequence):
+    """The priors of a view, e.g. of a fold: they are computed once for all."""
+
+    def __init__(self, whole: Priors, positions: Sequence[int]):
+        self._whole, self._positions = whole, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> Prior:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self._whole[self._positions[index]]
+
+
+def _load(path: epath.Path) -> np.ndarray:
+    """Through a memory map; what lies in a bucket is read whole, 180 MB at most."""
+    if is_remote(path):
+        return np.load(io.BytesIO(path.read_bytes()))
+    return np.load(path, mmap_mode="r")
 
 
 def _save(path: pathlib.Path, priors: Sequence[Prior]) -> None:
@@ -236,14 +414,24 @@ def _save(path: pathlib.Path, priors: Sequence[Prior]) -> None:
     partial.replace(path)
 
 
-def _join(files: Iterable[pathlib.Path], folder: pathlib.Path) -> None:
-    """One `.npy` file for each field; the largest field of the largest set is 180 MB."""
+def _join(files: Iterable[pathlib.Path], folder: pathlib.Path) -> dict[str, int]:
+    """One `.npy` file for each field, and the counts of a `Summary`.
+
+    The largest field of the largest set, the landmarks of a million frames, is 550 MB.
+    """
     parts = [dict(np.load(file)) for file in files]
     folder.mkdir(parents=True)
     for name in (*PER_FRAME, *PER_EXAMPLE):
         np.save(folder / f"{name}.npy", np.concatenate([part[name] for part in parts]))
     counts = np.concatenate([part["counts"] for part in parts])
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
+    seen = np.concatenate([part["agr_probability"] for part in parts])[:, 0] > 0
+    return {
+        "examples": len(counts),
+        "frames": int(counts.sum()),
+        "without_face": int((~seen & (counts > 0)).sum()),
+        "unreadable": int((counts == 0).sum()),
+    }
 
 
 def _read_json(path: pathlib.Path) -> Any:

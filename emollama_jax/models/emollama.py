@@ -26,6 +26,7 @@ from emollama_jax.models.layers import split_keys
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.qformer import QFormer
 from emollama_jax.models.visual_tokens import VisualTokens, merge
+from emollama_jax.sharding.points import constrain, parts, within
 
 
 @flax.struct.dataclass
@@ -67,16 +68,18 @@ class EmoLlama(nnx.Module):
         self.llama = Llama(cfg.llama, rngs=rngs)
 
     def see(self, frames: UInt8[Array, "f s s 3"], faces: UInt8[Array, "f t t 3"]) -> Seen:
-        """Both frozen towers, at most `frames_at_once` frames together."""
+        """Both frozen towers, at most `frames_at_once` frames of a device together."""
 
         def towers(pair: tuple[jax.Array, jax.Array]) -> Seen:
             frame, face = pair
             vision, face_cfg = self.cfg.vision, self.cfg.face
-            visual = self.vision(normalise(frame, vision.image_mean, vision.image_std))
+            with jax.named_scope("vision"):
+                visual = self.vision(normalise(frame, vision.image_mean, vision.image_std))
             if self.fim is None:
                 empty = jnp.zeros((frame.shape[0], 0), visual.dtype)
                 return Seen(visual=visual, face_map=empty, task_tokens=empty)
-            seen = self.face(normalise(face, face_cfg.image_mean, face_cfg.image_std))
+            with jax.named_scope("face"):
+                seen = self.face(normalise(face, face_cfg.image_mean, face_cfg.image_std))
             return Seen(visual=visual, face_map=seen.fused, task_tokens=seen.task_tokens)
 
         return _in_chunks(towers, (frames, faces), self.cfg.frames_at_once)
@@ -85,51 +88,62 @@ class EmoLlama(nnx.Module):
         self, batch: Batch, *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "b v d"]:
         """Visual tokens in the prompt's order: rounds, then frames, then a frame's tokens."""
+        with within("frames"):
+            return self._visual(batch, dropout_key=dropout_key)
+
+    def _visual(self, batch: Batch, *, dropout_key: jax.Array | None) -> Float[Array, "b v d"]:
         examples, frames = batch.frames.shape[:2]
         rounds = batch.questions.shape[1]
-        seen = self.see(
-            rearrange(batch.frames, "b m ... -> (b m) ..."),
-            rearrange(batch.faces, "b m ... -> (b m) ..."),
-        )
+
+        def of_frames(x: jax.Array) -> jax.Array:
+            return constrain(rearrange(x, "b m ... -> (b m) ..."), "frames")
+
+        seen = self.see(of_frames(batch.frames), of_frames(batch.faces))
         tail = []  # of each frame's tokens: what does not depend on the question
         visual = seen.visual
         if self.fim is not None:
-            mined = self.fim(
-                visual[:, 1:],
-                face_map=seen.face_map,
-                task_tokens=seen.task_tokens,
-                landmarks=rearrange(batch.landmarks, "b m ... -> (b m) ..."),
-                found=rearrange(batch.face_found, "b m -> (b m)"),
-            )
+            with jax.named_scope("fim"):
+                mined = self.fim(
+                    visual[:, 1:],
+                    face_map=seen.face_map,
+                    task_tokens=seen.task_tokens,
+                    landmarks=of_frames(batch.landmarks),
+                    found=of_frames(batch.face_found),
+                )
             visual = jnp.concatenate([visual[:, :1], mined.visual], axis=1)
             tail.append(mined.tokens)
         patches = visual[:, 1:]
-        tail.insert(0, self.visual_tokens.content(patches, kind=self.cfg.content))
-        context = self._context(batch, visual, dropout_key=dropout_key)  # [(B R M), 1, D]
-        rest = jnp.concatenate(tail, axis=1)
-        rest = repeat(rest, "(b m) n d -> (b r m) n d", b=examples, r=rounds)
+        with jax.named_scope("visual_tokens"):
+            tail.insert(0, self.visual_tokens.content(patches, kind=self.cfg.content))
+            context = self._context(batch, visual, dropout_key=dropout_key)  # [(B M R), 1, D]
+        rest = repeat(jnp.concatenate(tail, axis=1), "f n d -> (f r) n d", r=rounds)
         tokens = jnp.concatenate([context, rest.astype(context.dtype)], axis=1)
-        return rearrange(tokens, "(b v) n d -> b (v n) d", b=examples, v=rounds * frames)
+        tokens = constrain(rearrange(tokens, "(b f) n d -> b f n d", b=examples), "batch")
+        return rearrange(tokens, "b (m r) n d -> b (r m n) d", m=frames)
 
     def _context(
         self, batch: Batch, visual: Float[Array, "f p d"], *, dropout_key: jax.Array | None
     ) -> Float[Array, "g 1 d"]:
-        """The context token of every (example, round, frame): the question's view of the frame."""
-        rounds, frames = batch.questions.shape[1], batch.frames.shape[1]
-        many = repeat(visual, "(b m) p d -> (b r m) p d", m=frames, r=rounds)
-        text = repeat(batch.questions, "b r l -> (b r m) l", m=frames)
-        mask = repeat(batch.question_mask, "b r l -> (b r m) l", m=frames)
-        queries = self.qformer(
-            self.visual_tokens.ln(many), text=text, text_mask=mask, dropout_key=dropout_key
-        )
-        return self.visual_tokens.context(many[:, 1:], queries)
+        """The context token of every (example, frame, round): the question's view of the frame."""
+        frames = batch.frames.shape[1]
+        text = repeat(batch.questions, "b r l -> (b m r) l", m=frames)
+        mask = repeat(batch.question_mask, "b r l -> (b m r) l", m=frames)
+        with jax.named_scope("qformer"):
+            queries = self.qformer(
+                self.visual_tokens.ln(visual),
+                text=constrain(text, "frames"),
+                text_mask=constrain(mask, "frames"),
+                dropout_key=dropout_key,
+            )
+        return self.visual_tokens.context(visual[:, 1:], queries)
 
     def embeds(
         self, batch: Batch, *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "b t d"]:
         """Text embeddings with the visual tokens in their places."""
         visual = self.visual(batch, dropout_key=dropout_key)
-        return merge(self.llama.embed(batch.ids), batch.ids, visual)
+        with jax.named_scope("llm"):
+            return constrain(merge(self.llama.embed(batch.ids), batch.ids, visual), "batch")
 
     def hidden(
         self, batch: Batch, *, dropout_key: jax.Array | None = None
@@ -138,19 +152,31 @@ class EmoLlama(nnx.Module):
         visual_key, llm_key = split_keys(dropout_key, 2)
         embeds = self.embeds(batch, dropout_key=visual_key)
         positions = jnp.broadcast_to(jnp.arange(batch.ids.shape[1]), batch.ids.shape)
-        return self.llama(embeds, positions=positions, dropout_key=llm_key).hidden
+        with within("batch"), jax.named_scope("llm"):
+            return self.llama(embeds, positions=positions, dropout_key=llm_key).hidden
 
 
 def _in_chunks(function: Callable, xs, size: int):
-    """`function` over the leading axis in chunks of `size`; one call where that is enough."""
+    """`function` over frames, `size` of each device at a time; one call where that is enough."""
     total = jax.tree.leaves(xs)[0].shape[0]
-    if total <= size:
+    devices = parts("frames", total)
+    here = total // devices
+    if here <= size:
         return function(xs)
-    chunks = -(-total // size)
+    chunks = -(-here // size)
 
-    def cut(x: jax.Array) -> jax.Array:
-        rest = [(0, chunks * size - total)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, rest).reshape(chunks, size, *x.shape[1:])
+    def cut(x: jax.Array) -> jax.Array:  # each device's frames stay on it
+        x = x.reshape(devices, here, *x.shape[1:])
+        rest = [(0, 0), (0, chunks * size - here)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.moveaxis(jnp.pad(x, rest).reshape(devices, chunks, size, *x.shape[2:]), 1, 0)
 
-    ys = jax.lax.map(function, jax.tree.map(cut, xs))
-    return jax.tree.map(lambda y: y.reshape(chunks * size, *y.shape[2:])[:total], ys)
+    def one(chunk):
+        flat = jax.tree.map(lambda x: x.reshape(devices * size, *x.shape[2:]), chunk)
+        return function(jax.tree.map(lambda x: constrain(x, "frames"), flat))
+
+    def join(y: jax.Array) -> jax.Array:
+        y = jnp.moveaxis(y.reshape(chunks, devices, size, *y.shape[2:]), 0, 1)
+        y = y.reshape(devices, chunks * size, *y.shape[3:])[:, :here]
+        return constrain(y.reshape(total, *y.shape[2:]), "frames")
+
+    return jax.tree.map(join, jax.lax.map(one, jax.tree.map(cut, xs)))

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, UInt8
 
 from emollama_jax.config import EvaVitConfig
 from emollama_jax.errors import UserError
+from emollama_jax.models.attention import attention
 from emollama_jax.models.layers import (
     LayerNorm,
     Linear,
-    attention,
     gelu,
     param,
     scan,
@@ -28,6 +28,7 @@ from emollama_jax.models.layers import (
     torch_linear,
     zeros,
 )
+from emollama_jax.sharding.points import features
 
 
 def normalise(
@@ -66,10 +67,10 @@ class FusedAttention(nnx.Module):
         dtype = self.cfg.dtype
         q_bias, v_bias = self.q_bias.astype(dtype), self.v_bias.astype(dtype)
         bias = jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias])
-        qkv = jnp.einsum("bpd,dce->cbpe", x.astype(dtype), self.qkv.astype(dtype))
-        qkv = qkv + bias[:, None, None]
-        q, k, v = rearrange(qkv, "c b p (n h) -> c b p n h", n=self.cfg.heads)
-        return self.proj(rearrange(attention(q, k, v), "b p n h -> b p (n h)"))
+        qkv = jnp.einsum("bpd,dce->bpce", x.astype(dtype), self.qkv.astype(dtype)) + bias
+        q, k, v = rearrange(features(qkv, "heads"), "b p c (n h) -> c b p n h", n=self.cfg.heads)
+        mixed = attention(q, k, v, implementation=self.cfg.attention)
+        return self.proj(rearrange(mixed, "b p n h -> b p (n h)"))
 
 
 class EvaBlock(nnx.Module):

@@ -21,10 +21,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from emollama_jax.config import FaceInfoMiningConfig
+from emollama_jax.models.attention import attention
 from emollama_jax.models.layers import (
     LayerNorm,
     Linear,
-    attention,
     gelu,
     param,
     small_normal,

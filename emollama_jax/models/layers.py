@@ -1,4 +1,4 @@
-"""What two networks share: Linear with an optional adapter, norms, attention, rotary, layer stacks.
+"""What two networks share: Linear with an optional adapter, norms, rotary, layer stacks.
 
 Every parameter carries its logical axis names as the metadata `axes` (one name per dimension, see
 `sharding/rules.py`), parameters are float32 at birth, computation is in the network's `dtype`,
@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from emollama_jax.config import LoraConfig, Remat
+from emollama_jax.sharding.points import features
 
 Module = TypeVar("Module", bound=nnx.Module)
 Init = Callable[[jax.Array, Sequence[int], Any], jax.Array]
@@ -64,6 +65,7 @@ class Linear(nnx.Module):
         self.kernel = param(init, (in_width, out_width), axes, rngs=rngs)
         self.bias = param(zeros, (out_width,), axes[1:], rngs=rngs) if bias else None
         self.dtype = dtype
+        self.features = axes[1]
         self.lora = lora if lora is not None and lora.rank > 0 else None
         if self.lora is None:
             self.lora_A = self.lora_B = None
@@ -83,7 +85,7 @@ class Linear(nnx.Module):
             low = dot(dropout(x, self.lora.dropout, dropout_key), self.lora_A.astype(self.dtype))
             high = dot(low, self.lora_B.astype(self.dtype))
             y = y + high * (self.lora.alpha / self.lora.rank)
-        return y
+        return features(y, self.features)
 
 
 class LayerNorm(nnx.Module):
@@ -135,26 +137,6 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
 def split_keys(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
     """n dropout keys, or n times None in evaluation."""
     return [None] * n if key is None else list(jax.random.split(key, n))
-
-
-def attention(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    *,
-    bias: Float[Array, "#b #n #t s"] | None = None,
-    mask: Bool[Array, "#b #n #t s"] | None = None,
-) -> Float[Array, "b t n h"]:
-    """Scaled dot-product attention with logits and softmax in float32; K divides N.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        bias: added to the logits.
-        mask: True where a query may look; a row that sees nothing attends evenly.
-    """
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
 
 
 def rotary(

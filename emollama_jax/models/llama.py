@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from emollama_jax.config import LlamaConfig
 from emollama_jax.errors import UserError
+from emollama_jax.models.attention import attention
 from emollama_jax.models.layers import (
     Linear,
     RMSNorm,
-    attention,
     param,
     rotary,
     scan,
@@ -31,6 +31,7 @@ from emollama_jax.models.layers import (
     split_keys,
     stack,
 )
+from emollama_jax.sharding.points import constrain
 
 
 @flax.struct.dataclass
@@ -86,16 +87,19 @@ class LlamaLayer(nnx.Module):
         v = rearrange(self.v_proj(y, dropout_key=keys[2]), "b t (k h) -> b t k h", k=cfg.kv_heads)
         q = rotary(q, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
         k = rotary(k, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
-        if cache is None:
-            key_positions = positions
+        if cache is None and cfg.attention == "xla":
+            visible = positions[:, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, T]
+            mixed = attention(q, k, v, mask=visible)
+        elif cache is None:  # the kernels take rows that begin at position 0
+            mixed = attention(q, k, v, causal=True, implementation=cfg.attention)
         else:
             cache = KVCache(
                 k=_write(cache.k, k, positions[:, 0]), v=_write(cache.v, v, positions[:, 0])
             )
-            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-            key_positions = jnp.arange(k.shape[1])[None]  # [1, S]
-        visible = key_positions[:, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
-        mixed = rearrange(attention(q, k, v, mask=visible), "b t n h -> b t (n h)")
+            slots = jnp.arange(cache.k.shape[1])
+            visible = slots <= positions[:, None, :, None]  # [B, 1, T, S]
+            mixed = attention(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask=visible)
+        mixed = rearrange(mixed, "b t n h -> b t (n h)")
         x = x + self.o_proj(mixed, dropout_key=keys[3])
         y = self.post_attention_layernorm(x)
         gate = jax.nn.silu(self.gate_proj(y, dropout_key=keys[4]))
@@ -149,7 +153,7 @@ class Llama(nnx.Module):
         """
         known = ids < self.cfg.vocab_size  # and not a row of padding
         index = jnp.where(known, jnp.maximum(ids, 0), self.cfg.vocab_rows)
-        rows = jnp.take(self.embed_tokens[...], index, axis=0, mode="fill")
+        rows = jnp.take(constrain(self.embed_tokens[...], "table"), index, axis=0, mode="fill")
         return rows.astype(self.cfg.dtype)
 
     def __call__(

@@ -14,11 +14,14 @@ facenet-pytorch's down to its uneven +1s. What differs:
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
@@ -207,59 +210,146 @@ def _inside(x: Float[Array, "b h w c"], sizes: Int[Array, "b 2"]) -> Bool[Array,
 
 
 class Detector:
-    """Finds the faces of pictures.
+    """Finds the faces of pictures: of one, or of many in batches over the devices of a mesh.
 
     Args:
         mtcnn: the networks; None loads the package's.
         cfg: of the search.
+        mesh: of one axis, over which `many` splits its batches; None for one device.
+        batch: pictures of a canvas's size that each device searches at a time in `many`.
     """
 
-    def __init__(self, mtcnn: Mtcnn | None = None, cfg: MtcnnConfig = FACENET):
+    def __init__(
+        self,
+        mtcnn: Mtcnn | None = None,
+        cfg: MtcnnConfig = FACENET,
+        *,
+        mesh: Mesh | None = None,
+        batch: int = 8,
+    ):
         if 255 * cfg.canvases[-1] ** 2 >= 2**31:
             raise ValueError(f"canvas {cfg.canvases[-1]}: 255 · side² exceeds int32, wanted ≤ 2901")
         self.cfg = cfg
         self._graphdef, self._state = nnx.split(mtcnn or load_mtcnn())
+        self._mesh, self._rows = mesh, batch * (mesh.size if mesh else 1)
 
     def __call__(self, picture: UInt8[np.ndarray, "h w 3"]) -> Faces:
         """Finds the faces of one picture, RGB, of any size."""
+        return self._finish(picture, self._alone(self._task(picture), self.cfg.capacities))
+
+    def many(self, pictures: Sequence[UInt8[np.ndarray, "h w 3"]]) -> list[Faces]:
+        """Finds the faces of pictures of any sizes; those of one canvas are searched together."""
+        tasks = [self._task(picture) for picture in pictures]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, task in enumerate(tasks):
+            if task is not None:
+                groups.setdefault(task.canvas.shape, []).append(number)
+        faces: list[Faces] = [_NOBODY] * len(tasks)
+        for numbers in groups.values():
+            for start in range(0, len(numbers), self._rows):
+                part = numbers[start : start + self._rows]
+                found = self._together([tasks[i] for i in part])
+                for i, one in zip(part, found, strict=True):
+                    faces[i] = self._finish(pictures[i], one)
+        return faces
+
+    def _task(self, picture: np.ndarray) -> "_Task | None":
+        """A picture on its canvas; None if it is too small to hold a face."""
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise ValueError(
                 f"picture {picture.dtype} {picture.shape}, wanted uint8 [height, width, 3]"
             )
-        height, width = picture.shape[:2]
-        small = _shrink(picture, self.cfg.canvases[-1])
-        faces = self._find(small)
-        scale = np.array([width / small.shape[1], height / small.shape[0]], np.float32)
-        return Faces(faces.boxes * np.tile(scale, 2), faces.probabilities, faces.landmarks * scale)
-
-    def _find(self, picture: np.ndarray) -> Faces:
         cfg = self.cfg
+        picture = _shrink(picture, cfg.canvases[-1])
         height, width = picture.shape[:2]
         levels = pyramid(height, width, min_face=cfg.min_face, factor=cfg.factor)
         if not levels:
-            return Faces(np.zeros((0, 4), "f4"), np.zeros(0, "f4"), np.zeros((0, 5, 2), "f4"))
+            return None
         canvas = np.zeros((_fit(height, cfg), _fit(width, cfg), 3), np.uint8)
         canvas[:height, :width] = picture
         room = pyramid(*canvas.shape[:2], min_face=cfg.min_face, factor=cfg.factor)
         sizes = np.zeros((len(room), 2), np.int32)
         sizes[: len(levels)] = [level[1:] for level in levels]
-        size = np.array([height, width], np.int32)
-        rules = Rules(np.array(cfg.thresholds, np.float32), np.array(cfg.overlaps, np.float32))
-        for capacity in cfg.capacities:
+        return _Task(canvas, np.array([height, width], np.int32), sizes, tuple(room))
+
+    def _alone(self, task: "_Task | None", capacities: Sequence[Capacity]) -> Found | None:
+        """The search of one picture, with longer lists until they hold all candidates."""
+        if task is None:
+            return None
+        for capacity in capacities:
             found = jax.device_get(
                 _search(
-                    self._graphdef, self._state, canvas, size, sizes, rules, tuple(room), capacity
+                    self._graphdef,
+                    self._state,
+                    task.canvas,
+                    task.size,
+                    task.sizes,
+                    self._rules(),
+                    task.levels,
+                    capacity,
                 )
             )
             if (found.load <= capacity).all():
                 break
         else:
+            height, width = task.size
             log.warning(
                 "picture of %d×%d: %s face candidates, room for %s; the least probable are dropped",
                 *(width, height, tuple(found.load.tolist()), tuple(capacity)),
             )
+        return found
+
+    def _together(self, tasks: Sequence["_Task"]) -> list[Found | None]:
+        """The search of pictures on one canvas size, those with many candidates once more alone."""
+        first, *longer = self.cfg.capacities
+        blank = _Task(np.zeros_like(tasks[0].canvas), *tasks[0][1:])
+        rows = [*tasks, *[blank] * (self._rows - len(tasks))]
+        found = jax.device_get(
+            _search_many(
+                self._graphdef,
+                self._state,
+                *(np.stack([row[field] for row in rows]) for field in range(3)),
+                self._rules(),
+                tasks[0].levels,
+                first,
+                self._mesh,
+            )
+        )
+        each = [Found(*(x[i] for x in found)) for i in range(len(tasks))]
+        return [
+            self._alone(task, longer) if longer and np.any(one.load > np.array(first)) else one
+            for task, one in zip(tasks, each, strict=True)
+        ]
+
+    def _finish(self, picture: np.ndarray, found: Found | None) -> Faces:
+        """Rows of a fixed length → the faces, in the picture's own pixels."""
+        if found is None:
+            return _NOBODY
         n = found.valid.sum()
-        return Faces(found.boxes[:n], found.probability[:n], found.landmarks[:n])
+        height, width = picture.shape[:2]
+        shrunk = _shrunk(height, width, self.cfg.canvases[-1])
+        scale = np.array([width / shrunk[1], height / shrunk[0]], np.float32)
+        return Faces(
+            found.boxes[:n] * np.tile(scale, 2),
+            found.probability[:n],
+            found.landmarks[:n] * scale,
+        )
+
+    def _rules(self) -> Rules:
+        cfg = self.cfg
+        return Rules(np.array(cfg.thresholds, np.float32), np.array(cfg.overlaps, np.float32))
+
+
+class _Task(NamedTuple):
+    """A picture as the search takes it."""
+
+    canvas: UInt8[np.ndarray, "h w 3"]
+    size: Int[np.ndarray, "2"]
+    sizes: Int[np.ndarray, "l 2"]
+    levels: tuple[Level, ...]
+
+
+_NOBODY = Faces(np.zeros((0, 4), "f4"), np.zeros(0, "f4"), np.zeros((0, 5, 2), "f4"))
 
 
 def _fit(side: int, cfg: MtcnnConfig) -> int:
@@ -268,13 +358,18 @@ def _fit(side: int, cfg: MtcnnConfig) -> int:
 
 def _shrink(picture: np.ndarray, longest: int) -> np.ndarray:
     """Averages a picture down to a longest side; smaller ones are untouched."""
-    height, width = picture.shape[:2]
+    height, width = _shrunk(*picture.shape[:2], longest)
+    if (height, width) == picture.shape[:2]:
+        return picture
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    return np.asarray(image.resize((width, height), Image.Resampling.BOX))
+
+
+def _shrunk(height: int, width: int, longest: int) -> tuple[int, int]:
     share = longest / max(height, width)
     if share >= 1:
-        return picture
-    size = (max(round(width * share), 1), max(round(height * share), 1))
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    return np.asarray(image.resize(size, Image.Resampling.BOX))
+        return height, width
+    return max(round(height * share), 1), max(round(width * share), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "levels", "capacity"))
@@ -300,3 +395,38 @@ def _search(
             levels=levels,
             capacity=capacity,
         )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "levels", "capacity", "mesh"))
+def _search_many(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    canvases: UInt8[Array, "b h w 3"],
+    size: Int[Array, "b 2"],
+    sizes: Int[Array, "b l 2"],
+    rules: Rules,
+    levels: tuple[Level, ...],
+    capacity: Capacity,
+    mesh: Mesh | None,
+) -> Found:
+    """`_search` of a batch, each device its share of the rows, without a word between them."""
+
+    def share(state, rules, *rows):
+        # On a CPU one after the other: a batch waits for its slowest search and gains nothing.
+        step = None if jax.default_backend() == "cpu" else len(rows[0])
+        return jax.lax.map(
+            lambda row: _search(graphdef, state, *row, rules, levels, capacity),
+            rows,
+            batch_size=step,
+        )
+
+    if mesh is None:
+        return share(state, rules, canvases, size, sizes)
+    whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
+    return jax.shard_map(
+        share,
+        mesh=mesh,
+        in_specs=(whole, whole, split, split, split),
+        out_specs=split,
+        check_vma=False,  # the search's loops start from constants, which vary over no axis
+    )(state, rules, canvases, size, sizes)

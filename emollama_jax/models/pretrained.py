@@ -57,7 +57,7 @@ def load(module: nnx.Module, path: pathlib.Path) -> None:
         elif tensor.shape != leaf.shape:
             problems.append(f"{name} is {tensor.shape}, wanted {leaf.shape}")
         else:
-            leaf[...] = jnp.asarray(tensor, jnp.float32)
+            leaf.set_value(jnp.asarray(tensor, jnp.float32))  # of this host, wherever it was
     problems += [f"{name} has no place in the model" for name in tensors]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

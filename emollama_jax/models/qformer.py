@@ -29,6 +29,7 @@ from emollama_jax.models.layers import (
     split_keys,
     stack,
 )
+from emollama_jax.sharding.points import constrain
 
 MASKED = -10000.0  # BERT's additive mask
 
@@ -110,7 +111,7 @@ class QFormerLayer(nnx.Module):
         self,
         x: Float[Array, "b q+l d"],
         *,
-        encoded: Float[Array, "b s e"],
+        encoded: Float[Array, "f s e"],
         bias: Float[Array, "b q+l"],
         dropout_key: jax.Array | None,
     ) -> Float[Array, "b q+l d"]:
@@ -118,7 +119,10 @@ class QFormerLayer(nnx.Module):
         x = self.attention(x, keys=x, bias=bias, dropout_key=keys[0])
         queries, text = jnp.split(x, [self.cfg.queries], axis=1)  # [B, Q, D], [B, L, D]
         if self.crossattention is not None:
-            queries = self.crossattention(queries, keys=encoded, bias=None, dropout_key=keys[1])
+            # A picture's questions look at it together: its keys and values are made once.
+            together = queries.reshape(encoded.shape[0], -1, queries.shape[-1])
+            together = self.crossattention(together, keys=encoded, bias=None, dropout_key=keys[1])
+            queries = together.reshape(queries.shape)
         queries = self.query_ffn(queries, dropout_key=keys[2])
         return jnp.concatenate([queries, self.text_ffn(text, dropout_key=keys[3])], axis=1)
 
@@ -139,7 +143,7 @@ class QFormerGroup(nnx.Module):
         self,
         x: Float[Array, "b q+l d"],
         *,
-        encoded: Float[Array, "b s e"],
+        encoded: Float[Array, "f s e"],
         bias: Float[Array, "b q+l"],
         dropout_key: jax.Array | None,
     ) -> Float[Array, "b q+l d"]:
@@ -181,17 +185,17 @@ class QFormer(nnx.Module):
 
     def __call__(
         self,
-        encoded: Float[Array, "b s e"],
+        encoded: Float[Array, "f s e"],
         *,
         text: Int[Array, "b l"],
         text_mask: Bool[Array, "b l"],
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "b q d"]:
-        """Runs the queries over a picture under a question.
+        """Runs the queries over pictures, each under one or more questions.
 
         Args:
             encoded: normed vision tokens (`VisualTokens.ln`), the class token included.
-            text: BERT ids of the question, right-padded.
+            text: BERT ids of the questions, right-padded; a picture's stand together.
             text_mask: True where `text` is real.
             dropout_key: None in evaluation.
 
@@ -206,7 +210,8 @@ class QFormer(nnx.Module):
                 f"{cfg.max_positions}: lower data.question_length"
             )
         embedding_key, layers_key = split_keys(dropout_key, 2)
-        words = jnp.take(self.word_embeddings[...], text, axis=0, mode="fill")  # beyond it: NaN
+        table = constrain(self.word_embeddings[...], "table")
+        words = jnp.take(table, text, axis=0, mode="fill")  # beyond it: NaN
         words = words + self.position_embeddings[:length]  # [B, L, D]
         queries = jnp.broadcast_to(self.query[...], (text.shape[0], *self.query.shape))
         x = self.norm(jnp.concatenate([queries, words], axis=1))

@@ -99,21 +99,23 @@ class VisualTokens(nnx.Module):
         self.mm_projector_out = linear(llm_width, llm_width, ("mlp", "embed"))
 
     def context(
-        self, patches: Float[Array, "b p d"], queries: Float[Array, "b q e"]
+        self, patches: Float[Array, "f p d"], queries: Float[Array, "b q e"]
     ) -> Float[Array, "b 1 h"]:
         """The context token: the mean, over the queries, of what each looks at.
 
         Args:
             patches: vision tokens without the class token, not normed: keys after a projection,
                 and the values themselves.
-            queries: what the Q-Former gives.
+            queries: what the Q-Former gives; those of a picture's questions stand together.
         """
+        asked = queries.shape[0] // patches.shape[0]  # questions of a picture
         q, k = self.projector(queries), self.key_projector(patches)
-        logits = jnp.einsum("bqd,bpd->bqp", q, k, preferred_element_type=jnp.float32)
+        q = rearrange(q, "(f r) q d -> f r q d", r=asked)
+        logits = jnp.einsum("frqd,fpd->frqp", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits / math.sqrt(k.shape[-1]))
         # The mean over queries commutes with the sum over patches and is Q times cheaper first.
-        looked = jnp.einsum("bp,bpd->bd", weights.mean(1), patches.astype(jnp.float32))
-        return self.val_projector(looked[:, None])
+        looked = jnp.einsum("frp,fpd->frd", weights.mean(2), patches.astype(jnp.float32))
+        return self.val_projector(rearrange(looked, "f r d -> (f r) 1 d"))
 
     def content(self, patches: Float[Array, "b p d"], *, kind: str) -> Float[Array, "b n h"]:
         """The content tokens: "all", "mean" or "grid:n" of the patches, projected."""

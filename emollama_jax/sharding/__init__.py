@@ -1,1 +1,2 @@
-"""Where arrays live: `mesh.py` makes the mesh, `rules.py` maps logical axes onto it."""
+"""Where arrays live: `mesh.py` makes the mesh, `rules.py` lays parameters over it, `points.py`
+activations."""

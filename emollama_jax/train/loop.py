@@ -3,11 +3,14 @@
 The data iterator is touched only after a save, so that a checkpoint's iterator stands exactly where
 its parameters do. Ctrl-C or SIGTERM lets the step finish, saves and returns; the same command
 continues, and the loss curve is the one of an uninterrupted run, bit for bit.
+
+On several hosts every process runs this same loop. A notice to any of them (SIGTERM, which is how
+clouds announce a preemption) stops all after the same step.
 """
 
 import contextlib
 import dataclasses
-import pathlib
+import os
 import signal
 import threading
 import time
@@ -18,6 +21,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -30,7 +34,9 @@ from emollama_jax.data.pipeline import make_train_iterator
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.pretrained import named_parameters
-from emollama_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
+from emollama_jax.paths import as_path
+from emollama_jax.sharding.distributed import leads, place_batch, share
+from emollama_jax.sharding.mesh import batch_shards, make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.train.metrics import RunLog
 from emollama_jax.train.optimizer import make_optimizer
@@ -65,6 +71,10 @@ class StopSignals:
 
     The first one is noted, and gives the signal back its default: a second Ctrl-C kills. Outside
     the main thread, where Python cannot take signals, none is noted.
+
+    On several hosts SIGTERM belongs to JAX's preemption service: it tells every host of a notice in
+    the background, and they agree on the step to stop after without a collective. Ctrl-C is handed
+    on as SIGTERM there.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -72,11 +82,13 @@ class StopSignals:
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._asked = 0
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-            for number in self.SIGNALS:
+            own = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+            self._before = {number: signal.getsignal(number) for number in own}
+            for number in own:
                 signal.signal(number, self._note)
         return self
 
@@ -85,16 +97,26 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        for other in self.SIGNALS:
+        for other in self._before:
             signal.signal(other, signal.SIG_DFL)
+        if jax.process_count() == 1:
+            self._received = signal.Signals(number)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def agreed(self) -> signal.Signals | None:
-        """What any host received; all hosts ask at the same step and hear the same."""
-        if jax.process_count() == 1:
-            return self._received
-        everywhere = multihost_utils.process_allgather(np.int32(self._received or 0))
-        return signal.Signals(int(everywhere.max())) if everywhere.any() else None
+        """What any host received; to be asked once before every step, then all hear the same."""
+        # The service compares how often the hosts asked, which it counts from 0: not steps, since
+        # a notice may come before a resumed run asks for the first time.
+        self._asked += 1
+        if self._received is None and multihost_utils.reached_preemption_sync_point(self._asked):
+            self._received = signal.SIGTERM
+        return self._received
+
+    @property
+    def stopped_by(self) -> signal.Signals | None:
+        """What `agreed` said last."""
+        return self._received
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +130,7 @@ class Machine:
 
 def fit(
     cfg: Config,
-    out: pathlib.Path,
+    out: epath.PathLike,
     *,
     until: int | None = None,
     console: Console | None = None,
@@ -117,7 +139,8 @@ def fit(
 
     Args:
         cfg: the run.
-        out: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+        out: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`; on a disk that all hosts
+            share, or in a bucket.
         until: stop after this step as a signal would; the next call continues.
         console: where progress goes; the terminal by default.
 
@@ -126,10 +149,12 @@ def fit(
             that holds a checkpoint of another config, a loss that is no longer finite.
     """
     start = time.monotonic()
-    out = pathlib.Path(out)
+    out = as_path(out)
     console = Console() if console is None else console
     mesh = make_mesh(cfg.mesh)
+    console = console if leads() else Console(quiet=True)
     _check_batches(cfg, mesh)
+    part = share(mesh)
     end = cfg.train.steps if until is None else min(until, cfg.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -137,8 +162,8 @@ def fit(
         data = make_train_iterator(
             cfg,
             open_priors=open_priors,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            host_index=part.index,
+            host_count=part.count,
         )
         stack.callback(data.close)
         checkpoints = stack.enter_context(Checkpoints(out, cfg))
@@ -149,18 +174,21 @@ def fit(
 
         while step < end and stop.agreed() is None:
             if step % cfg.train.save_every == 0 and step != saved:
+                log.keep()
                 checkpoints.save(state, data=data)
                 saved = step
             batch = next(data)
+            placed = place_batch(batch, mesh)
             with jax.transfer_guard("disallow"):
-                state, metrics = machine.step(machine.frozen, state, _place(batch, mesh))
+                state, metrics = machine.step(machine.frozen, state, placed)
             step += 1
             logged = step % cfg.train.log_every == 0 or step == cfg.train.steps
             values = _read(metrics, step=step, saved=saved) if logged else None
-            log.step(step, values, **_size(batch))
+            log.step(step, values, **_size(batch, part.count))
         if step != saved:
+            log.keep()
             checkpoints.save(state, data=data)
-        stopped_by = stop.agreed() if step < cfg.train.steps else None
+        stopped_by = stop.stopped_by if step < cfg.train.steps else None
         result = FitResult(
             step=step,
             steps=cfg.train.steps,
@@ -224,6 +252,7 @@ def assemble(
         state=shardings,
         mesh=mesh,
         accumulation=cfg.train.accumulation,
+        xla=cfg.xla_flags,
     )
     return Machine(step=step, frozen=frozen, state=state)
 
@@ -239,19 +268,10 @@ def _check_batches(cfg: Config, mesh: Mesh) -> None:
             )
 
 
-def _place(batch: Batch, mesh: Mesh) -> Batch:
-    """Each host's examples become its devices' part of the global batch."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def _size(batch: Batch) -> dict[str, int]:
+def _size(batch: Batch, hosts: int) -> dict[str, int]:
     """Tokens and frames of the global batch; every host's part has the same shape."""
     examples, frames = batch.frames.shape[:2]
-    return {
-        "tokens": int(batch.length.sum()) * jax.process_count(),
-        "frames": examples * frames * jax.process_count(),
-    }
+    return {"tokens": int(batch.length.sum()) * hosts, "frames": examples * frames * hosts}
 
 
 def _read(metrics: Metrics, *, step: int, saved: int) -> dict[str, float]:

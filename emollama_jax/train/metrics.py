@@ -4,6 +4,9 @@
 digits, so that two loss curves can be compared bit for bit; a resumed run first cuts off what lies
 after its checkpoint. Speed goes to the display and to TensorBoard.
 
+In a bucket, files cannot grow. There both are written to this host's disk and copied, at every
+checkpoint and now and then between.
+
 The event files are written without TensorBoard or TensorFlow: TFRecord frames around hand-encoded
 protocol buffers (tensorflow/core/util/event.proto, summary.proto; scalars only).
 """
@@ -14,11 +17,13 @@ import os
 import pathlib
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,10 +35,12 @@ from rich.progress import (
 )
 
 from emollama_jax.errors import UserError
+from emollama_jax.paths import as_path, is_remote
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 LINES = 50  # that a whole run prints where there is no terminal
+COPY_EVERY = 60.0  # seconds between copies to a bucket
 SPEED_MEMORY = 0.9  # of the running mean of a step's seconds, per step
 
 
@@ -61,13 +68,14 @@ class JsonLines:
         self._file.close()
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`.
 
     Raises:
         UserError: no such file, or a line that is not JSON.
     """
-    if not path.is_file():
+    path = as_path(path)
+    if not path.exists():
         raise UserError(f"{path}: no such file (wanted: the metrics.jsonl of a run)")
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -216,19 +224,44 @@ class Display:
         return speed
 
 
+class _Mirror:
+    """Files that grow on this host's disk, and their copies in a bucket."""
+
+    def __init__(self, here: pathlib.Path, there: epath.Path):
+        self._here, self._there = here, there
+        self._copied = time.monotonic()
+        if (there / METRICS).exists():
+            (here / METRICS).write_bytes((there / METRICS).read_bytes())
+
+    def copy(self) -> None:
+        for file in sorted(path for path in self._here.rglob("*") if path.is_file()):
+            (self._there / file.relative_to(self._here).as_posix()).write_bytes(file.read_bytes())
+        self._copied = time.monotonic()
+
+    def copy_now_and_then(self) -> None:
+        if time.monotonic() - self._copied > COPY_EVERY:
+            self.copy()
+
+
 class RunLog:
     """All three records of a run, kept by the first host alone; a context manager."""
 
-    def __init__(self, out: pathlib.Path, console: Console, *, steps: int, done: int):
+    def __init__(self, out: epath.PathLike, console: Console, *, steps: int, done: int):
         """Continues the records in `out` behind step `done`."""
         self._stack = contextlib.ExitStack()
         self._leads = jax.process_index() == 0
+        self._mirror: _Mirror | None = None
         if self._leads:
+            folder = pathlib.Path(out)
+            if is_remote(out):
+                folder = pathlib.Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+                self._mirror = _Mirror(folder, as_path(out))
+                self._stack.callback(self._mirror.copy)  # after the files below are closed
             self._lines = self._stack.enter_context(
-                contextlib.closing(JsonLines(out / METRICS, step=done))
+                contextlib.closing(JsonLines(folder / METRICS, step=done))
             )
             self._events = self._stack.enter_context(
-                contextlib.closing(EventFile(out / EVENTS, step=done))
+                contextlib.closing(EventFile(folder / EVENTS, step=done))
             )
             self._display = self._stack.enter_context(Display(console, steps=steps, done=done))
 
@@ -237,6 +270,11 @@ class RunLog:
 
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
+
+    def keep(self) -> None:
+        """Brings what was recorded where a restarted run will look; before every checkpoint."""
+        if self._mirror is not None:
+            self._mirror.copy()
 
     @property
     def loss(self) -> float | None:
@@ -262,3 +300,5 @@ class RunLog:
             self._lines.write(step, {**values, "frames": frames})
             scalars = {**values, **speed}
             self._events.write(step, {f"train/{name}": v for name, v in scalars.items()})
+            if self._mirror is not None:
+                self._mirror.copy_now_and_then()

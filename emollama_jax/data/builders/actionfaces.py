@@ -129,7 +129,7 @@ def prepare(
     Returns:
         The folder of the prepared config.
     """
-    _check(config_name)
+    check(config_name)
     sizes = {**SIZES[config_name], **(sizes or {})}
     for split, count in sizes.items():
         if split not in SPLITS:
@@ -140,7 +140,7 @@ def prepare(
     if size < 32 or size % 2:
         raise UserError(f"{NAME}: size is {size} pixels; it must be even and at least 32")
 
-    folder = schema.split_folder(data_dir, f"{NAME}/{config_name}", VERSION)
+    folder = Path(schema.split_folder(data_dir, f"{NAME}/{config_name}", VERSION))
     for unfinished in folder.parent.glob("incomplete.*"):
         shutil.rmtree(unfinished)
     wanted = {**sizes, "seed": seed, "size": size}
@@ -167,7 +167,12 @@ def prepare(
     return folder
 
 
-def _check(config_name: str) -> None:
+def check(config_name: str) -> None:
+    """Refuses a config that is not one of the two.
+
+    Raises:
+        UserError: with the two.
+    """
     if config_name not in SIZES:
         known = ", ".join(SIZES)
         raise UserError(f"{NAME}: unknown config {config_name!r}; choose one of {known}")
@@ -184,5 +189,5 @@ def _settings(folder: Path) -> dict[str, int] | None:
 
 def open_split(data_dir: str | Path, config_name: str, split: str) -> Sequence[Mapping[str, Any]]:
     """Opens a prepared split of "images" or "clips": lazy, random access, picklable."""
-    _check(config_name)
+    check(config_name)
     return schema.open_prepared(data_dir, f"{NAME}/{config_name}", VERSION, split)

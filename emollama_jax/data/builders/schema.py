@@ -10,13 +10,14 @@ where the set knows nothing. Unknown numbers are -1, unknown floats nan.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from emollama_jax.errors import UserError
+from emollama_jax.paths import as_path
 
 TEXTS = ("id", "kind", "items")
 
@@ -40,25 +41,27 @@ def features(action_units: int) -> tfds.features.FeaturesDict:
     """Returns the schema.
 
     Args:
-        action_units: K, how many action units the set measures; 0 for none.
+        action_units: K, how many action units the set measures; 0 leaves the field out, since TFDS
+            cannot read arrays of width 0.
     """
 
     def tensor(*shape: int | None) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=np.float32)
 
+    units = {"action_units": tensor(None, action_units)} if action_units else {}  # [F], 0 … 1
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(doc="unique within the set"),
             "kind": tfds.features.Text(doc='"image" or "clip"'),
             "media": tfds.features.Tensor(
-                shape=(), dtype=np.object_, doc="an encoded picture or video file"
+                shape=(), dtype=np.object_, doc="an encoded picture or video file, or packed frames"
             ),
             "label": tfds.features.Scalar(np.int64, doc="emotion, in the set's native order"),
             "subject": tfds.features.Scalar(np.int64, doc="the person's number"),
             "boxes": tensor(None, 4),  # [F], x1, y1, x2, y2 in pixels
             "landmarks": tensor(None, 68, 2),  # [F], iBUG order, pixels, integers at pixel centres
             "pose": tensor(None, 3),  # [F], pitch, yaw, roll in radians
-            "action_units": tensor(None, action_units),  # [F], 0 … 1
+            **units,
             "agr": tfds.features.Tensor(shape=(3,), dtype=np.int64, doc="age, gender, race class"),
             "attributes": tensor(40),  # CelebA's, 0, 1 or nan
             "items": tfds.features.Text(doc="JSON list of conversations, the category item first"),
@@ -66,13 +69,13 @@ def features(action_units: int) -> tfds.features.FeaturesDict:
     )
 
 
-def split_folder(data_dir: str | Path, name: str, version: str) -> Path:
+def split_folder(data_dir: epath.PathLike, name: str, version: str) -> epath.Path:
     """Returns where a set lies, for e.g. the name "actionfaces/images"."""
-    return Path(data_dir) / name / version
+    return as_path(data_dir) / name / version
 
 
 def open_prepared(
-    data_dir: str | Path, name: str, version: str, split: str
+    data_dir: epath.PathLike, name: str, version: str, split: str
 ) -> Sequence[Mapping[str, Any]]:
     """Opens a prepared split: lazy, random access, picklable.
 

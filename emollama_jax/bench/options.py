@@ -1,0 +1,55 @@
+"""What `emollama bench train` takes."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSizes:
+    """Of the model and the batch; the defaults are a LLaMA of 160 M parameters."""
+
+    width: int = 768
+    """of the residual stream."""
+    mlp_width: int = 3072
+    """of the feed-forward layers."""
+    layers: int = 12
+    """of the decoder."""
+    heads: int = 12
+    """of attention."""
+    vocab: int = 32000
+    """words."""
+    rank: int = 16
+    """of LoRA, on q, k, v and o."""
+    batch: int = 4
+    """examples."""
+    length: int = 512
+    """tokens of an example."""
+    answer: int | None = None
+    """last tokens of an example that bear loss; all by default."""
+
+    def parameters(self) -> int:
+        """Without adapters."""
+        return (
+            2 * self.vocab * self.width
+            + self.layers * (self._matrices() + 2 * self.width)
+            + (self.width)
+        )
+
+    def flops(self) -> float:
+        """Of a step's products: forward, and backward to activations and adapters.
+
+        Attention counts what a causal mask leaves; the head counts the tokens that bear loss.
+        """
+        tokens = self.batch * self.length
+        labels = self.batch * min(self.length - 1, self.answer or self.length)
+        adapters = self.layers * 4 * 2 * self.width * self.rank
+        pairs = self.batch * self.length * (self.length + 1) / 2
+        return (
+            4.0 * tokens * self.layers * self._matrices()
+            + 4.0 * labels * self.width * self.vocab
+            + 6.0 * tokens * adapters
+            + 12.0 * pairs * self.layers * self.width
+        )
+
+    def _matrices(self) -> int:
+        """Weights of a layer's matrices."""
+        return 4 * self.width**2 + 3 * self.width * self.mlp_width

@@ -1,0 +1,417 @@
+"""`emollama bench train`: tokens per second of the LoRA train step, against PyTorch.
+
+The same LLaMA, the same weights, the same batch, on a CPU: our jitted `train_step` on one side, on
+the other `transformers`' LLaMA with PEFT's adapters (`benchmarks/torch_train.py`, in a process of
+its own, because the package never imports PyTorch). Both train, step after step in turns, with
+AdamW, the same learning rates and clipping; neither recomputes activations. Their losses must
+agree at every step, or nothing is printed but the error.
+
+Beside the ratio stands the share of the machine's float32 matrix rate that each side reaches: the
+products that the step cannot do without, over its seconds and the rate of one large product.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.numpy import save_file
+
+from emollama_jax.batch import IGNORE, Batch
+from emollama_jax.bench.options import TrainSizes
+from emollama_jax.config import LlamaConfig, LoraConfig, MeshConfig, TrainConfig, load
+from emollama_jax.errors import UserError
+from emollama_jax.models.llama import Llama
+from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.sharding.rules import param_shardings
+from emollama_jax.train.optimizer import ADAM_EPS, Optimizer, make_optimizer
+from emollama_jax.train.step import compile_step, init_state, state_shardings
+
+TORCH_SIDE = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "torch_train.py"
+AGREE = 1e-4  # by how much the losses of the two float32 sides may differ
+SIDES = ("jax float32", "torch float32", "torch bfloat16")
+
+
+def llama_config(sizes: TrainSizes) -> LlamaConfig:
+    """The model; float32, nothing recomputed."""
+    return LlamaConfig(
+        vocab_size=sizes.vocab,
+        vocab_multiple=1,
+        width=sizes.width,
+        mlp_width=sizes.mlp_width,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.heads,
+        head_dim=sizes.width // sizes.heads,
+        norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=1.0,
+        max_positions=sizes.length,
+        dtype="float32",
+        remat="none",
+        attention="xla",
+        lora=LoraConfig(
+            rank=sizes.rank,
+            alpha=2.0 * sizes.rank,
+            dropout=0.0,
+            targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        ),
+    )
+
+
+class TextModel(nnx.Module):
+    """The LLM alone, as `train_step` asks for it."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.llama = Llama(cfg, rngs=rngs)
+
+    def hidden(self, batch: Batch, *, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Final hidden states [B, T, D] of the text."""
+        positions = jnp.broadcast_to(jnp.arange(batch.ids.shape[1]), batch.ids.shape)
+        embeds = self.llama.embed(batch.ids)
+        return self.llama(embeds, positions=positions, dropout_key=dropout_key).hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What both sides do."""
+
+    sizes: TrainSizes
+    training: TrainConfig
+    params: dict[str, np.ndarray]  # by path, float32
+    ids: np.ndarray  # int32 [B, T]
+    labels: np.ndarray  # int32 [B, T]
+    optimizer: Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was measured."""
+
+    sizes: TrainSizes
+    threads: int
+    matmul: float  # float32 FLOP per second of one large product, the better of both sides
+    seconds: dict[str, list[float]]  # side → of each step; warm-up left out
+    difference: float  # of the float32 sides' losses, at most
+
+    def tokens_per_second(self, side: str) -> float:
+        return self.sizes.batch * self.sizes.length / statistics.median(self.seconds[side])
+
+    def ratios(self) -> list[float]:
+        """PyTorch's float32 seconds over ours, step by step."""
+        pairs = zip(self.seconds[SIDES[1]], self.seconds[SIDES[0]], strict=True)
+        return sorted(theirs / ours for theirs, ours in pairs)
+
+    def share(self, side: str) -> float:
+        """Of the matrix rate."""
+        return self.sizes.flops() / statistics.median(self.seconds[side]) / self.matmul
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for a program."""
+        return {
+            "parameters": self.sizes.parameters(),
+            "sizes": dataclasses.asdict(self.sizes),
+            "threads": self.threads,
+            "flops": self.sizes.flops(),
+            "matmul_flops_per_second": self.matmul,
+            "tokens_per_second": {side: self.tokens_per_second(side) for side in self.seconds},
+            "share_of_matmul": {side: self.share(side) for side in SIDES[:2]},
+            "ratio": statistics.median(self.ratios()),
+            "seconds": self.seconds,
+            "loss_difference": self.difference,
+        }
+
+    def report(self, *, as_json: bool) -> str:
+        """What the command prints."""
+        return json.dumps(self.to_json(), indent=2) if as_json else "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """The table."""
+        sizes, ratios = self.sizes, self.ratios()
+        answer = "all" if sizes.answer is None else f"the last {sizes.answer}"
+        return [
+            f"LLaMA, {sizes.parameters() / 1e6:.0f} M parameters, LoRA r {sizes.rank} on q, k, v, "
+            f"o; {sizes.batch} × {sizes.length} tokens, loss on {answer}; {self.threads} threads",
+            *(
+                f"{side:<16}{self.tokens_per_second(side):8.1f} tokens/s"
+                + (f"   {self.share(side):4.0%} of the matrix rate" if side in SIDES[:2] else "")
+                for side in SIDES
+            ),
+            f"{'ratio':<16}{statistics.median(ratios):8.2f} float32 against float32 "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} steps)",
+            f"matrix rate {self.matmul / 1e9:.0f} GFLOP/s float32; a step takes "
+            f"{sizes.flops() / 1e12:.2f} TFLOP",
+            f"losses differ by {self.difference:.1e} at most",
+        ]
+
+
+def make_work(sizes: TrainSizes, *, seed: int = 0) -> Work:
+    """Random weights and ids, and the optimizer.
+
+    Raises:
+        UserError: an answer longer than the text, or heads that do not divide the width.
+    """
+    if sizes.width % (2 * sizes.heads):
+        raise UserError(f"--width {sizes.width}: must be an even multiple of --heads {sizes.heads}")
+    if sizes.answer is not None and not 0 < sizes.answer < sizes.length:
+        raise UserError(f"--answer {sizes.answer}: must lie between 0 and --length {sizes.length}")
+    params = named_parameters(_abstract(sizes))
+    rng = np.random.Generator(np.random.PCG64(seed))
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith("scale"):
+            return np.ones(shape, np.float32)
+        if path.endswith("lora_B"):
+            return np.zeros(shape, np.float32)
+        return rng.standard_normal(shape, np.float32) * np.float32(0.02)
+
+    training = dataclasses.replace(
+        load("tiny").train, steps=1000, learning_rate=1e-3, warmup=0.0, projector=()
+    )
+    ids = rng.integers(0, sizes.vocab, (sizes.batch, sizes.length)).astype(np.int32)
+    labels = ids.copy()
+    if sizes.answer is not None:
+        labels[:, : -sizes.answer] = IGNORE
+    return Work(
+        sizes=sizes,
+        training=training,
+        params={path: draw(path, leaf.shape) for path, leaf in sorted(params.items())},
+        ids=ids,
+        labels=labels,
+        optimizer=make_optimizer(training, params, trainable=[p for p in params if _trains(p)]),
+    )
+
+
+def _abstract(sizes: TrainSizes) -> TextModel:
+    return nnx.eval_shape(lambda: TextModel(llama_config(sizes), rngs=nnx.Rngs(0)))
+
+
+def _trains(path: str) -> bool:
+    return path.endswith(("lora_A", "lora_B"))
+
+
+def _batch(work: Work) -> Batch:
+    """A batch of text: no frames, no questions."""
+    examples, length = work.ids.shape
+    return Batch(
+        frames=np.zeros((examples, 0, 1, 1, 3), np.uint8),
+        faces=np.zeros((examples, 0, 1, 1, 3), np.uint8),
+        face_found=np.zeros((examples, 0), bool),
+        landmarks=np.zeros((examples, 0, 68, 2), np.float32),
+        ids=work.ids,
+        labels=work.labels,
+        length=np.full(examples, length, np.int32),
+        questions=np.zeros((examples, 0, 1), np.int32),
+        question_mask=np.zeros((examples, 0, 1), bool),
+        weight=np.ones(examples, np.float32),
+        index=np.arange(examples, dtype=np.int32),
+    )
+
+
+def jax_side(work: Work) -> Callable[[], tuple[float, float]]:
+    """Our step: each call is one more, and gives (loss before the update, seconds)."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
+    model = _abstract(work.sizes)
+    shardings = param_shardings(named_parameters(model), mesh, preset="fsdp").params
+    params = {path: jax.device_put(work.params[path], s) for path, s in shardings.items()}
+    frozen = {path: leaf for path, leaf in params.items() if not _trains(path)}
+    with jax.set_mesh(mesh):
+        state = init_state(
+            work.optimizer, {path: leaf for path, leaf in params.items() if _trains(path)}, seed=0
+        )
+        where = state_shardings(state, shardings, mesh)
+        state = jax.device_put(state, where)
+    step = compile_step(
+        nnx.split(model)[0],
+        work.optimizer,
+        frozen={path: shardings[path] for path in frozen},
+        state=where,
+        mesh=mesh,
+        accumulation=1,
+        xla={},
+    )
+    batch = jax.device_put(_batch(work), jax.devices()[0])
+
+    def run() -> tuple[float, float]:
+        nonlocal state
+        start = time.perf_counter()
+        with jax.set_mesh(mesh):
+            state, metrics = step(frozen, state, batch)
+        jax.block_until_ready(state)
+        return float(metrics.loss), time.perf_counter() - start
+
+    return run
+
+
+class TorchSide:
+    """The process that runs PyTorch: a request a line in, an answer a line out.
+
+    Raises:
+        UserError: PyTorch, PEFT or the checkout's `benchmarks` are missing, or the process ended.
+    """
+
+    def __init__(self, work: Work, folder: pathlib.Path, *, threads: int):
+        missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"bench train compares with PyTorch; {', '.join(missing)} not found: "
+                "pip install -e '.[parity]'"
+            )
+        if not TORCH_SIDE.is_file():
+            raise UserError(f"{TORCH_SIDE} not found: bench train needs a checkout")
+        self._process = subprocess.Popen(
+            [sys.executable, str(TORCH_SIDE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self._setup = _torch_setup(work, folder, threads=threads)
+
+    def build(self, dtype: str) -> None:
+        """Makes the model that computes in a dtype."""
+        self.ask(do="build", name=dtype, dtype=dtype, **self._setup)
+
+    def step(self, dtype: str, learning_rate: float) -> tuple[float, float]:
+        """One training step: (loss before the update, seconds)."""
+        answer = self.ask(do="step", name=dtype, learning_rate=learning_rate)
+        return answer["loss"], answer["seconds"]
+
+    def ask(self, **request: Any) -> Mapping[str, Any]:
+        """Waits for the answer."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise UserError(
+                f"{TORCH_SIDE.name} ended with status {self._process.wait()}; its message is above"
+            )
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def _torch_setup(work: Work, folder: pathlib.Path, *, threads: int) -> dict[str, Any]:
+    """A `build` request but for its name and dtype; weights and batch as files in a folder."""
+    cfg, training = llama_config(work.sizes), work.training
+    save_file(work.params, folder / "weights.safetensors")
+    save_file({"input_ids": work.ids, "labels": work.labels}, folder / "batch.safetensors")
+    return {
+        "weights": str(folder / "weights.safetensors"),
+        "batch": str(folder / "batch.safetensors"),
+        "threads": threads,
+        "clip_norm": training.clip_norm,
+        "optimizer": {
+            "betas": [training.b1, training.b2],
+            "eps": ADAM_EPS,
+            "weight_decay": training.weight_decay,
+        },
+        "lora": {
+            "r": cfg.lora.rank,
+            "lora_alpha": cfg.lora.alpha,
+            "lora_dropout": cfg.lora.dropout,
+            "target_modules": list(cfg.lora.targets),
+        },
+        "model": {
+            "vocab_size": cfg.vocab_size,
+            "hidden_size": cfg.width,
+            "intermediate_size": cfg.mlp_width,
+            "num_hidden_layers": cfg.layers,
+            "num_attention_heads": cfg.heads,
+            "num_key_value_heads": cfg.kv_heads,
+            "head_dim": cfg.head_dim,
+            "rms_norm_eps": cfg.norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+            "max_position_embeddings": cfg.max_positions,
+            "tie_word_embeddings": False,
+            "attn_implementation": "sdpa",
+        },
+    }
+
+
+def matmul_rate(size: int = 2048, times: int = 10) -> float:
+    """float32 FLOP per second of the best of repeated square products."""
+    product = jax.jit(jnp.matmul)
+    a = jnp.ones((size, size), jnp.float32)
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result:
+    """Measures all sides in turns, step after step.
+
+    Args:
+        sizes: of model and batch.
+        steps: that count, of each side.
+        warm: steps before them, in which programs are compiled and memory is first touched.
+        console: where progress goes.
+
+    Raises:
+        UserError: PyTorch is missing, sizes that do not fit, or losses that differ.
+    """
+    if jax.default_backend() != "cpu":
+        raise UserError(
+            f"bench train compares CPUs, found {jax.default_backend()}: JAX_PLATFORMS=cpu"
+        )
+    work, threads = make_work(sizes), len(os.sched_getaffinity(0))
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    difference = 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(*columns, TimeElapsedColumn(), console=console) as bars,
+    ):
+        task = bars.add_task("building the models", total=len(SIDES) * (warm + steps))
+        torch = TorchSide(work, pathlib.Path(folder), threads=threads)
+        try:
+            torch.build("float32")
+            torch.build("bfloat16")
+            matmul = max(matmul_rate(), torch.ask(do="rate")["rate"])
+            ours = jax_side(work)
+            for i in range(warm + steps):
+                losses = {}
+                rate = float(work.optimizer.learning_rate(jnp.int32(i)))
+                for side in SIDES:
+                    bars.update(task, description=f"{'warm-up' if i < warm else 'step'}, {side}")
+                    call = ours if side == SIDES[0] else None
+                    losses[side], took = call() if call else torch.step(side.split()[1], rate)
+                    if i >= warm:
+                        seconds[side].append(took)
+                    bars.advance(task)
+                difference = max(difference, abs(losses[SIDES[0]] - losses[SIDES[1]]))
+                if not difference <= AGREE:  # NaN is no agreement either
+                    raise UserError(
+                        f"step {i}: loss {losses[SIDES[0]]:.6f} here, {losses[SIDES[1]]:.6f} in "
+                        f"PyTorch; they may differ by {AGREE}: the sides do not do the same work"
+                    )
+        finally:
+            torch.close()
+    return Result(sizes, threads, matmul, seconds, difference)

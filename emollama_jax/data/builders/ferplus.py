@@ -1,0 +1,86 @@
+"""FERPlus: `FER2013Train|Valid|Test/label.csv` with the pictures beside it.
+
+Lines hold a file name, the box "(0, 0, 48, 48)", eight vote counts, unknown and NF; the label is
+the class with the most votes of the eight, the first of equal ones. The other file,
+`fer2013new.csv`, disagrees with these on 1,602 rows and is refused.
+"""
+
+import pathlib
+import re
+
+from emollama_jax.data.builders import listing, store
+from emollama_jax.data.emotions import label_space
+from emollama_jax.errors import UserError
+
+SPLITS = {"train": "FER2013Train", "validation": "FER2013Valid", "test": "FER2013Test"}
+TRAP = "fer2013new.csv"
+COLUMNS = 12
+CLASSES = 8
+
+
+class FerPlus(store.Builder):
+    """FERPlus."""
+
+    name = "ferplus"
+
+
+def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
+    """Lists a tree; `fold` is None."""
+    del fold
+    space, tree = label_space("ferplus"), listing.Tree()
+    lists = [f"{folder}/label.csv" for folder in SPLITS.values()]
+    try:
+        root = listing.find_root(source, tree, lists, title=space.title)
+    except UserError:
+        if source.name.lower() == TRAP or any(source.rglob(TRAP)):
+            raise UserError(_trap(source)) from None
+        raise
+    splits: dict[str, list[listing.Row]] = {}
+    homes, dropped = {}, 0
+    for split, folder in SPLITS.items():
+        path = tree.find(root, f"{folder}/label.csv")
+        if path is None:
+            raise UserError(f"{root}: {folder}/label.csv is missing: {space.title} has three")
+        splits[split] = []
+        for number, cells in listing.read_cells(path):
+            where = f"{path}, line {number}"
+            if "usage" in [cell.lower() for cell in cells[:2]]:
+                raise UserError(_trap(path))
+            row = _row(cells, where)
+            if row is None:
+                dropped += 1
+                continue
+            splits[split].append(row)
+            homes[row.id] = path.parent
+    found = listing.list_splits(
+        "ferplus",
+        space,
+        "image",
+        splits,
+        {"FER2013*/*.png": lambda i: tree.find_any(homes[i], i, listing.PICTURE_ENDINGS)},
+    )
+    found.dropped = {"no vote for any of the eight classes": dropped} if dropped else {}
+    return found
+
+
+def _row(cells: list[str], where: str) -> listing.Row | None:
+    box = re.findall(r"-?\d+", cells[1]) if len(cells) == COLUMNS else []
+    votes = [float(v) for v in cells[2:] if re.fullmatch(r"\d+(\.\d*)?", v)]
+    if len(box) != 4 or len(votes) != COLUMNS - 2:
+        raise UserError(
+            f"{where}: {len(cells)} columns, wanted {COLUMNS}: name, box, eight vote counts, "
+            "unknown, NF"
+        )
+    best = max(votes[:CLASSES])
+    if best == 0:
+        return None
+    x1, y1, x2, y2 = map(float, box)
+    stem = pathlib.PurePosixPath(cells[0]).stem
+    return listing.Row(stem, votes.index(best), (x1, y1, x2, y2))
+
+
+def _trap(path: pathlib.Path) -> str:
+    return (
+        f"{path}: {TRAP} is not FERPlus's label.csv, its votes disagree on 1,602 rows: make "
+        "FER2013Train, FER2013Valid and FER2013Test with label.csv and the pictures in them"
+    )

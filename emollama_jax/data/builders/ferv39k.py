@@ -1,0 +1,56 @@
+"""FERV39k: `4_setups/All_scenes/{train_All,test_All}.csv`, lines `Action/Sad/0010 Sad`.
+
+Clips are folders of frames, `2_ClipsforFaceCrop/<Scene>/<Emotion>/<4-digit id>`, or video files of
+that name. A line's label and the emotion in its path must agree.
+"""
+
+import pathlib
+import re
+
+from emollama_jax.data.builders import listing, store
+from emollama_jax.data.emotions import label_space
+from emollama_jax.errors import UserError
+
+LISTS = {"train": "train_All.csv", "test": "test_All.csv"}
+SETUP, CLIPS = "4_setups/All_scenes", "2_ClipsforFaceCrop"
+
+
+class Ferv39k(store.Builder):
+    """FERV39k."""
+
+    name = "ferv39k"
+
+
+def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
+    """Lists a tree; `fold` is None."""
+    del fold
+    space, tree = label_space("ferv39k"), listing.Tree()
+    root = listing.find_root(source, tree, [SETUP], title=space.title)
+    splits: dict[str, list[listing.Row]] = {}
+    for split, name in LISTS.items():
+        path = tree.find(root, f"{SETUP}/{name}")
+        if path is None:
+            raise UserError(f"{root}/{SETUP}: {name} is missing")
+        splits[split] = []
+        for number, line in listing.read_lines(path):
+            where = f"{path}, line {number}"
+            match = re.fullmatch(r"(.+/[^/]+/[^/\s,]+)[\s,]+([^\s,]+)", line.replace("\\", "/"))
+            if match is None:
+                raise UserError(f"{where}: {line!r}, wanted e.g. 'Action/Sad/0010 Sad'")
+            clip, written = match[1].strip("/ "), match[2]
+            label = listing.named_label(space, written, where)
+            emotion = clip.split("/")[-2]
+            if listing.named_label(space, emotion, where) != label:
+                raise UserError(f"{where}: {clip} lies under {emotion} and is labelled {written}")
+            splits[split].append(listing.Row(clip, label))
+    clips = tree.find(root, CLIPS) or root / CLIPS
+    return listing.list_splits(
+        "ferv39k",
+        space,
+        "clip",
+        splits,
+        {
+            f"{CLIPS}/*/": lambda i: tree.frames(clips, i),
+            f"{CLIPS}/*.mp4": lambda i: tree.find_any(clips, i, listing.VIDEO_ENDINGS),
+        },
+    )

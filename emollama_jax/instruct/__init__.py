@@ -1,0 +1,1 @@
+"""Instruction data: category items and Gemini's conversations (`emollama data instruct`)."""

@@ -1,0 +1,378 @@
+"""`emollama data instruct`: instruction data of a prepared split."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from emollama_jax.data.builders.registry import open_split, space_of
+from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.data.index import Index, read_index
+from emollama_jax.data.instruct import instruct_folder
+from emollama_jax.data.media import read_frames, read_image
+from emollama_jax.errors import UserError
+from emollama_jax.instruct import ask, store
+from emollama_jax.instruct.options import Options
+from emollama_jax.instruct.templates import template
+from emollama_jax.paths import on_disk
+from emollama_jax.remote.clients import check_spec, open_client
+from emollama_jax.remote.gemini import KEYS, api_key
+from emollama_jax.remote.journal import Journal
+from emollama_jax.remote.prices import Price, price_of
+from emollama_jax.remote.request import Request, jpeg
+from emollama_jax.remote.run import Outcome, Task, ask_all
+
+Data = Sequence[Mapping[str, Any]]
+
+# As in EMO-LLaMA's data: FERPlus (grey, 48 pixels wide) has category items only.
+CATEGORY_ONLY = ("ferplus",)
+FRAMES = 6  # of a clip that its description is made from
+TYPICAL_TOKENS = 220  # of an accepted conversation as JSON, for the estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What the conversations would cost, before anything is sent."""
+
+    items: int  # conversations still to be made
+    input_tokens: int
+    output_tokens: int
+    price: Price
+    descriptions: int  # still to be made
+    description_tokens: tuple[int, int]
+    description_price: Price | None
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        cost = self.price.cost(self.input_tokens, self.output_tokens)
+        what = (
+            f"${cost:.2f}" if self.price.known else "unknown (give --input-price, --output-price)"
+        )
+        said = [
+            f"conversations  {self.items:,}",
+            f"tokens         {self.input_tokens:,} in, about {self.output_tokens:,} out",
+            f"cost           about {what} (prices: {self.price.source})",
+        ]
+        if self.description_price is not None:
+            tokens = self.description_tokens
+            known = self.description_price.known
+            more = f"${self.description_price.cost(*tokens):.2f}" if known else "price unknown"
+            said.append(
+                f"descriptions   {self.descriptions:,}: {tokens[0]:,} tokens in, at most "
+                f"{tokens[1]:,} out, {more}"
+            )
+        return said
+
+
+def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]:
+    """Makes the instruction data of a split, or goes on making it.
+
+    Args:
+        options: what to make.
+        console: where progress and remarks go.
+
+    Returns:
+        The folder, and how far it got.
+
+    Raises:
+        UserError: not prepared, no descriptions for clips, a service that refuses or keeps failing.
+    """
+    split = _open(options)
+    folder = pathlib.Path(instruct_folder(options.dir, options.name, options.split))
+    by = _maker(options, console)
+    if by != "gemini":
+        _keep_what_was_paid(folder, by)
+        found = {} if by == "category" else _templates(split, console)
+        _write(options, split, found, {}, by, console)
+        return folder, Outcome(len(found), 0, 0, "", 0.0)
+    _check_descriptions(options, split)
+    price = price_of(f"gemini:{options.model}", options.limits)
+    with Journal(split.journal, _settings(options, split)) as journal, _bars(console) as bars:
+        described, aside = _describe(options, split, journal, bars)
+        client = open_client(
+            f"gemini:{options.model}",
+            options.limits,
+            thinking_tokens=options.thinking_tokens,
+            base_url=options.base_url,
+        )
+        tasks = [_conversation_task(split, i, text) for i, text in described.items()]
+        bar = bars.add_task("conversations", total=len(tasks))
+        outcome = ask_all(
+            tasks,
+            client,
+            journal,
+            options.limits,
+            price,
+            lambda done: bars.update(bar, completed=done),
+        )
+        items = {i: journal.item(split.key(i)) for i in described}
+    found = {i: item.value for i, item in items.items() if item.value is not None}
+    aside |= {i: item.aside for i, item in items.items() if item.aside}
+    left = split.wanted - len(found) - len(aside)
+    outcome = dataclasses.replace(outcome, aside=len(aside), open=left)
+    if not outcome.stopped.startswith("interrupted"):
+        _write(options, split, found, aside, f"gemini:{options.model}", console)
+    return folder, outcome
+
+
+def estimate(options: Options) -> Estimate:
+    """What is still to be asked, and what that would cost; nothing is sent, no key is needed."""
+    split = _open(options)
+    wanted = range(0 if options.name.partition("/")[0] in CATEGORY_ONLY else split.wanted)
+    done = described = 0
+    if split.journal.exists():
+        with Journal(split.journal, _settings(options, split)) as journal:
+            done = sum(journal.item(split.key(i)).done for i in wanted)
+            described = sum(journal.item(split.description_key(i)).done for i in wanted)
+    clip = split.kind == "clip"
+    one = ask.conversation_request(
+        b"",
+        label=max(split.space.canonical, key=len),
+        kind=split.kind,
+        description="x" * 4 * ask.DESCRIPTION_TOKENS if clip else None,
+        rejections=(),
+    )
+    left, price = len(wanted) - done, price_of(f"gemini:{options.model}", options.limits)
+    other, more, tokens = None, 0, (0, 0)
+    if clip and options.describe and not _is_file(options.describe):
+        other = price_of(options.describe, options.limits)
+        more = len(wanted) - described
+        first = ask.description_request([b""] * FRAMES)
+        tokens = (more * first.input_tokens, more * first.max_tokens)
+    return Estimate(
+        left, left * one.input_tokens, left * TYPICAL_TOKENS, price, more, tokens, other
+    )
+
+
+# ---- the split
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A prepared split, and what is known of it without reading its media."""
+
+    data: Data
+    space: LabelSpace
+    kind: str
+    index: Index
+    wanted: int  # conversations, of the first examples
+    journal: pathlib.Path  # one for all folds: a clip is paid once
+
+    def word(self, index: int) -> str:
+        """The emotion in the words that all sets share ("happy" is happiness)."""
+        return self.space.canonical[self.index.labels[index]]
+
+    def key(self, index: int) -> str:
+        """Everything that a conversation depends on, beside the journal's settings."""
+        return f"{self.index.ids[index]} {self.index.digests[index]} {self.word(index)}"
+
+    def description_key(self, index: int) -> str:
+        """Of a clip's description, which does not depend on the label."""
+        return f"{self.index.ids[index]} {self.index.digests[index]}"
+
+
+def _open(options: Options) -> Split:
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit is {options.limit}, wanted at least 1")
+    on_disk(options.dir, instead="prepare the set there; what was made may be copied to a bucket")
+    data = open_split(options.dir, options.name, options.split)
+    index = read_index(options.dir, options.name, options.split, data)
+    model = re.sub(r"[^\w.-]", "_", options.model)
+    return Split(
+        data=data,
+        space=space_of(options.dir, options.name),
+        kind=data[0]["kind"],
+        index=index,
+        wanted=len(data) if options.limit is None else min(options.limit, len(data)),
+        journal=pathlib.Path(options.dir) / "instruct" / index.stored / f"journal-{model}.jsonl",
+    )
+
+
+# ---- who makes them
+
+
+def _maker(options: Options, console: Console) -> str:
+    """ "gemini", "template" or "category"."""
+    if options.name.partition("/")[0] in CATEGORY_ONLY:
+        console.print(f"{options.name}: category items only, as in EMO-LLaMA's data")
+        return "category"
+    if options.by == "auto":
+        if api_key() is not None:
+            return "gemini"
+        console.print(
+            f"no {KEYS[0]} in the environment: templates stand in for Gemini's conversations and "
+            'are marked "template"; do not train on them what anybody should believe'
+        )
+        return "template"
+    return options.by
+
+
+def _keep_what_was_paid(folder: pathlib.Path, by: str) -> None:
+    before = store.made_by(folder)
+    if before is not None and before.startswith("gemini:") and by == "template":
+        raise UserError(
+            f"{folder} holds conversations of {before}; set {KEYS[0]} to go on with them, or move "
+            "the folder away to have templates"
+        )
+
+
+def _check_descriptions(options: Options, split: Split) -> None:
+    if split.kind != "clip":
+        return
+    if options.describe is None:
+        raise UserError(
+            f"{options.name}: Gemini sees a clip's centre frame and needs a description of the "
+            "rest; give --describe openai:URL#MODEL, hf:PATH, gemini:MODEL, or a .jsonl file of "
+            '{"id", "description"}'
+        )
+    if not _is_file(options.describe):
+        check_spec(options.describe)
+
+
+def _is_file(describe: str) -> bool:
+    return describe.endswith((".jsonl", ".json"))
+
+
+# ---- what is asked
+
+
+def _describe(
+    options: Options, split: Split, journal: Journal, bars: Progress
+) -> tuple[dict[int, str | None], dict[int, str]]:
+    """Position → description (None for pictures, which need none), and position → why not."""
+    wanted = range(split.wanted)
+    if split.kind != "clip" or options.describe is None:
+        return dict.fromkeys(wanted), {}
+    if _is_file(options.describe):
+        given = _read_descriptions(pathlib.Path(options.describe))
+        found = {index: given.get(split.index.ids[index]) for index in wanted}
+        missing = [index for index, text in found.items() if not text]
+        why = f"no description in {options.describe}"
+        return {i: text for i, text in found.items() if text}, dict.fromkeys(missing, why)
+    client = open_client(
+        options.describe,
+        options.limits,
+        thinking_tokens=options.thinking_tokens,
+        base_url=options.base_url,
+    )
+    tasks = [
+        Task(
+            split.description_key(index),
+            functools.partial(_description_request, split.data, index),
+            ask.judge_description,
+        )
+        for index in wanted
+    ]
+    bar = bars.add_task("descriptions", total=len(tasks))
+    ask_all(
+        tasks,
+        client,
+        journal,
+        options.limits,
+        price_of(options.describe, options.limits),
+        lambda done: bars.update(bar, completed=done),
+    )
+    items = {index: journal.item(split.description_key(index)) for index in wanted}
+    described = {index: item.value for index, item in items.items() if item.value is not None}
+    return described, {index: item.aside for index, item in items.items() if item.aside}
+
+
+def _read_descriptions(path: pathlib.Path) -> dict[str, str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of descriptions")
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            read = json.loads(line)
+            found[str(read["id"])] = str(read["description"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f'{path}, line {number}: wanted {{"id": …, "description": …}}'
+            ) from None
+    return found
+
+
+def _description_request(data: Data, index: int, rejections: Sequence[str]) -> Request:
+    del rejections
+    clip = read_frames(
+        data[index]["media"], lambda count, fps: np.linspace(0, count - 1, FRAMES).astype(int)
+    )
+    return ask.description_request([jpeg(frame) for frame in clip.frames])
+
+
+def _conversation_task(split: Split, index: int, description: str | None) -> Task:
+    """One example; its media are read when its turn comes."""
+    label, kind = split.word(index), split.kind
+
+    def request(rejections: Sequence[str]) -> Request:
+        return ask.conversation_request(
+            jpeg(_picture(split.data[index])),
+            label=label,
+            kind=kind,
+            description=description,
+            rejections=rejections,
+        )
+
+    judge = functools.partial(ask.judge_conversation, label=label, kind=kind)
+    return Task(split.key(index), request, judge)
+
+
+def _picture(example: Mapping[str, Any]) -> np.ndarray:
+    if example["kind"] == "image":
+        return read_image(example["media"])
+    return read_frames(example["media"], lambda count, fps: np.array([count // 2])).frames[0]
+
+
+# ---- what is written
+
+
+def _templates(split: Split, console: Console) -> dict[int, list[dict[str, str]]]:
+    with _bars(console) as bars:
+        places = bars.track(range(split.wanted), description="templates")
+        return {index: template(split.data[index], split.space) for index in places}
+
+
+def _write(
+    options: Options,
+    split: Split,
+    found: Mapping[int, Sequence[Mapping[str, str]]],
+    aside: Mapping[int, str],
+    by: str,
+    console: Console,
+) -> None:
+    with _bars(console) as bars:
+        bar = bars.add_task("writing", total=len(split.data))
+        store.write(
+            pathlib.Path(instruct_folder(options.dir, options.name, options.split)),
+            split.data,
+            split=options.split,
+            conversations=found,
+            made_by=by,
+            aside=aside,
+            settings={"set": options.name, "split": options.split},
+            media=options.media,
+            progress=lambda done: bars.update(bar, completed=done),
+        )
+
+
+def _settings(options: Options, split: Split) -> dict[str, Any]:
+    """What all conversations of a journal depend on."""
+    words = [ask.SYSTEM, json.dumps(ask.SCHEMA), ask.DESCRIBE]
+    return {
+        "model": f"gemini:{options.model}",
+        "describe": options.describe if split.kind == "clip" else None,
+        "prompt": hashlib.sha256("\n".join(words).encode()).hexdigest()[:16],
+    }
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)

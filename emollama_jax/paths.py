@@ -1,0 +1,79 @@
+"""Files on a disk or in a bucket: `gs://bucket/folder` may stand wherever a folder may.
+
+`pathlib` makes `gs:/bucket` of `gs://bucket`, so what a user names stays text until `as_path` makes
+an `epath.Path` of it, which has pathlib's methods for both.
+"""
+
+import os
+import re
+
+import fsspec
+from etils import epath
+
+from emollama_jax.errors import UserError
+
+REMOTE = re.compile(r"\w+://")
+COLLAPSED = re.compile(r"(gs|s3|az|hf):/[^/]")
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path names a bucket."""
+    return REMOTE.match(os.fspath(path)) is not None
+
+
+def as_path(path: epath.PathLike) -> epath.Path:
+    """A path of either kind.
+
+    Raises:
+        UserError: a bucket's path that lost a slash, or one that no installed package can open.
+    """
+    text = os.fspath(path)
+    if COLLAPSED.match(text):
+        raise UserError(f"{text}: a slash is missing (pathlib removes it): give the path as text")
+    if is_remote(text):
+        _check_filesystem(text)
+    return epath.Path(text)
+
+
+def on_disk(path: epath.PathLike, *, instead: str) -> epath.Path:
+    """A path that must not be a bucket's.
+
+    Args:
+        path: what the user named.
+        instead: what to do.
+
+    Raises:
+        UserError: it is one.
+    """
+    found = as_path(path)
+    if is_remote(found):
+        raise UserError(f"{found}: wanted a folder on a disk; {instead}")
+    return found
+
+
+def from_root(path: epath.Path) -> epath.Path:
+    """The path from the root, which a bucket's always is."""
+    return path if is_remote(path) else path.absolute()
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):  # an object appears when it is complete
+        path.write_text(text)
+        return
+    half = path.with_name(path.name + ".part")
+    half.write_text(text)
+    half.replace(path)
+
+
+def _check_filesystem(text: str) -> None:
+    protocol = text.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise UserError(
+            f"{text}: {error}: for gs://, pip install 'emollama-jax[gcs]', or mount the bucket"
+        ) from None
+    except ValueError:
+        raise UserError(f"{text}: no such kind of storage as {protocol}://") from None

@@ -1,0 +1,174 @@
+"""A journal of questions and answers that survives a kill at any moment.
+
+One JSON object a line, only ever appended. The first says what the journal is of; then, by key:
+  {"sent": key, "cost": …}     a question is on its way; its cost at the most, until more is known
+  {"failed": key, "cost": …}   it got no answer; the cost is that of one that may have been made
+  {"answer": key, …}           it got one: text, tokens, cost, and what was made of it: a value, or
+                               why it was rejected, and whether the item is set aside with that
+Answers reach the disk before anything else happens (fsync), so a paid answer is lost only in the
+moment between its arrival and its line. A line that a kill cut short is dropped when the journal is
+opened again. Only one process may write at a time.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from emollama_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class Item:
+    """What the journal knows of one item."""
+
+    value: Any = None  # of the accepted answer
+    rejections: list[str] = dataclasses.field(default_factory=list)
+    aside: str = ""  # why it was set aside
+    answers: int = 0
+    reserved: float = 0.0  # for a question on its way; more than 0 or `on_its_way` after a kill
+    on_its_way: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.value is not None or bool(self.aside)
+
+
+class Journal:
+    """Opened for writing; `close` lets another process in."""
+
+    def __init__(self, path: pathlib.Path, of: Mapping[str, Any]):
+        """Opens or begins a journal.
+
+        Args:
+            path: of the file.
+            of: what it is of; a journal of anything else is refused.
+
+        Raises:
+            UserError: another process writes it, it is of something else, or it is damaged.
+        """
+        self.items: dict[str, Item] = {}
+        self.spent = 0.0  # US dollars, what is on its way included
+        self.input_tokens = self.output_tokens = 0
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise UserError(f"{path}: another process is writing it; wait for it to end") from None
+        try:
+            self._read(dict(of))
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process in."""
+        os.close(self._file)
+
+    def item(self, key: str) -> Item:
+        """What is known of an item; nothing, if it was never asked."""
+        return self.items.get(key) or Item()
+
+    def sent(self, key: str, cost: float) -> None:
+        """Notes that a question leaves, before it does."""
+        self._write({"sent": key, "cost": cost}, sync=False)
+
+    def failed(self, key: str, why: str, cost: float) -> None:
+        """Notes that it got no answer, and what it may have cost all the same."""
+        self._write({"failed": key, "why": why, "cost": cost}, sync=False)
+
+    def answer(
+        self,
+        key: str,
+        *,
+        text: str,
+        value: Any,
+        why: str,
+        aside: bool,
+        cost: float,
+        tokens: tuple[int, int],
+    ) -> None:
+        """Notes an answer and what was made of it; on the disk when this returns."""
+        line = {"answer": key, "text": text, "value": value, "why": why, "aside": aside}
+        self._write(line | {"cost": cost, "tokens": list(tokens)}, sync=True)
+
+    def set_aside(self, key: str, why: str) -> None:
+        """Notes that an item cannot be asked."""
+        self._write({"aside": key, "why": why}, sync=True)
+
+    def _write(self, line: dict[str, Any], *, sync: bool) -> None:
+        data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        while data:  # a full disk may take a part
+            data = data[os.write(self._file, data) :]
+        if sync:
+            os.fsync(self._file)
+        self._take(line)
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if "aside" in line and "answer" not in line:
+            self.items.setdefault(line["aside"], Item()).aside = line["why"]
+            return
+        key = line.get("sent") or line.get("failed") or line["answer"]
+        item = self.items.setdefault(key, Item())
+        if "sent" in line:
+            # A question that a kill left on its way stays in the sum: it may have been answered.
+            item.reserved, item.on_its_way = line["cost"], True
+            self.spent += line["cost"]
+            return
+        self.spent += line["cost"] - item.reserved
+        item.reserved, item.on_its_way = 0.0, False
+        if "failed" in line:
+            return
+        item.answers += 1
+        self.input_tokens += line["tokens"][0]
+        self.output_tokens += line["tokens"][1]
+        item.value = line["value"]
+        if line["value"] is None:
+            item.rejections.append(line["why"])
+            item.aside = line["why"] if line["aside"] else ""
+
+    def _read(self, of: dict[str, Any]) -> None:
+        data = self._path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.ftruncate(self._file, whole)
+        lines = data[:whole].splitlines()
+        if not lines:
+            text = json.dumps({"journal": 1, "of": of}, ensure_ascii=False)
+            os.write(self._file, text.encode() + b"\n")
+            os.fsync(self._file)
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the new name, too
+            os.close(folder)
+            return
+        for number, line in enumerate(lines, 1):
+            try:
+                read = json.loads(line)
+                if number == 1:
+                    found = read["of"]
+                else:
+                    self._take(read)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self._path}, line {number}: damaged; take the line out, or the file away to "
+                    "begin (and pay) anew"
+                ) from None
+        if found != of:
+            names = [name for name in {**found, **of} if found.get(name) != of.get(name)]
+            name = names[0]
+            raise UserError(
+                f"{self._path}: a journal of {name} = {found.get(name)!r}, and this is "
+                f"{of.get(name)!r}; move the file away to begin (and pay) anew"
+            )

@@ -1,0 +1,265 @@
+"""Asks a model many questions: politely, within a budget, and so that a kill costs next to nothing.
+
+Every item is asked until its answer is accepted, or until so many were rejected that it is set
+aside; whatever is learnt goes to the journal first. What fails in passing (429, 5xx, time-outs,
+broken lines) is tried again with exponential back-off and jitter, and a service that asks to wait
+(Retry-After) makes all questions wait. Items that a kill left on their way are asked first.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from emollama_jax.errors import UserError
+from emollama_jax.remote.journal import Journal
+from emollama_jax.remote.options import Limits
+from emollama_jax.remote.prices import Price
+from emollama_jax.remote.request import Client, Reply, Request, Trouble, one_line
+
+LONGEST_WAIT = 60.0  # seconds of back-off; a service may ask for more
+GIVE_UP = 5  # items in a row without an answer: the service, not the items, is at fault
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was made of an answer: a JSON value, or why there is none."""
+
+    value: Any
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One item to ask about."""
+
+    key: str  # of the journal
+    request: Callable[[Sequence[str]], Request]  # given why answers were rejected; may read media
+    judge: Callable[[Reply], Verdict]  # of an answer that was not blocked, perhaps cut off
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How it ended."""
+
+    accepted: int
+    aside: int
+    open: int  # not asked yet, or without an answer
+    stopped: str  # why it ended before all were done, "" if all are
+    spent: float  # US dollars, all runs of this journal
+
+    @property
+    def summary(self) -> str:
+        """For the terminal."""
+        counts = f"{self.accepted} accepted, {self.aside} set aside, {self.open} open"
+        return counts + (f", ${self.spent:.4f} so far" if self.spent else "")
+
+
+def ask_all(
+    tasks: Sequence[Task],
+    client: Client,
+    journal: Journal,
+    limits: Limits,
+    price: Price,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Outcome:
+    """Asks until every task is accepted or set aside, or something stops it.
+
+    Ctrl-C and SIGTERM let the questions on their way come home; a second one does not.
+
+    Args:
+        tasks: with distinct keys.
+        client: closed at the end.
+        journal: knows what was asked before.
+        limits: of the asking.
+        price: of the client's answers.
+        progress: called with the number of done tasks.
+
+    Raises:
+        UserError: the service refuses every question (a wrong key, an unknown model).
+    """
+    asking = _Asking(client, journal, limits, price, progress)
+    asyncio.run(asking.run(tasks))
+    if asking.fatal:
+        raise UserError(f"{client.name}: {asking.fatal}")
+    items = [journal.item(task.key) for task in tasks]
+    accepted = sum(item.value is not None for item in items)
+    aside = sum(bool(item.aside) for item in items)
+    left = len(items) - accepted - aside
+    return Outcome(accepted, aside, left, asking.stopped if left else "", journal.spent)
+
+
+class _Asking:
+    def __init__(
+        self,
+        client: Client,
+        journal: Journal,
+        limits: Limits,
+        price: Price,
+        progress: Callable[[int], None],
+    ):
+        self.stopped, self.fatal = "", ""
+        self._client, self._journal, self._limits = client, journal, limits
+        self._price, self._progress = price, progress
+        self._stop = asyncio.Event()
+        self._next = 0.0  # when the next question may leave
+        self._done = self._in_a_row = 0
+
+    async def run(self, tasks: Sequence[Task]) -> None:
+        waiting = [task for task in tasks if not self._journal.item(task.key).done]
+        self._done = len(tasks) - len(waiting)
+        self._progress(self._done)
+        # False sorts first: what a kill left on its way is asked again before anything else, so
+        # that it is not on its way again at the next kill.
+        waiting.sort(key=lambda task: not self._journal.item(task.key).on_its_way)
+        queue = iter(waiting)
+        workers = [
+            asyncio.create_task(self._work(queue))
+            for _ in range(min(self._limits.concurrency, len(waiting)))
+        ]
+        try:
+            with self._signals(workers):
+                await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            await self._client.close()
+
+    @contextlib.contextmanager
+    def _signals(self, workers: Sequence[asyncio.Task]) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt() -> None:
+            if self._stop.is_set():
+                for worker in workers:
+                    worker.cancel()
+            self._halt("interrupted; the same command goes on")
+
+        loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, interrupt)
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _halt(self, why: str) -> None:
+        self.stopped = self.stopped or why
+        self._stop.set()
+
+    async def _work(self, queue: Iterator[Task]) -> None:
+        for task in queue:
+            if self._stop.is_set():
+                return
+            await self._finish(task)
+            if self._journal.item(task.key).done:
+                self._done += 1
+                self._progress(self._done)
+
+    async def _finish(self, task: Task) -> None:
+        """Asks for one item until it is done, or until the run stops."""
+        while not self._journal.item(task.key).done:
+            reasons = self._journal.item(task.key).rejections
+            if len(reasons) >= self._limits.attempts:  # there were fewer attempts than are allowed
+                self._journal.set_aside(task.key, reasons[-1])
+                return
+            try:
+                request = await asyncio.to_thread(task.request, reasons)
+            except UserError as error:  # media that cannot be read
+                self._journal.set_aside(task.key, one_line(error))
+                return
+            reply = await self._ask(task.key, request)
+            if reply is None:
+                return
+            verdict = _judge(task, reply)
+            last = reply.final or len(reasons) + 1 >= self._limits.attempts
+            used = (
+                request.input_tokens if reply.input_tokens is None else reply.input_tokens,
+                len(reply.text) // 4 if reply.output_tokens is None else reply.output_tokens,
+            )
+            self._journal.answer(
+                task.key,
+                text=reply.text,
+                value=verdict.value,
+                why=verdict.why,
+                aside=verdict.value is None and last,
+                cost=self._price.cost(*used),
+                tokens=used,
+            )
+
+    async def _ask(self, key: str, request: Request) -> Reply | None:
+        """One answer; None if the item has to stay open or was set aside."""
+        most = self._price.cost(request.input_tokens, request.max_tokens)
+        wait, why = self._limits.first_wait, ""
+        for number in range(self._limits.tries):
+            if not await self._turn():
+                return None
+            budget = self._limits.budget
+            if budget is not None and self._journal.spent + most > budget:
+                self._halt(f"the budget of ${budget:.2f} is reached; a larger --budget goes on")
+                return None
+            self._journal.sent(key, most)
+            try:
+                reply = await self._client.ask(request)
+            except Trouble as trouble:
+                why = one_line(trouble)
+                self._journal.failed(key, why, most if trouble.maybe_paid else 0.0)
+                if trouble.kind == "fatal":
+                    self.fatal = why
+                    self._halt(why)
+                    return None
+                if trouble.kind == "item":
+                    self._journal.set_aside(key, why)
+                    self._no_answer(why)
+                    return None
+                pause = min(wait * 2**number, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+                if trouble.after is not None:
+                    self._next = max(self._next, time.monotonic() + trouble.after)
+                    pause = trouble.after + random.uniform(0, wait)
+                if number + 1 < self._limits.tries and not await self._sleep(pause):
+                    return None
+                continue
+            self._in_a_row = 0
+            return reply
+        self._no_answer(why)
+        return None
+
+    def _no_answer(self, why: str) -> None:
+        self._in_a_row += 1
+        if self._in_a_row >= GIVE_UP:
+            self._halt(
+                f"{GIVE_UP} items in a row got no answer, the last: {why}; the same command goes on"
+            )
+
+    async def _turn(self) -> bool:
+        """Waits until the rate allows a question; False if the run stops instead."""
+        while (ahead := self._next - time.monotonic()) > 0:
+            if not await self._sleep(ahead):
+                return False
+        self._next = time.monotonic() + 60 / self._limits.per_minute
+        return not self._stop.is_set()
+
+    async def _sleep(self, seconds: float) -> bool:
+        """Waits; False if the run stops meanwhile."""
+        try:
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        except TimeoutError:
+            return True
+        return False
+
+
+def _judge(task: Task, reply: Reply) -> Verdict:
+    if reply.finish == "blocked":
+        return Verdict(None, f"blocked: {reply.why}")
+    return task.judge(reply)

@@ -1,0 +1,107 @@
+"""The largest batch that fits, and the preset that needs the least time for an example."""
+
+import dataclasses
+from collections.abc import Callable
+
+from emollama_jax.config import Config
+from emollama_jax.errors import UserError
+from emollama_jax.scale import steps
+from emollama_jax.scale.plan import DoesNotFit, Plan, make_plan
+from emollama_jax.scale.topologies import CHIPS
+from emollama_jax.sharding.mesh import mesh_sizes
+from emollama_jax.sharding.rules import PRESETS
+
+LIMIT = 1024  # examples of one part of the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The best of one preset; None where one example does not fit."""
+
+    preset: str
+    plan: Plan | None
+    why: str = ""
+
+    @property
+    def per_example(self) -> float:
+        """Estimated seconds of a step for each of its examples."""
+        return float("inf") if self.plan is None else self.plan.seconds / self.plan.shapes.examples
+
+
+def search(
+    cfg: Config,
+    topology: str,
+    devices: int,
+    *,
+    step: steps.Step,
+    kind: steps.Kind,
+    tell: Callable[[str], None],
+    plan: Callable[..., Plan] = make_plan,
+) -> list[Found]:
+    """Tries every preset that the mesh allows, each with its largest batch.
+
+    Args:
+        cfg: of the run; its batch sizes and preset are not used.
+        topology: of `TOPOLOGIES`.
+        devices: of the topology.
+        step: which.
+        kind: of batch.
+        tell: told of every trial.
+        plan: makes the plans.
+
+    Returns:
+        The best first.
+
+    Raises:
+        UserError: no preset fits with one example.
+    """
+    found = []
+    for preset in PRESETS:
+        tried = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, preset=preset))
+        try:
+            data, fsdp, _ = mesh_sizes(tried.mesh, devices)
+        except UserError as error:
+            tell(f"{preset}: left out: {error}")
+            continue
+        unit = data * fsdp * cfg.train.accumulation
+
+        def trial(count: int, cfg: Config = tried, unit: int = unit) -> Plan | None:
+            try:
+                made = plan(cfg, topology, step=step, kind=kind, examples=count * unit, tell=tell)
+            except DoesNotFit as error:
+                tell(f"{cfg.mesh.preset}, {count} examples a part: {error}")
+                return None
+            size = made.memory.total / made.memory.capacity
+            tell(
+                f"{cfg.mesh.preset}, {count} examples a part: {size:.0%} of memory, "
+                f"{made.seconds / made.shapes.examples:.4f} s an example"
+            )
+            return made if made.memory.fits else None
+
+        best = largest(trial)
+        found.append(Found(preset, best, "" if best else "one example does not fit"))
+    if not any(one.plan for one in found):
+        raise UserError(
+            f"{cfg.name} on {topology}: no preset fits with one example for each part of the "
+            f"batch: take more chips, or another of {', '.join(CHIPS)}"
+        )
+    return sorted(found, key=lambda one: one.per_example)
+
+
+def largest(trial: Callable[[int], Plan | None]) -> Plan | None:
+    """The plan of the largest count that fits: doubled until one does not, then halved in between.
+
+    Args:
+        trial: a count's plan, or None where it does not fit. If one fits, all smaller ones do.
+    """
+    best, good, bad = None, 0, None
+    while bad is None or bad - good > 1:
+        count = max(1, 2 * good) if bad is None else (good + bad) // 2
+        if count > LIMIT:
+            break
+        plan = trial(count)
+        if plan is None:
+            bad = count
+        else:
+            best, good = plan, count
+    return best

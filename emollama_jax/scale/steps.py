@@ -1,0 +1,283 @@
+"""The real steps, lowered with shapes in place of arrays: no weight is read, nothing is allocated.
+
+The train step is `train/step.py`'s `compile_step`; prefill and decode are `generate`'s jitted
+functions, as `emollama eval` calls them. What differs from a run is that every argument is a
+`jax.ShapeDtypeStruct` with the sharding that the run would give it.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from emollama_jax.batch import Batch
+from emollama_jax.checkpoint import matching
+from emollama_jax.config import Config
+from emollama_jax.errors import UserError
+from emollama_jax.generate import decode
+from emollama_jax.generate.prompt import Prompt, embed
+from emollama_jax.generate.sampling import Sampling
+from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.face_info_mining import LANDMARKS
+from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.scale.cost import OTHER
+from emollama_jax.sharding.mesh import batch_sharding, batch_shards, replicated
+from emollama_jax.sharding.rules import param_shardings
+from emollama_jax.train.optimizer import make_optimizer
+from emollama_jax.train.step import compile_step, init_state, state_shardings
+
+# (dtype, shape of one device's part) → how many
+Shards = collections.Counter[tuple[str, tuple[int, ...]]]
+Kind = Literal["image", "clip"]
+Step = Literal["train", "prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The static shape of a batch; see `Batch` for the letters."""
+
+    examples: int
+    frames: int
+    tokens: int
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function, lowered for a mesh."""
+
+    name: str
+    part: str  # of the model that it is, where no scope says (`cost.PARTS`)
+    lowered: jax.stages.Lowered
+    arguments: dict[str, Shards]  # of one device, as shape × dtype × sharding predict
+
+
+def shapes(cfg: Config, kind: Kind, step: Step, *, examples: int | None) -> Shapes:
+    """What the config's batches look like.
+
+    Args:
+        cfg: the run.
+        kind: of batch.
+        step: training reads all rounds of a conversation, an answer follows one question.
+        examples: of all devices together; the config's training batch by default.
+    """
+    image = kind == "image"
+    given = cfg.train.image_batch if image else cfg.train.clip_batch
+    return Shapes(
+        examples=given if examples is None else examples,
+        frames=1 if image else cfg.data.clip_frames,
+        tokens=cfg.data.text_length if image else cfg.data.clip_text_length,
+        rounds=cfg.data.rounds if step == "train" else 1,
+    )
+
+
+def abstract_batch(cfg: Config, mesh: Mesh, shapes: Shapes) -> Batch:
+    """A batch without numbers, split over the mesh.
+
+    Raises:
+        UserError: examples that the mesh does not divide.
+    """
+    parts = batch_shards(mesh) * cfg.train.accumulation
+    if shapes.examples % parts or not shapes.examples:
+        raise UserError(
+            f"a batch of {shapes.examples} examples, wanted a multiple of {parts}: mesh.data × "
+            "mesh.fsdp × train.accumulation; set --batch"
+        )
+    examples, frames, tokens, rounds = dataclasses.astuple(shapes)
+    size, face_size = cfg.model.vision.image_size, cfg.model.face.swin.image_size
+    place = batch_sharding(mesh)
+
+    def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=place)
+
+    return Batch(
+        frames=leaf(np.uint8, frames, size, size, 3),
+        faces=leaf(np.uint8, frames, face_size, face_size, 3),
+        face_found=leaf(np.bool_, frames),
+        landmarks=leaf(np.float32, frames, LANDMARKS, 2),
+        ids=leaf(np.int32, tokens),
+        labels=leaf(np.int32, tokens),
+        length=leaf(np.int32),
+        questions=leaf(np.int32, rounds, cfg.data.question_length),
+        question_mask=leaf(np.bool_, rounds, cfg.data.question_length),
+        weight=leaf(np.float32),
+        index=leaf(np.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Abstract:
+    """The model of a run without numbers: shapes, dtypes and shardings as the run has them."""
+
+    model: EmoLlama
+    leaves: dict[str, nnx.Param]  # by path, float32 as at birth
+    params: dict[str, jax.ShapeDtypeStruct]  # by path
+    trainable: frozenset[str]
+    replicated: tuple[str, ...]  # dimensions whose sharding rule was not followed
+
+
+def abstract_model(cfg: Config, mesh: Mesh) -> Abstract:
+    """The model of a run: trainable leaves float32, frozen ones in `train.frozen_dtype`."""
+    model = nnx.eval_shape(lambda: EmoLlama(cfg.model, rngs=nnx.Rngs(0)))
+    leaves = named_parameters(model)
+    trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
+    where = param_shardings(leaves, mesh, preset=cfg.mesh.preset)
+    params = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape,
+            jnp.float32 if path in trainable else jnp.dtype(cfg.train.frozen_dtype),
+            sharding=where.params[path],
+        )
+        for path, leaf in leaves.items()
+    }
+    return Abstract(model, leaves, params, trainable, where.replicated)
+
+
+def lower_train(cfg: Config, mesh: Mesh, shapes: Shapes) -> list[Program]:
+    """The train step of `train/loop.py`. The mesh must be entered."""
+    whole = abstract_model(cfg, mesh)
+    trained = {path: whole.params[path] for path in sorted(whole.trainable)}
+    frozen = {p: leaf for p, leaf in whole.params.items() if p not in whole.trainable}
+    optimizer = make_optimizer(cfg.train, whole.leaves, trainable=whole.trainable)
+    state = jax.eval_shape(functools.partial(init_state, optimizer, seed=0), trained)
+    places = {path: leaf.sharding for path, leaf in whole.params.items()}
+    shardings = state_shardings(state, places, mesh)
+    state = jax.tree.map(placed, state, shardings)
+    batch = abstract_batch(cfg, mesh, shapes)
+    step = compile_step(
+        nnx.graphdef(whole.model),
+        optimizer,
+        frozen={path: places[path] for path in frozen},
+        state=shardings,
+        mesh=mesh,
+        accumulation=cfg.train.accumulation,
+        xla=cfg.xla_flags,
+    )
+    return [
+        Program(
+            "train",
+            OTHER,
+            step.lower(frozen, state, batch),
+            {
+                "frozen parameters": shards(frozen),
+                "trained parameters": shards(state.params),
+                "optimizer": shards(state.replace(params={})),
+                "batch": shards(batch),
+            },
+        )
+    ]
+
+
+def lower_prefill(cfg: Config, mesh: Mesh, shapes: Shapes) -> list[Program]:
+    """Both towers and the text, then the prompt's pass and the first token."""
+    whole = abstract_model(cfg, mesh)
+    batch = abstract_batch(cfg, mesh, shapes)
+    graphdef, state = _split(whole.model, whole.params)
+    return [
+        Program(
+            "towers",
+            OTHER,
+            embed.lower(graphdef, state, batch),
+            {"parameters": shards(state), "batch": shards(batch)},
+        ),
+        _first(cfg, mesh, shapes, whole),
+    ]
+
+
+def lower_decode(
+    cfg: Config, mesh: Mesh, shapes: Shapes, compile: Callable[[Program], jax.stages.Compiled]
+) -> list[Program]:
+    """One token, its cache laid out as the compiled prefill leaves it."""
+    whole = abstract_model(cfg, mesh)
+    first = _first(cfg, mesh, shapes, whole)
+    loop = jax.tree.map(placed, first.lowered.out_info, compile(first).output_shardings)
+    graphdef, state = _split(whole.model.llama, _llama(whole.params))
+    rest = _fixed(mesh)
+    return [
+        Program(
+            "token",
+            "llm",
+            decode._next.lower(graphdef, state, loop, *rest),
+            {
+                "parameters": shards(state),
+                "cache": shards(loop.cache),
+                "batch": shards((loop.replace(cache=None), rest)),
+            },
+        )
+    ]
+
+
+def _first(cfg: Config, mesh: Mesh, shapes: Shapes, whole: Abstract) -> Program:
+    dtype, width = cfg.model.llama.dtype, cfg.model.llama.width
+    place = batch_sharding(mesh)
+    prompt = Prompt(
+        embeds=jax.ShapeDtypeStruct((shapes.examples, shapes.tokens, width), dtype, sharding=place),
+        length=jax.ShapeDtypeStruct((shapes.examples,), np.int32, sharding=place),
+    )
+    graphdef, state = _split(whole.model.llama, _llama(whole.params))
+    rest = _fixed(mesh)
+    limit = cfg.generate.max_new_tokens
+    return Program(
+        "prefill",
+        "llm",
+        decode._first.lower(graphdef, state, prompt, *rest, max_new_tokens=limit),
+        {"parameters": shards(state), "batch": shards((prompt, rest))},
+    )
+
+
+def _llama(params: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The decoder's parameters by their paths inside it."""
+    return {p.removeprefix("llama/"): x for p, x in params.items() if p.startswith("llama/")}
+
+
+def _split(
+    module: nnx.Module, params: dict[str, jax.ShapeDtypeStruct]
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """`nnx.split` of a module whose leaves are these."""
+    leaves = named_parameters(module)
+    for path, leaf in leaves.items():
+        leaf.set_value(params[path])
+    return nnx.split(module)
+
+
+def _fixed(mesh: Mesh) -> tuple[Sampling, decode.Ending]:
+    """How tokens are drawn and what ends an answer; one stop token."""
+    everywhere = replicated(mesh)
+
+    def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+    how = Sampling(temperature=leaf(np.float32), top_p=leaf(np.float32), key=key)
+    return how, decode.Ending(stop=leaf(np.int32, 1), pad=leaf(np.int32))
+
+
+def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of x with a sharding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def shards(tree: Any) -> Shards:
+    """What one device holds of everything in a tree that has shape, dtype and sharding."""
+    found: Shards = collections.Counter()
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = placed(jax.eval_shape(jax.random.key_data, x), replicated(x.sharding.mesh))
+        found[str(x.dtype), x.sharding.shard_shape(x.shape)] += 1
+    return found
+
+
+def device_bytes(held: Shards) -> int:
+    """Bytes of them, without the padding of tiles."""
+    return sum(
+        count * math.prod(shape) * jnp.dtype(dtype).itemsize
+        for (dtype, shape), count in held.items()
+    )

@@ -1,0 +1,177 @@
+"""Several hosts, one run: how the processes find one another, and which rows each of them feeds.
+
+Every host runs the same program and holds a part of every global array. `start` joins them, before
+anything else asks JAX for its devices. On one host it does nothing.
+"""
+
+import dataclasses
+import pickle
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
+
+from emollama_jax.config import DistributedConfig
+from emollama_jax.errors import UserError
+from emollama_jax.sharding.mesh import batch_sharding, batch_shards
+
+# What `jax.distributed.initialize` says where it finds neither cluster nor address, and where JAX
+# is in use already. It raises ValueError and RuntimeError for much else.
+NO_CLUSTER = "coordinator_address should be defined"
+TOO_LATE = "must be called before"
+
+
+def start(cfg: DistributedConfig, *, saves_on_notice: bool) -> None:
+    """Joins the processes of a run; to be called once, before JAX is used.
+
+    With `coordinator: auto`, Cloud TPU, GKE, Slurm and Open MPI are recognised; where there is none
+    of them, or JAX runs already, the process stays alone.
+
+    Args:
+        cfg: how they find one another.
+        saves_on_notice: SIGTERM is a notice that `train.loop.StopSignals` asks for. Without it,
+            SIGTERM ends the process as ever.
+
+    Raises:
+        UserError: an address or number that makes no sense, or hosts that do not answer.
+    """
+    if cfg.coordinator == "none" or jax.distributed.is_initialized():
+        return
+    # The service takes SIGTERM over, so it must be off where nobody asks it.
+    jax.config.update("jax_enable_preemption_service", saves_on_notice)
+    try:
+        if cfg.coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            _check(cfg)
+            jax.distributed.initialize(
+                cfg.coordinator,
+                cfg.processes,
+                cfg.process_id,
+                cluster_detection_method="deactivate",
+            )
+    except (ValueError, RuntimeError) as error:
+        if cfg.coordinator == "auto" and (NO_CLUSTER in str(error) or TOO_LATE in str(error)):
+            return
+        raise UserError(
+            f"distributed.coordinator {cfg.coordinator}: the hosts did not come together "
+            f"({str(error).splitlines()[0]}): is every process started, with its own "
+            "distributed.process_id, and the port open between the hosts?"
+        ) from None
+
+
+def _check(cfg: DistributedConfig) -> None:
+    host, _, port = cfg.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"distributed.coordinator: {cfg.coordinator!r} is neither auto nor none nor host:port "
+            "of process 0"
+        )
+    if not 0 <= cfg.process_id < cfg.processes:
+        raise UserError(
+            f"distributed.process_id is {cfg.process_id}, distributed.processes "
+            f"{cfg.processes}: every process has a number of its own, from 0 on"
+        )
+
+
+def alone(what: str) -> None:
+    """Refuses a command that runs on one host only.
+
+    Raises:
+        UserError: there are several.
+    """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{what} runs on one host, found {jax.process_count()}: run it on one before the others"
+        )
+
+
+def leads() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of every batch a host feeds. Hosts that `tensor` joins feed the same part."""
+
+    index: int  # of the part
+    count: int  # of parts
+    shards: tuple[int, ...]  # of the batch's shards on the mesh, those of this part
+    all: int  # shards
+
+    def rows(self, batch: int) -> Int[np.ndarray, " b"]:
+        """Which rows of a batch of that size this host feeds, in its own order."""
+        each = batch // self.all
+        return (np.array(self.shards)[:, None] * each + np.arange(each)).reshape(-1)
+
+
+def share(mesh: Mesh) -> Share:
+    """This host's part of a batch.
+
+    Args:
+        mesh: of `make_mesh`.
+
+    Raises:
+        UserError: a mesh in which the rows of two hosts overlap in part.
+    """
+    parts = batch_shards(mesh)
+    held: dict[int, set[int]] = {}  # process → its parts of a batch
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    groups = sorted({frozenset(part) for part in held.values()}, key=min)
+    size = len(groups[0])
+    if any(len(group) != size for group in groups) or size * len(groups) != parts:
+        raise UserError(
+            f"mesh: tensor {mesh.shape['tensor']} puts parts of a batch on hosts that share only "
+            "some of them: let tensor divide the devices of a host, or be a multiple of them"
+        )
+    mine = frozenset(held[jax.process_index()])
+    return Share(groups.index(mine), len(groups), tuple(sorted(mine)), parts)
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Each host's rows become its devices' part of the global batch.
+
+    Args:
+        batch: tree of arrays [B / share.count, …].
+        mesh: of the run.
+
+    Returns:
+        The tree with arrays [B, …].
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put(value: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every host has whole goes to its place; no host talks to another.
+
+    Args:
+        value: NumPy's, or JAX's on this host.
+        sharding: over the devices of all hosts.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(value, sharding)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+
+
+def whole(tree: Any) -> Any:
+    """A tree of global arrays as NumPy arrays, on every host."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def gather(value: Any) -> list[Any]:
+    """What every host has, in the order of the processes; anything that pickles."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int64(data.size))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]

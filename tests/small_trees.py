@@ -1,0 +1,71 @@
+"""Prepared sets of noise, made in a second: for tests that do not look at faces."""
+
+import io
+import pathlib
+
+import av
+import numpy as np
+from PIL import Image
+
+from emollama_jax.data.builders import registry
+
+
+def prepare_raf_db(folder: pathlib.Path, *, train: int, test: int) -> pathlib.Path:
+    """RAF-DB's layout with a different noise picture for every example; returns the data folder."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    tree, lines = folder / "raf", []
+    (tree / "EmoLabel").mkdir(parents=True)
+    (tree / "Image" / "aligned").mkdir(parents=True)
+    for split, count in (("train", train), ("test", test)):
+        for n in range(count):
+            picture = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            name = f"{split}_{n:05d}"
+            Image.fromarray(picture).save(tree / "Image" / "aligned" / f"{name}_aligned.jpg")
+            lines.append(f"{name}.jpg {n % 7 + 1}")
+    (tree / "EmoLabel" / "list_patition_label.txt").write_text("\n".join(lines) + "\n")
+    return _prepare("raf_db", tree, folder / "data")
+
+
+def prepare_dfew(folder: pathlib.Path, *, folds: int = 2) -> pathlib.Path:
+    """DFEW's layout, six noise clips; a fold tests every other one. Returns the data folder."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    tree = folder / "dfew"
+    clips, lists = tree / "Clip" / "original", tree / "EmoLabel_DataSplit"
+    clips.mkdir(parents=True)
+    for number in range(1, 7):
+        frames = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+        (clips / f"{number}.mp4").write_bytes(_mp4(frames))
+    for fold in range(1, folds + 1):
+        for split, chosen in (("train", fold % 2), ("test", 1 - fold % 2)):
+            home = lists / f"{split}(single-labeled)"
+            home.mkdir(parents=True, exist_ok=True)
+            rows = [f"{n},{n}" for n in range(1, 7) if n % 2 == chosen or n == 6]
+            if split == "test":
+                rows = [row for row in rows if row != "6,6"]
+            (home / f"set_{fold}.csv").write_text("\n".join(["video_name,label", *rows]) + "\n")
+    return _prepare("dfew", tree, folder / "data")
+
+
+def _prepare(name: str, tree: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
+    registry.prepare_set(
+        name,
+        tree,
+        data,
+        fold=None,
+        missing_share=0.0,
+        processes=1,
+        progress=lambda done, total: None,
+    )
+    return data
+
+
+def _mp4(frames: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()

@@ -1,0 +1,167 @@
+"""Every implementation of attention is `jax.nn.dot_product_attention`, forward and backward."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from emollama_jax import config
+from emollama_jax.errors import UserError
+from emollama_jax.models.attention import attention
+from emollama_jax.models.eva_vit import EvaVit
+from emollama_jax.models.layers import scan
+from emollama_jax.models.llama import Llama
+from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.sharding.points import within
+
+SAME = 1e-5  # relative to the largest value
+SHAPES = {  # B, T, N, K, H
+    "one block": (2, 128, 2, 2, 64),
+    "grouped, padded": (1, 200, 4, 2, 64),
+    "several blocks": (1, 640, 2, 1, 128),
+    "EVA-ViT-g": (1, 257, 2, 2, 88),
+    "short": (2, 7, 3, 3, 16),
+}
+
+
+def arrays(shape, seed=0):
+    """q, k, v and the gradient of the result."""
+    examples, tokens, heads, kv_heads, width = shape
+    rng = np.random.default_rng(seed)
+    sizes = [heads, kv_heads, kv_heads, heads]
+    return [
+        jnp.asarray(rng.standard_normal((examples, tokens, n, width), np.float32)) for n in sizes
+    ]
+
+
+def with_gradients(function):
+    """(q, k, v, gradient) → (result, gradients), compiled."""
+
+    @jax.jit
+    def run(q, k, v, gradient):
+        result, back = jax.vjp(function, q, k, v)
+        return result, *back(gradient)
+
+    return run
+
+
+def reference(causal):
+    return with_gradients(functools.partial(jax.nn.dot_product_attention, is_causal=causal))
+
+
+def assert_same(got, wanted, tolerance=SAME):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_is_the_reference(shape, causal, implementation):
+    given = arrays(shape)
+    ours = functools.partial(attention, causal=causal, implementation=implementation)
+    assert_same(with_gradients(ours)(*given), reference(causal)(*given))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_bfloat16_rounds_once(implementation):
+    """Logits, softmax and sums in float32: as near to the exact result as bfloat16 goes."""
+    given = arrays((1, 256, 2, 2, 64))
+    halves = [x.astype(jnp.bfloat16) for x in given]
+    ours = functools.partial(attention, causal=True, implementation=implementation)
+    got = with_gradients(ours)(*halves)
+    assert all(x.dtype == jnp.bfloat16 for x in got)
+    wanted = reference(True)(*[x.astype(jnp.float32) for x in halves])
+    assert_same(got, wanted, tolerance=0.015)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_padding_on_the_right_is_not_seen(implementation):
+    """Whatever stands behind a row's tokens changes nothing before it, gradients included."""
+    q, k, v, gradient = arrays((1, 160, 2, 1, 32))
+    real = (jnp.arange(160) < 100)[None, :, None, None]
+    ours = with_gradients(functools.partial(attention, causal=True, implementation=implementation))
+    gradient = jnp.where(real, gradient, 0)
+    wanted = ours(q, k, v, gradient)
+    got = ours(*(jnp.where(real, x, 7.0) for x in (q, k, v)), gradient)
+    assert_same([x[:, :100] for x in got], [x[:, :100] for x in wanted])
+    assert not any(x[:, 100:].any() for x in got[1:])
+
+
+@pytest.mark.parametrize("region", ["batch", "frames"])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 8)], ids=str)
+def test_eight_devices_equal_one(sizes, region):
+    given = arrays((8, 128, 4, 2, 32))
+    causal = region == "batch"
+    wanted = reference(causal)(*given)
+    mesh = make_mesh(config.MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    with jax.set_mesh(mesh), within(region):
+        ours = functools.partial(attention, causal=causal, implementation="splash")
+        assert_same(with_gradients(ours)(*given), wanted)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_splash_in_scanned_layers(remat):
+    """Under `scan` with every policy, gradients are those of xla."""
+
+    class Layers(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.asarray([0.5, 1.5]))
+
+    x = arrays((2, 128, 2, 2, 32))[0]
+    graphdef, state = nnx.split(Layers())
+
+    def gradient(implementation):
+        def step(layer, x, _):
+            y = x * layer.scale[...]
+            return x + attention(y, y, y, causal=True, implementation=implementation), None
+
+        def loss(state):
+            layers = nnx.merge(graphdef, state)
+            return (scan(layers, step, x, remat=remat)[0] ** 2).sum()
+
+        return jax.jit(jax.grad(loss))(state)
+
+    assert_same(gradient("splash"), gradient("xla"))
+
+
+def test_config_reaches_the_networks(tiny_config):
+    """Both networks compute the same with splash, and by another way."""
+    llama, vision = tiny_config.model.llama, tiny_config.model.vision
+    cases = [
+        (Llama, dataclasses.replace(llama, layers=1), (1, 40, llama.width), True),
+        (EvaVit, dataclasses.replace(vision, depth=1), (1, 96, 96, 3), False),
+    ]
+    for network, cfg, shape, causal in cases:
+        x = np.random.default_rng(0).standard_normal(shape, np.float32)
+        results, programs = [], []
+        for implementation in ("xla", "splash"):
+            model = network(dataclasses.replace(cfg, attention=implementation), rngs=nnx.Rngs(0))
+            graphdef, state = nnx.split(model)
+
+            def run(state, x, graphdef=graphdef, causal=causal):
+                model = nnx.merge(graphdef, state)
+                if not causal:
+                    return model(x)
+                return model(x, positions=jnp.arange(x.shape[1])[None]).hidden
+
+            results.append(jax.jit(run)(state, x))
+            programs.append(str(jax.make_jaxpr(run)(state, x)))
+        assert_same(results[1], results[0])
+        assert "pallas_call" in programs[1] and "pallas_call" not in programs[0]
+
+
+def test_where_it_cannot_run(monkeypatch):
+    q, k, v, _ = arrays((1, 8, 2, 2, 16))
+    with pytest.raises(UserError, match="cudnn needs an NVIDIA GPU, found cpu"):
+        attention(q, k, v, implementation="cudnn")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="cudnn computes in bfloat16, found float32"):
+        attention(q, k, v, implementation="cudnn")
+    with pytest.raises(UserError, match="splash is a kernel for TPUs"):
+        attention(q, k, v, implementation="splash")
