@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
-from small_sets import Store, iterator, make_config
+from small_sets import Store, iterator, make_config, small_bpe
 from train_toy import WIDTH, Toy
 
 from emollama_jax import checkpoint
@@ -24,6 +24,7 @@ from emollama_jax.config import Config, MeshConfig, SourceConfig
 from emollama_jax.data.pipeline import TrainIterator
 from emollama_jax.evaluate import run
 from emollama_jax.evaluate.protocol import Prediction, write_predictions
+from emollama_jax.models import pretrained
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding import distributed
@@ -47,7 +48,7 @@ def config(bpe: str, mesh: tuple[int, int, int], *overrides: str) -> Config:
         "train.learning_rate=1.0e-2",
         "train.save_every=3",
         "train.log_every=1",
-        "weights=none",
+        "weights=tiny",
         *overrides,
     )
     lora = dataclasses.replace(cfg.model.llama.lora, rank=2, dropout=0.1)
@@ -81,8 +82,19 @@ class Drawn:
         return batch
 
 
-def use(patch: pytest.MonkeyPatch, out: pathlib.Path, *, process: int, pause: float) -> None:
-    """Lets `fit` train the toy on the small sets."""
+def prepare(folder: pathlib.Path) -> str:
+    """Writes a tokenizer and the weights that the toy's decoder starts from; gives the former."""
+    bpe = str(folder / "bpe.json")
+    pathlib.Path(bpe).write_text(small_bpe())
+    toy = Toy(config(bpe, (1, 1, 1)).model, rngs=nnx.Rngs(3))
+    pretrained.save(toy.llama, folder / "tiny_llama.safetensors")
+    return bpe
+
+
+def use(
+    patch: pytest.MonkeyPatch, bpe: str, out: pathlib.Path, *, process: int, pause: float
+) -> None:
+    """Lets `fit` train the toy on the small sets, from what `prepare` wrote."""
     store = Store()
 
     def make(cfg: Config, *, host_index: int, host_count: int, **_) -> Drawn:
@@ -90,6 +102,8 @@ def use(patch: pytest.MonkeyPatch, out: pathlib.Path, *, process: int, pause: fl
         return Drawn(batches, out / f"drawn-{process}.jsonl", pause)
 
     patch.setattr(checkpoint, "EmoLlama", Toy)
+    patch.setattr(pretrained, "WEIGHTS", pathlib.Path(bpe).parent)
+    patch.setattr(pretrained, "TINY", {"llama": "tiny_llama"})
     patch.setattr(loop, "make_train_iterator", make)
 
 
@@ -150,7 +164,7 @@ def main() -> None:
         for way, predictions in evaluated(task["bpe"], task["mesh"], batch=8).items():
             write_predictions(out / f"{way}-{process}.jsonl", predictions)
         return
-    use(pytest.MonkeyPatch(), out, process=process, pause=task["pause"])
+    use(pytest.MonkeyPatch(), task["bpe"], out, process=process, pause=task["pause"])
     result = loop.fit(cfg, out, console=Console(file=sys.stdout, width=200))
     sys.exit(result.exit_status)
 

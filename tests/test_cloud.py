@@ -10,11 +10,11 @@ import sys
 
 import fsspec
 import jax
+import multihost_worker
 import pytest
 import yaml
 from fake_gcs import Bucket
 from jax.sharding import AbstractMesh, AxisType
-from small_sets import small_bpe
 
 from emollama_jax import cli, config
 from emollama_jax.checkpoint import find, matching
@@ -56,7 +56,7 @@ from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.train.loop import fit
 
 bpe, mesh = sys.argv[1], (1, min(len(__import__("jax").devices()), 8), 1)
-worker.use(pytest.MonkeyPatch(), pathlib.Path.cwd(), process=0, pause=0)
+worker.use(pytest.MonkeyPatch(), bpe, pathlib.Path.cwd(), process=0, pause=0)
 cfg = worker.config(bpe, mesh, "train.steps=5")
 quiet = Console(file=open(os.devnull, "w"))
 for until in (4, None):
@@ -75,9 +75,7 @@ assert read_predictions("gs://bucket/runs/one/eval/predictions.jsonl") == [one]
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bpe") / "bpe.json"
-    path.write_text(small_bpe())
-    return str(path)
+    return multihost_worker.prepare(tmp_path_factory.mktemp("start"))
 
 
 def test_run_in_a_bucket_is_the_run_on_a_disk(tmp_path, bpe):

@@ -14,7 +14,6 @@ import multihost_worker
 import numpy as np
 import pytest
 from multihost_worker import STEPS
-from small_sets import small_bpe
 from train_toy import quiet
 
 from emollama_jax import config
@@ -41,9 +40,7 @@ GRACE = 30  # seconds that clouds give between the notice and the end
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bpe") / "bpe.json"
-    path.write_text(small_bpe())
-    return str(path)
+    return multihost_worker.prepare(tmp_path_factory.mktemp("start"))
 
 
 class Pair:
@@ -103,9 +100,9 @@ class Pair:
         return "\n".join((self.out / f"log-{i}.txt").read_text()[-3000:] for i in range(2))
 
 
-def parameters(run: pathlib.Path) -> dict[str, np.ndarray]:
+def parameters(run: pathlib.Path, bpe: str) -> dict[str, np.ndarray]:
     with pytest.MonkeyPatch.context() as patch:
-        multihost_worker.use(patch, run, process=0, pause=0)
+        multihost_worker.use(patch, bpe, run, process=0, pause=0)
         _, model = load_for_inference(run)
         return {name: np.asarray(leaf[...]) for name, leaf in named_parameters(model).items()}
 
@@ -114,7 +111,7 @@ def alone(out: pathlib.Path, bpe: str, mesh: tuple[int, int, int], *, until: int
     """The same run in this one process."""
     out.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        multihost_worker.use(patch, out, process=9, pause=0)
+        multihost_worker.use(patch, bpe, out, process=9, pause=0)
         return fit(multihost_worker.config(bpe, mesh), out, until=until, console=quiet())
 
 
@@ -138,7 +135,7 @@ def test_two_processes_train_as_one(whole, tmp_path, bpe):
     alone(tmp_path, bpe, FSDP)
     assert len(losses(whole)) == STEPS
     np.testing.assert_allclose(losses(whole), losses(tmp_path), rtol=1e-5)
-    found, wanted = parameters(whole), parameters(tmp_path)
+    found, wanted = parameters(whole, bpe), parameters(tmp_path, bpe)
     for name, value in wanted.items():
         scale = np.abs(value).max()
         np.testing.assert_allclose(found[name], value, atol=1e-5 * scale, rtol=0, err_msg=name)
@@ -187,7 +184,7 @@ def test_stopped_and_killed_run_continues_as_if_never_disturbed(whole, tmp_path,
     starts = [int(line.split()[-1]) for line in log.splitlines() if "continues at step" in line]
     assert starts[0] == stopped and starts[1] in (6, stopped)
     assert (tmp_path / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    found, wanted = parameters(tmp_path), parameters(whole)
+    found, wanted = parameters(tmp_path, bpe), parameters(whole, bpe)
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
