@@ -20,7 +20,7 @@ from emollama_jax.paths import as_path
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 Branches = Literal["both", "global", "local", "none"]
-Attention = Literal["xla", "splash", "cudnn"]  # see models/layers.py
+Attention = Literal["xla", "splash", "cudnn"]  # see models/attention.py
 RUN_SECTIONS = ("mesh", "distributed", "generate")  # that a trained run may be used with others
 Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
 

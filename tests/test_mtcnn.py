@@ -78,7 +78,7 @@ def torch_linear(torch, state, x, name):
     return torch.nn.functional.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
 
-def close(found, wanted):
+def assert_close(found, wanted):
     """Within 1e-5 of the largest value, the tolerance of single layers."""
     wanted = np.asarray(wanted)
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
@@ -126,8 +126,8 @@ def test_pnet(networks, shape):
     pnet = jax.jit(networks.pnet)
     for canvas in (x, rubbish):
         probability, boxes = pnet(canvas, sizes=np.array([shape]))
-        close(probability[0, :rows, :columns], scores)
-        close(boxes[0, :rows, :columns], shifts[0].permute(1, 2, 0))
+        assert_close(probability[0, :rows, :columns], scores)
+        assert_close(boxes[0, :rows, :columns], shifts[0].permute(1, 2, 0))
         assert (probability[0, rows:] == -1).all() and (probability[0, :, columns:] == -1).all()
 
 
@@ -136,15 +136,15 @@ def test_rnet_and_onet(networks):
     torch, state = torch_weights(networks, "rnet")
     features = torch_network(torch, state, x[:, :24, :24], pools=(3, 3, 0), dense=4)
     probability, shifts = jax.jit(networks.rnet)(x[:, :24, :24])
-    close(probability, torch_linear(torch, state, features, "dense5_1").softmax(1)[:, 1])
-    close(shifts, torch_linear(torch, state, features, "dense5_2"))
+    assert_close(probability, torch_linear(torch, state, features, "dense5_1").softmax(1)[:, 1])
+    assert_close(shifts, torch_linear(torch, state, features, "dense5_2"))
 
     torch, state = torch_weights(networks, "onet")
     features = torch_network(torch, state, x, pools=(3, 3, 2, 0), dense=5)
     probability, shifts, points = jax.jit(networks.onet)(x)
-    close(probability, torch_linear(torch, state, features, "dense6_1").softmax(1)[:, 1])
-    close(shifts, torch_linear(torch, state, features, "dense6_2"))
-    close(points, torch_linear(torch, state, features, "dense6_3"))
+    assert_close(probability, torch_linear(torch, state, features, "dense6_1").softmax(1)[:, 1])
+    assert_close(shifts, torch_linear(torch, state, features, "dense6_2"))
+    assert_close(points, torch_linear(torch, state, features, "dense6_3"))
 
 
 @pytest.mark.parametrize(

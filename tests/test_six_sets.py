@@ -106,9 +106,9 @@ def assess(run):
 
 
 @pytest.fixture(scope="module")
-def tested(assess, tmp_path_factory):
+def evaluated(assess, tmp_path_factory):
     """Set → the folder of its evaluation."""
-    out = tmp_path_factory.mktemp("tested")
+    out = tmp_path_factory.mktemp("evaluated")
     for name in SETS:
         assess(name, out / name)
     return out
@@ -120,24 +120,24 @@ def test_images_and_clips_were_in_one_run(run):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_set_goes_the_whole_way(tested, name):
-    tree = json.loads((tested / name / "evaluation.json").read_text())
+def test_every_set_goes_the_whole_way(evaluated, name):
+    tree = json.loads((evaluated / name / "evaluation.json").read_text())
     space = label_space(name)
     assert tree["classes"] == list(space.classes)
-    assert tree["n"] == len(read_predictions(tested / name / "predictions.jsonl")) >= 3
+    assert tree["n"] == len(read_predictions(evaluated / name / "predictions.jsonl")) >= 3
     assert list(tree["ways"]) == ["written answers", "label scoring"]
     assert tree["ways"]["label scoring"]["unparsed"] == 0
     kind = "image" if name in IMAGES else "clip"
     assert tree["trace"]["question"] == category_question(space.classes, kind)
-    page = (tested / name / "report.html").read_text(encoding="utf-8")
+    page = (evaluated / name / "report.html").read_text(encoding="utf-8")
     assert "<image" not in page  # research licence: no pictures unless asked for
     assert "GPT-4V" in page or "GPT-4o" in page  # the field's numbers stand beside
-    assert (tested / name / "table.tex").exists()
+    assert (evaluated / name / "table.tex").exists()
 
 
 @pytest.mark.parametrize("name", ["raf_db", "mafw/fold1"])
-def test_every_number_can_be_traced(run, tested, name):
-    folder = tested / name
+def test_every_number_can_be_traced(run, evaluated, name):
+    folder = evaluated / name
     tree = json.loads((folder / "evaluation.json").read_text())
     file = folder / "predictions.jsonl"
     again = evaluate(read_predictions(file), label_space(name))

@@ -37,7 +37,7 @@ MASKED = -10000.0  # BERT's additive mask
 class BertAttention(nnx.Module):
     """Attention, output projection, residual and norm.
 
-    The softmax is written out, other than in `layers.attention`: BERT drops attention weights.
+    The softmax is written out, other than in `models/attention.py`: BERT drops attention weights.
     """
 
     def __init__(self, cfg: QFormerConfig, *, key_width: int, rngs: nnx.Rngs):

@@ -39,8 +39,8 @@ def attend(
 ) -> Float[Array, "... t n h"]:
     """Scaled dot-product attention over any leading axes, logits and softmax in float32.
 
-    `layers.attention` knows no windows, and its grouped heads cost twice the time where heads and
-    sequences are this small.
+    `models/attention.py` knows no windows, and its grouped heads cost twice the time where heads
+    and sequences are this small.
 
     Args:
         q, k, v: queries, keys and values.

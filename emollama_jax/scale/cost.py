@@ -1,6 +1,6 @@
 """What a compiled program costs one device: cycles, FLOPs, memory traffic, collectives.
 
-Rules, as measured with libtpu 0.0.42 (docs/performance.md):
+Rules, as measured with libtpu 0.0.42:
 
 * Loops are multiplied out by their trip count; a loop whose count depends on data counts once and
   is named in `Cost.unbounded`.
