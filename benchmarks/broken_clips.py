@@ -157,7 +157,6 @@ def prepare(folder: pathlib.Path, data: pathlib.Path) -> None:
         progress=lambda done, total: None,
     )
     cfg = config.load("tiny")
-    logging.getLogger("emollama_jax.faces.priors").setLevel(logging.ERROR)
     prepare_priors(
         registry.open_split(data, "own/broken", "train"),
         priors_folder(data, "own/broken", "train"),
@@ -207,6 +206,8 @@ def main() -> None:
 
     names = Names()
     logging.getLogger("emollama_jax").addHandler(names)
+    # It names what it cannot read too, but here the training pipeline is counted.
+    logging.getLogger("emollama_jax.faces.priors").setLevel(logging.ERROR)
     odd = write_set(args.out / "src", clips=args.clips, every=round(1 / args.broken))
     unreadable = {path for path, kind in odd.items() if KINDS[kind][2] == 0}
     print(f"{args.clips} clips, {len(odd)} odd, {len(unreadable)} of them unreadable")

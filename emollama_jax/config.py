@@ -20,7 +20,7 @@ from emollama_jax.paths import as_path
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 Branches = Literal["both", "global", "local", "none"]
-Attention = Literal["xla", "splash", "cudnn"]  # see models/attention.py
+Attention = Literal["xla", "auto", "splash", "cudnn"]  # see models/attention.py
 RUN_SECTIONS = ("mesh", "distributed", "generate")  # that a trained run may be used with others
 Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
 
@@ -275,6 +275,7 @@ class TrainConfig:
     image_batch: int  # examples of an image step, all hosts together
     clip_batch: int
     accumulation: int  # micro-batches of an optimizer step
+    loss_chunk: int  # text positions whose logits exist together
     trainable: tuple[str, ...]  # regular expressions over parameter paths, "llama/.*lora_[AB]"
     learning_rate: float
     projector_learning_rate: float  # of what `projector` matches

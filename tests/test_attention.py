@@ -69,7 +69,7 @@ def assert_same(got, wanted, tolerance=SAME):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.mark.parametrize("implementation", ["xla", "splash", "auto"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_is_the_reference(shape, causal, implementation):
@@ -113,6 +113,17 @@ def test_eight_devices_equal_one(sizes, region):
     with jax.set_mesh(mesh), within(region):
         ours = functools.partial(attention, causal=causal, implementation="splash")
         assert_same(with_gradients(ours)(*given), wanted)
+
+
+def test_auto_is_splash_for_a_tpu_and_obeys_the_mask_elsewhere():
+    q, k, v, _ = arrays((1, 128, 2, 2, 32))
+    mask = jnp.arange(128)[None, None, :] > jnp.arange(128)[None, :, None] - 5  # not causal
+    ours = functools.partial(attention, causal=True, mask=mask[:, None], implementation="auto")
+    np.testing.assert_array_equal(ours(q, k, v), attention(q, k, v, mask=mask[:, None]))
+    traced = jax.jit(ours).trace(q, k, v)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    for platform in ("cpu", "cuda"):
+        assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -173,5 +184,5 @@ def test_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(UserError, match="cudnn computes in bfloat16, found float32"):
         attention(q, k, v, implementation="cudnn")
-    with pytest.raises(UserError, match="splash is a kernel for TPUs"):
+    with pytest.raises(UserError, match="splash is for TPUs"):
         attention(q, k, v, implementation="splash")

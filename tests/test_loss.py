@@ -7,16 +7,17 @@ import optax
 import pytest
 
 from emollama_jax.batch import IGNORE
-from emollama_jax.train.step import LOSS_CHUNK, next_token_sums
+from emollama_jax.train.step import next_token_sums
 
-EXAMPLES, LENGTH, WIDTH, VOCAB = 2, 2 * LOSS_CHUNK + 20, 8, 20
+CHUNK = 16
+EXAMPLES, LENGTH, WIDTH, VOCAB = 2, 2 * CHUNK + 7, 8, 20
 
 
 @pytest.fixture
 def given(rng):
     """Head, hidden states, labels (the first chunk bears none), weights."""
     labels = rng.integers(0, VOCAB, (EXAMPLES, LENGTH)).astype(np.int32)
-    labels[:, : LOSS_CHUNK + 5] = IGNORE
+    labels[:, : CHUNK + 5] = IGNORE
     return (
         jnp.asarray(rng.standard_normal((WIDTH, VOCAB), np.float32)),
         jnp.asarray(rng.standard_normal((EXAMPLES, LENGTH, WIDTH), np.float32)),
@@ -26,7 +27,11 @@ def given(rng):
 
 
 def fused(head, hidden, labels, weight):
-    return 3 * next_token_sums(lambda x: x @ head, hidden, labels=labels, weight=weight).loss
+    def logits(x):
+        return x @ head
+
+    sums = next_token_sums(logits, hidden, labels=labels, weight=weight, chunk=CHUNK)
+    return 3 * sums.loss
 
 
 def plain(head, hidden, labels, weight):
@@ -52,7 +57,7 @@ def test_logits_are_computed_once(given):
 
 def test_correct_is_the_argmax(given):
     head, hidden, labels, weight = given
-    sums = next_token_sums(lambda x: x @ head, hidden, labels=labels, weight=weight)
+    sums = next_token_sums(lambda x: x @ head, hidden, labels=labels, weight=weight, chunk=CHUNK)
     borne = (labels[:, 1:] != IGNORE) * weight[:, None]
     right = (hidden[:, :-1] @ head).argmax(-1) == labels[:, 1:]
     assert float(sums.correct) == float((right * borne).sum())

@@ -182,6 +182,7 @@ def step_of(sizes, preset, *, frames_at_once=256):
             state=shardings,
             mesh=mesh,
             accumulation=ACCUMULATION,
+            loss_chunk=cfg.train.loss_chunk,
             xla={},
         )
         batch = jax.device_put(real_batch(cfg.model), batch_sharding(mesh))
@@ -212,15 +213,22 @@ def one_device(quick_compiler):
     ],
 )
 def test_loss_and_gradients_are_those_of_one_device(one_device, preset, sizes, frames_at_once):
+    """Loss and the whole gradient to 1e-5; each leaf's to 5e-5 of its length.
+
+    Rounding alone moves single leaves by up to 2e-5 (a gate's gradient sums what cancels over all
+    patches), and otherwise on another CPU. A row left out, or counted twice, moves each by 1 / 16.
+    """
     metrics, grads = step_of(sizes, preset, frames_at_once=frames_at_once)
-    for name, want in one_device[0].items():
+    wanted, gradient = one_device
+    for name, want in wanted.items():
         np.testing.assert_allclose(metrics[name], want, rtol=1e-5, err_msg=name)
-    for name, want in one_device[1].items():
-        # A gate's gradient sums what cancels over all patches: against its branch's largest.
-        kin = name.rpartition("/")[0] if want.ndim == 0 else name
-        scale = max(np.abs(leaf).max() for path, leaf in one_device[1].items() if kin in path)
+    length = {name: np.linalg.norm(leaf) for name, leaf in gradient.items()}
+    whole = np.linalg.norm(list(length.values()))
+    apart = {name: np.linalg.norm(grads[name] - leaf) for name, leaf in gradient.items()}
+    assert np.linalg.norm(list(apart.values())) < 1e-5 * whole
+    for name, norm in length.items():
         if re.fullmatch(KEY_BIAS, name):
-            assert scale < 1e-5 * metrics["grad_norm"], name
+            assert norm < 1e-5 * whole, name
             continue
-        assert scale > 0 or "text_ffn" in name  # of the last layer: no query reads it
-        np.testing.assert_allclose(grads[name], want, atol=1e-5 * scale, rtol=0, err_msg=name)
+        assert norm > 0 or "text_ffn" in name  # of the last layer: no query reads it
+        assert apart[name] <= 5e-5 * norm, name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hlo_text import collective, counted_loop, module_text
 
-from emollama_jax.scale import cost, hlo
+from emollama_jax.scale import cost, hlo, moved
 
 SHAPE = {"data": 1, "fsdp": 4, "tensor": 2}
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "scanned_matmul.hlo"
@@ -306,3 +306,36 @@ def test_traffic_counts_slices_and_what_lies_in_hbm():
         inner,
     )
     assert count(text).traffic == {"other": 256 * 4 + 256 * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dims", "known"),
+    [
+        ("all-gather", "[4096,1024]", True),
+        ("all-gather", "[1024,4096]", True),  # turned
+        ("all-gather", "[1,16,64,4096]", True),  # one layer, its heads apart
+        ("all-gather", "[128,4096]", False),  # rows of the batch
+        ("all-to-all", "[8,512,1024]", True),
+        ("all-to-all", "[8,16,1024]", False),
+        ("all-reduce", "[128,4096]", True),  # sums are no gathers
+        ("all-gather", "[64,64]", True),  # too small to tell
+    ],
+)
+def test_what_is_gathered_is_a_parameter_or_named(kind, dims, known):
+    text = module_text(
+        "  %p = bf16[8,8]{1,0} parameter(0)\n"
+        f"  ROOT %c = bf16{dims} {kind}(%p), replica_groups={{{{0,1}}}}, "
+        'metadata={op_name="jit(step)/jvp(fim)/dot"}\n'
+    )
+    found = moved.activations(hlo.parse(text), {(4096, 1024), (39, 7)})
+    assert bool(found) is not known
+    assert all((one.kind, one.part) == (kind, "fim") for one in found)
+
+
+def test_a_started_gather_is_its_result_not_its_operand():
+    text = module_text(
+        "  %p = bf16[128,1024]{1,0} parameter(0)\n"
+        "  ROOT %c = (bf16[128,1024]{1,0}, bf16[1024,1024]{1,0}) all-gather-start(%p), "
+        "replica_groups={{0,1}}\n"
+    )
+    assert [one.dims for one in moved.activations(hlo.parse(text), set())] == [(1024, 1024)]

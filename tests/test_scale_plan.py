@@ -174,6 +174,11 @@ def test_the_command_plans_a_training_step(capsys):
     assert told["compiler"]["cycles"]["llm"] > 0
     assert told["compiler"]["loops_of_unknown_length"] == []
     assert all(row["axes"] == ["fsdp"] for row in told["collectives"])
+    # What is gathered or exchanged is parameters, but for gradients of one row a frame.
+    a_row_a_frame = told["batch"]["examples"] * told["batch"]["frames"] * cfg.model.llama.width
+    for one in told["activations_moved"]:
+        assert one["part"] == "visual_tokens" and "transpose" in one["op_name"], one
+        assert math.prod(one["dims"]) <= a_row_a_frame, one
     assert 0 < told["roofline"]["mfu"] < 1
 
 
@@ -203,7 +208,13 @@ def traced(cfg, shapes):
     trained = {k: v for k, v in whole.params.items() if k in whole.trainable}
     frozen = {k: v for k, v in whole.params.items() if k not in whole.trainable}
     state = jax.eval_shape(functools.partial(init_state, optimizer, seed=0), trained)
-    step = functools.partial(train_step, nnx.graphdef(whole.model), optimizer, accumulation=1)
+    step = functools.partial(
+        train_step,
+        nnx.graphdef(whole.model),
+        optimizer,
+        accumulation=1,
+        loss_chunk=cfg.train.loss_chunk,
+    )
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(step)(frozen, state, steps.abstract_batch(cfg, mesh, shapes))
     analytic = flops.train_flops(cfg, whole.trainable, **dataclasses.asdict(shapes))

@@ -139,6 +139,7 @@ def trained(mesh_sizes, *, accumulation):
             state=shardings,
             mesh=mesh,
             accumulation=accumulation,
+            loss_chunk=cfg.train.loss_chunk,
             xla={},
         )
         rng = np.random.Generator(np.random.PCG64(0))

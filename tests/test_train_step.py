@@ -15,13 +15,14 @@ from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train.optimizer import make_optimizer
 from emollama_jax.train.step import (
-    LOSS_CHUNK,
     init_state,
     merge,
     micro_batches,
     next_token_sums,
     train_step,
 )
+
+CHUNK = 64  # of the loss
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +46,19 @@ def setting(**train):
     @jax.jit
     def step(frozen, state, batch):
         return train_step(
-            graphdef, optimizer, frozen, state, batch, accumulation=cfg.train.accumulation
+            graphdef,
+            optimizer,
+            frozen,
+            state,
+            batch,
+            accumulation=cfg.train.accumulation,
+            loss_chunk=cfg.train.loss_chunk,
         )
 
     return frozen, init_state(optimizer, params, seed=cfg.train.seed), step
+
+
+CHUNK = 64  # of the loss
 
 
 def plain_loss(logits, labels, weight):
@@ -65,7 +75,7 @@ def plain_loss(logits, labels, weight):
     return loss, tokens, correct
 
 
-@pytest.mark.parametrize("length", [2, LOSS_CHUNK, LOSS_CHUNK + 1, 2 * LOSS_CHUNK + 9])
+@pytest.mark.parametrize("length", [2, CHUNK, CHUNK + 1, 2 * CHUNK + 9])
 def test_loss_is_the_plain_one(rng, length):
     hidden = rng.normal(size=(3, length, VOCAB)).astype(np.float32)
     labels = rng.integers(0, VOCAB, (3, length))
@@ -73,7 +83,11 @@ def test_loss_is_the_plain_one(rng, length):
     labels[0, -1] = 5
     weight = np.array([1.0, 0.0, 2.0], np.float32)
     sums = next_token_sums(
-        lambda x: 3 * x, jnp.asarray(hidden), labels=jnp.asarray(labels), weight=weight
+        lambda x: 3 * x,
+        jnp.asarray(hidden),
+        labels=jnp.asarray(labels),
+        weight=weight,
+        chunk=CHUNK,
     )
     loss, tokens, correct = plain_loss(3 * hidden, labels, weight)
     assert sums.loss == pytest.approx(loss, rel=1e-6)
@@ -83,10 +97,10 @@ def test_loss_is_the_plain_one(rng, length):
 
 def test_chunks_without_labels_are_skipped():
     """Their logits are never asked for: NaN there would poison the sum."""
-    length = 2 * LOSS_CHUNK + 1
+    length = 2 * CHUNK + 1
     labels = jnp.full((1, length), IGNORE).at[0, -1].set(1)
-    hidden = jnp.ones((1, length, 4)).at[:, :LOSS_CHUNK].set(jnp.nan)
-    sums = next_token_sums(lambda x: x, hidden, labels=labels, weight=jnp.ones(1))
+    hidden = jnp.ones((1, length, 4)).at[:, :CHUNK].set(jnp.nan)
+    sums = next_token_sums(lambda x: x, hidden, labels=labels, weight=jnp.ones(1), chunk=CHUNK)
     assert sums.tokens == 1 and sums.loss == pytest.approx(np.log(4))
 
 

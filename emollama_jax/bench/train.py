@@ -243,6 +243,7 @@ def jax_side(work: Work) -> Callable[[], tuple[float, float]]:
         state=where,
         mesh=mesh,
         accumulation=1,
+        loss_chunk=64,
         xla={},
     )
     batch = jax.device_put(_batch(work), jax.devices()[0])

@@ -1,8 +1,9 @@
-"""Scaled dot-product attention, one function with three implementations.
+"""Scaled dot-product attention, one function with several implementations.
 
 - `xla`: `jax.nn.dot_product_attention`, which runs everywhere.
 - `splash`: the Pallas kernel for TPUs that JAX carries; elsewhere the same kernel is interpreted,
   slowly, so that a config that names it still runs.
+- `auto`: `splash` where the program is compiled for a TPU, `xla` elsewhere.
 - `cudnn`: NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
 
 Logits and softmax are float32 in all of them.
@@ -40,7 +41,8 @@ def attention(
         k: keys.
         v: values.
         bias: added to the logits; `xla` only.
-        mask: True where a query may look; a row that sees nothing attends evenly; `xla` only.
+        mask: True where a query may look; a row that sees nothing attends evenly; `xla` only, or
+            what `auto` gives `xla` in place of `causal`.
         causal: token i sees tokens 0 … i alone; queries and keys are the same tokens.
         implementation: see the module.
 
@@ -48,8 +50,15 @@ def attention(
         UserError: `cudnn` without a GPU, or in float32.
     """
     with jax.named_scope("attention"):
-        if implementation == "splash":
-            return _splash(q, k, v, causal=causal)
+        if implementation in ("auto", "splash"):
+            kernel = functools.partial(_splash, causal=causal)
+            plain = functools.partial(attention, mask=mask, causal=causal and mask is None)
+            if implementation == "auto":
+                return jax.lax.platform_dependent(q, k, v, tpu=kernel, default=plain)
+            if jax.default_backend() == "gpu":
+                raise UserError("attention: splash is for TPUs, found a GPU: use cudnn or xla")
+            slow = functools.partial(kernel, interpret=True)
+            return jax.lax.platform_dependent(q, k, v, tpu=kernel, cpu=slow)
         if implementation == "cudnn":
             return _cudnn(q, k, v, causal=causal)
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, is_causal=causal)
@@ -58,19 +67,11 @@ def attention(
 # ------------------------------------------------------------------ splash
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool = False
+) -> jax.Array:
     """The Pallas kernel, on each device's own examples and heads: GSPMD cannot split it."""
-    if jax.default_backend() == "gpu":
-        raise UserError("attention: splash is a kernel for TPUs, found a GPU: use cudnn or xla")
-
-    def local(interpret: bool, *qkv: jax.Array) -> jax.Array:
-        return _splash_local(*qkv, causal=causal, interpret=interpret)
-
-    def run(*qkv: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(
-            *qkv, tpu=functools.partial(local, False), cpu=functools.partial(local, True)
-        )
-
+    run = functools.partial(_splash_local, causal=causal, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         spec = per_head(q.shape[0], k.shape[2])

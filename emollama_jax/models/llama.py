@@ -87,11 +87,11 @@ class LlamaLayer(nnx.Module):
         v = rearrange(self.v_proj(y, dropout_key=keys[2]), "b t (k h) -> b t k h", k=cfg.kv_heads)
         q = rotary(q, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
         k = rotary(k, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
-        if cache is None and cfg.attention == "xla":
+        if cache is None:
             visible = positions[:, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, T]
-            mixed = attention(q, k, v, mask=visible)
-        elif cache is None:  # the kernels take rows that begin at position 0
-            mixed = attention(q, k, v, causal=True, implementation=cfg.attention)
+            # The kernels take rows that begin at position 0.
+            causal = cfg.attention != "xla"
+            mixed = attention(q, k, v, mask=visible, causal=causal, implementation=cfg.attention)
         else:
             cache = KVCache(
                 k=_write(cache.k, k, positions[:, 0]), v=_write(cache.v, v, positions[:, 0])

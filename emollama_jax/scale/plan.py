@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh
 
 from emollama_jax.config import Config, MeshConfig
 from emollama_jax.errors import UserError
-from emollama_jax.scale import flops, hlo, steps
+from emollama_jax.scale import flops, hlo, moved, steps
 from emollama_jax.scale.cost import Cost, cost
 from emollama_jax.scale.topologies import Chip, chip_of, compiling, devices
 from emollama_jax.sharding.mesh import AXES, make_mesh, mesh_sizes
@@ -72,6 +72,7 @@ class Plan:
     model: flops.ModelFlops
     cost: Cost
     kernel_flops: float  # of Pallas kernels, analytic, one device
+    activations: tuple[moved.Moved, ...]  # gathered or exchanged; a train step should have few
     chip: Chip
 
     @property
@@ -168,13 +169,16 @@ def make_plan(
             programs = steps.lower_decode(cfg, mesh, shapes, compiled)
         results = [(program, compiled(program)) for program in programs]
     total, memories = Cost(), []
+    activations: list[moved.Moved] = []
     price = make_price(chip, mesh)
+    whole = steps.abstract_model(cfg, mesh)
+    known = steps.gathered_shapes(whole)
     for program, result in results:
         tell(f"{program.name}: reading {time.monotonic() - start:.0f} s after the start")
         module = hlo.parse(result.as_text())
         total.add(cost(module, dict(mesh.shape), price, part=program.part))
         memories.append(_memory(program, result, module, chip))
-    whole = steps.abstract_model(cfg, mesh)
+        activations += moved.activations(module, known)
     model = _model_flops(cfg, whole, shapes, step)
     return Plan(
         config=cfg.name,
@@ -193,6 +197,7 @@ def make_plan(
         model=model,
         cost=total,
         kernel_flops=_kernel_flops(cfg, total, model, step) / mesh.size,
+        activations=tuple(activations),
         chip=chip,
     )
 
@@ -338,7 +343,7 @@ def _kernel_flops(cfg: Config, total: Cost, model: flops.ModelFlops, step: steps
     parts = {"llm": cfg.model.llama, "vision": cfg.model.vision}
     result = 0.0
     for part, network in parts.items():
-        if network.attention != "splash" or part not in model.attention:
+        if network.attention not in ("splash", "auto") or part not in model.attention:
             continue
         if step != "train" or not model.backward.get(part):
             result += model.attention[part]
@@ -367,6 +372,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         dataclasses.asdict(key) | dataclasses.asdict(traffic)
         for key, traffic in plan.cost.collectives.items()
     ]
+    tree["activations_moved"] = tree.pop("activations")
     tree["roofline"] = {
         "seconds": plan.roofline,
         "binds": max(plan.roofline, key=plan.roofline.__getitem__),

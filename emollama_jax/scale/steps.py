@@ -141,6 +141,13 @@ def abstract_model(cfg: Config, mesh: Mesh) -> Abstract:
     return Abstract(model, leaves, params, trainable, where.replicated)
 
 
+def gathered_shapes(whole: Abstract) -> set[tuple[int, ...]]:
+    """Whole shapes of all parameters, and of one layer of those that are stacked."""
+    shapes = {leaf.shape for leaf in whole.params.values()}
+    stacked = (p for p, leaf in whole.leaves.items() if leaf.axes[:1] == ("layers",))
+    return shapes | {whole.params[path].shape[1:] for path in stacked}
+
+
 def lower_train(cfg: Config, mesh: Mesh, shapes: Shapes) -> list[Program]:
     """The train step of `train/loop.py`. The mesh must be entered."""
     whole = abstract_model(cfg, mesh)
@@ -159,6 +166,7 @@ def lower_train(cfg: Config, mesh: Mesh, shapes: Shapes) -> list[Program]:
         state=shardings,
         mesh=mesh,
         accumulation=cfg.train.accumulation,
+        loss_chunk=cfg.train.loss_chunk,
         xla=cfg.xla_flags,
     )
     return [

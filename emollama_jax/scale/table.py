@@ -160,6 +160,12 @@ def _collectives(plan: Plan, console: Console) -> None:
     console.print(table)
     for name, (size, sent) in sums.items():
         console.print(f"{name}: {size / 1e9:.2f} GB, {sent / 1e9:.2f} GB sent")
+    for one in plan.activations:
+        console.print(
+            f"no parameter: {one.kind} of {one.dtype}{list(one.dims)}, {one.bytes / 1e6:.2f} MB, "
+            f"in {one.part or 'other'}",
+            markup=False,
+        )
 
 
 def _time(plan: Plan, console: Console) -> None:

@@ -252,6 +252,7 @@ def assemble(
         state=shardings,
         mesh=mesh,
         accumulation=cfg.train.accumulation,
+        loss_chunk=cfg.train.loss_chunk,
         xla=cfg.xla_flags,
     )
     return Machine(step=step, frozen=frozen, state=state)

@@ -23,10 +23,6 @@ from emollama_jax.sharding.mesh import batch_sharding, replicated
 from emollama_jax.sharding.points import constrain
 from emollama_jax.train.optimizer import Optimizer
 
-# Text positions whose logits exist together: with 32,000 words, float32 logits of a whole
-# 2048-token example would be 260 MB.
-LOSS_CHUNK = 64
-
 Params = dict[str, jax.Array]  # by path, e.g. "llama/layers/q_proj/lora_A"
 
 
@@ -85,6 +81,7 @@ def next_token_sums(
     *,
     labels: Int[Array, "b t"],
     weight: Float[Array, " b"],
+    chunk: int,
 ) -> Sums:
     """Next-token cross-entropy in float32: the hidden state at t predicts the label at t + 1.
 
@@ -97,14 +94,16 @@ def next_token_sums(
         hidden: final hidden states.
         labels: IGNORE where no loss is borne; not shifted.
         weight: of each example.
+        chunk: positions whose logits exist together; with 32,000 words, float32 logits of a whole
+            2048-token example would be 260 MB.
     """
     examples, length, width = hidden.shape
-    chunks = -(-(length - 1) // LOSS_CHUNK)
-    rest = chunks * LOSS_CHUNK - (length - 1)
+    chunks = -(-(length - 1) // chunk)
+    rest = chunks * chunk - (length - 1)
     hidden = jnp.pad(hidden[:, :-1], ((0, 0), (0, rest), (0, 0)))
     labels = jnp.pad(labels[:, 1:], ((0, 0), (0, rest)), constant_values=IGNORE)
-    hidden = hidden.reshape(examples, chunks, LOSS_CHUNK, width)
-    labels = labels.reshape(examples, chunks, LOSS_CHUNK)
+    hidden = hidden.reshape(examples, chunks, chunk, width)
+    labels = labels.reshape(examples, chunks, chunk)
 
     hidden, labels = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(labels, 0, 1)  # [chunks, B, C, …]
     # `head`: what the logits need that trains. The frozen rest stays in the function.
@@ -123,20 +122,20 @@ def next_token_sums(
         empty = jax.eval_shape(of_chunk, head, hidden[0], labels[0])
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
 
-        def add(total: Any, chunk: tuple[jax.Array, jax.Array]):
-            some = jnp.any(chunk[1] != IGNORE)
-            part, rest = jax.lax.cond(some, of_chunk, lambda *_: empty, head, *chunk)
+        def add(total: Any, one: tuple[jax.Array, jax.Array]):
+            some = jnp.any(one[1] != IGNORE)
+            part, rest = jax.lax.cond(some, of_chunk, lambda *_: empty, head, *one)
             return jax.tree.map(jnp.add, total, part), rest
 
         return jax.lax.scan(add, empty[0], (hidden, labels))
 
     @jax.custom_vjp
     def sums(head: Any, hidden: jax.Array, labels: jax.Array) -> Sums:
-        return over_chunks(lambda *chunk: (of_chunk(*chunk)[1], None), head, hidden, labels)[0]
+        return over_chunks(lambda *one: (of_chunk(*one)[1], None), head, hidden, labels)[0]
 
     def forward(head: Any, hidden: jax.Array, labels: jax.Array):
-        def with_gradient(*chunk):
-            (_, part), grads = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)(*chunk)
+        def with_gradient(*one):
+            (_, part), grads = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)(*one)
             return (part, grads[0]), grads[1]
 
         (total, of_head), of_hidden = over_chunks(with_gradient, head, hidden, labels)
@@ -171,6 +170,7 @@ def train_step(
     batch: Batch,
     *,
     accumulation: int,
+    loss_chunk: int,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step.
 
@@ -181,6 +181,7 @@ def train_step(
         state: before the step; not changed.
         batch: B examples, a multiple of `accumulation`.
         accumulation: micro-batches, one after the other.
+        loss_chunk: of `next_token_sums`.
     """
     key = jax.random.fold_in(state.key, state.step)
 
@@ -192,7 +193,9 @@ def train_step(
         head.set_value(constrain(head[...], "head"))
         labels, weight = batch.labels, batch.weight
         with jax.named_scope("loss"):
-            sums = next_token_sums(model.llama.logits, hidden, labels=labels, weight=weight)
+            sums = next_token_sums(
+                model.llama.logits, hidden, labels=labels, weight=weight, chunk=loss_chunk
+            )
         return sums.loss, sums
 
     def add(total: tuple[Params, Sums], xs: tuple[Batch, jax.Array]):
@@ -246,6 +249,7 @@ def compile_step(
     state: TrainState,
     mesh: Mesh,
     accumulation: int,
+    loss_chunk: int,
     xla: Mapping[str, str],
 ) -> Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]:
     """`train_step` under `jax.jit` on a mesh; compiled when it first meets a batch's shape.
@@ -257,6 +261,7 @@ def compile_step(
         state: where the state lives, of `state_shardings`.
         mesh: to be entered by the caller with `jax.set_mesh`.
         accumulation: micro-batches of a step.
+        loss_chunk: positions whose logits exist together.
         xla: flags for the compiler; only a TPU's knows them.
 
     Returns:
@@ -264,7 +269,9 @@ def compile_step(
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
-        functools.partial(train_step, graphdef, optimizer, accumulation=accumulation),
+        functools.partial(
+            train_step, graphdef, optimizer, accumulation=accumulation, loss_chunk=loss_chunk
+        ),
         in_shardings=(dict(frozen), state, batch_sharding(mesh)),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=1,
