@@ -300,8 +300,7 @@ def zero_shot(options: Inline[ZeroShot]) -> None:
     """
     from emollama_jax.evaluate.zero_shot import run
 
-    folder, result = run(options, _console())
-    print(f"WAR {result.war:.4f}  UAR {result.uar:.4f}  n {result.n}: {folder / 'report.html'}")
+    print(run(options, _console()))
 
 
 def ask(

@@ -27,7 +27,10 @@ def prepare_raf_db(folder: pathlib.Path, *, train: int, test: int) -> pathlib.Pa
 
 
 def prepare_dfew(folder: pathlib.Path, *, folds: int = 2) -> pathlib.Path:
-    """DFEW's layout, six noise clips; a fold tests every other one. Returns the data folder."""
+    """DFEW's layout, six noise clips; a fold tests every other one, or with five folds every fifth.
+
+    Returns the data folder.
+    """
     rng = np.random.Generator(np.random.PCG64(1))
     tree = folder / "dfew"
     clips, lists = tree / "Clip" / "original", tree / "EmoLabel_DataSplit"
@@ -36,12 +39,15 @@ def prepare_dfew(folder: pathlib.Path, *, folds: int = 2) -> pathlib.Path:
         frames = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
         (clips / f"{number}.mp4").write_bytes(_mp4(frames))
     for fold in range(1, folds + 1):
-        for split, chosen in (("train", fold % 2), ("test", 1 - fold % 2)):
+        for split in ("train", "test"):
             home = lists / f"{split}(single-labeled)"
             home.mkdir(parents=True, exist_ok=True)
-            rows = [f"{n},{n}" for n in range(1, 7) if n % 2 == chosen or n == 6]
-            if split == "test":
-                rows = [row for row in rows if row != "6,6"]
+            if folds == 5:
+                tested = {n for n in range(1, 7) if n % 5 == fold % 5}
+            else:
+                tested = {n for n in range(1, 6) if n % 2 == 1 - fold % 2}
+            chosen = tested if split == "test" else set(range(1, 7)) - tested
+            rows = [f"{n},{n}" for n in sorted(chosen)]
             (home / f"set_{fold}.csv").write_text("\n".join(["video_name,label", *rows]) + "\n")
     return _prepare("dfew", tree, folder / "data")
 

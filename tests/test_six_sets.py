@@ -5,6 +5,7 @@ what is tested is that every set goes the whole way, and that a wrong number is 
 """
 
 import json
+import shutil
 
 import mini_trees
 import pytest
@@ -167,6 +168,35 @@ def test_the_command_shows_pictures_where_they_are_asked_for(run, capsys, tmp_pa
     command(run, "--source", "dfew", "--fold", 1, *args)
     assert f"{tmp_path}/report.html" in capsys.readouterr().out
     assert "<image" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_fold_with_the_run_that_did_not_see_it(run, capsys, tmp_path):
+    """The same weights five times, each as a run that was trained on its own fold's list."""
+    cfg = config.load("tiny", [f"data.dir={run.parent / 'data'}"])
+    tree = run.parent / "dfew-fold1"
+    prepare_source(
+        cfg, load_face(cfg), "dfew", source=tree, splits=("test",), processes=1, console=QUIET
+    )
+    for fold in range(1, 6):
+        copy = tmp_path / f"run{fold}"
+        shutil.copytree(run, copy)
+        given = [f for f in copy.rglob("*") if f.is_file() and b"dfew/fold1" in f.read_bytes()]
+        assert given  # the config that a checkpoint keeps
+        for file in given:
+            saved = file.read_bytes()
+            file.write_bytes(saved.replace(b"dfew/fold1", f"dfew/fold{fold}".encode()))
+    args = ["--source", "dfew", "--fold", "all", "--answering", "score", "--batch", 8]
+    command(f"{tmp_path}/run{{fold}}", *args, "--out", tmp_path / "out")
+    assert "5 folds:" in capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    each = [
+        json.loads((tmp_path / "out" / f"fold{fold}" / "evaluation.json").read_text())
+        for fold in range(1, 6)
+    ]
+    assert told["wars"] == [one["war"] for one in each]
+    assert told["war"] == pytest.approx(sum(told["wars"]) / 5)
+    assert sum(one["n"] for one in each) == 15
+    assert "--fold all" in told["command"] and len(told["trace"]) == 5
 
 
 @pytest.mark.parametrize(

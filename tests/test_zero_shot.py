@@ -187,6 +187,44 @@ def test_clips_are_frames_in_order(tmp_path):
     assert {p.predicted for p in found} == {"happy"}
 
 
+def test_all_folds_are_joined(tmp_path, capsys):
+    """Clips 1 … 6, one of each label, are all called happy, the first of the labels."""
+    data = prepare_dfew(tmp_path, folds=5)
+    with Server(answer=lambda body: "happy").running() as server:
+        model = openai(server)
+        run(model, data, tmp_path / "out", "--frames", "2", "--fold", "all", name="dfew")
+        asked = len(server.bodies)
+        err = refused(capsys, model, data, tmp_path / "other", name="dfew")
+    assert asked == 6
+    assert "dfew has 5 folds: name one with --fold 1, or --fold all" in err
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert told["wars"] == [0.5, 0, 0, 0, 0]  # fold 1 tests clips 1 and 6
+    assert told["war"] == pytest.approx(0.1)
+    assert (tmp_path / "out" / "table.tex").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{model} on DFEW, test, 5 folds" in page and "--fold all" in page
+
+
+def test_folds_share_a_budget(tmp_path, capsys):
+    """Prices are given: each answer costs about as much, and the money is there for three."""
+    data = prepare_dfew(tmp_path, folds=5)
+    more = ("--frames", "1", "--fold", "all", "--concurrency", "1")
+    price = ("--input-price", "1", "--output-price", "0")
+    with Server(answer=lambda body: "happy").running() as server:
+        model = openai(server)
+        run(model, data, tmp_path / "all", *more, *price, name="dfew")
+        homes = [tmp_path / "all" / f"fold{n}" for n in range(1, 6)]
+        journals = "".join((home / "journal.jsonl").read_text() for home in homes)
+        lines = [json.loads(line) for line in journals.splitlines()]
+        most, cost = (max(x["cost"] for x in lines if key in x) for key in ("sent", "answer"))
+        capsys.readouterr()
+        budget = ("--budget", str(2.5 * cost + most))
+        before = server.paid()
+        err = refused(capsys, model, data, tmp_path / "some", *more, *price, *budget, name="dfew")
+    assert "the budget of $" in err
+    assert server.paid() - before == 3
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [

@@ -20,8 +20,7 @@ from emollama_jax.data.elements import Encoder
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.pipeline import open_source
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import folds as joined
-from emollama_jax.evaluate import report
+from emollama_jax.evaluate import folds, report
 from emollama_jax.evaluate.asked import Asked, Order, map_classes, unanswerable
 from emollama_jax.evaluate.protocol import (
     SEGMENTS,
@@ -29,7 +28,6 @@ from emollama_jax.evaluate.protocol import (
     Prediction,
     evaluate,
     protocol_of,
-    read_predictions,
     write_predictions,
 )
 from emollama_jax.evaluate.results import Tested, worst, write_results
@@ -93,7 +91,7 @@ def evaluate_source(
     Raises:
         UserError: no such fold, a run that saw what is tested, no or unfitting data.
     """
-    names = _fold_names(source, fold)
+    names = folds.names(source, fold)
     which = "all" if len(names) > 1 else str(names[0][0])
     home = out or f"{run.rstrip('/').replace('{fold}', which)}/eval"
     paths = [run.replace("{fold}", str(number)) for number, _ in names]
@@ -125,7 +123,18 @@ def evaluate_source(
     if len(tested) == 1:
         e = tested[0]
         return f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home}/report.html"
-    return _join(tested, names, source, split, home, how)
+    found = {number: e for (number, _), e in zip(names, tested, strict=True)}
+    if not leads():
+        return ""
+    mean = folds.write_joined(
+        home,
+        found,
+        source=source,
+        split=split,
+        command=_command(source, split, how) + " --fold all",
+        versions=_versions(),
+    )
+    return folds.line(mean, home)
 
 
 def evaluate_run(
@@ -244,64 +253,6 @@ def check_unseen(cfg: Config, name: str, split: str) -> None:
                 f"{name}: the run was trained on {source.name}, whose training list holds test "
                 f"items of {view}: test it on {source.name}, or name one run a fold, RUN{{fold}}"
             )
-
-
-def _fold_names(source: str, fold: str | None) -> list[tuple[int, str]]:
-    """(number, name) of the folds to test; number 0 where the set has none."""
-    builder, _, view = source.partition("/")
-    protocol = protocol_of(source)
-    count = protocol.folds if protocol else 1
-    if count == 1:
-        if fold is not None:
-            raise UserError(f"--fold {fold}: {source} has no folds")
-        return [(0, source)]
-    if view and fold is None:
-        fold = view.removeprefix("fold")
-    if fold is None:
-        raise UserError(f"{source} has {count} folds: name one with --fold 1, or --fold all")
-    if fold == "all":
-        return [(number, f"{builder}/fold{number}") for number in range(1, count + 1)]
-    if not fold.isdigit() or not 1 <= int(fold) <= count:
-        raise UserError(f"--fold {fold}: {builder} has the folds 1 … {count}, or all")
-    return [(int(fold), f"{builder}/fold{int(fold)}")]
-
-
-def _join(
-    tested: Sequence[Evaluation],
-    names: Sequence[tuple[int, str]],
-    source: str,
-    split: str,
-    home: str,
-    how: How,
-) -> str:
-    """The mean over the folds, written down and as a line."""
-    protocol = protocol_of(source)
-    assert protocol is not None  # only sets with a protocol have folds
-    numbers = [number for number, _ in names]
-    mean = joined.join(dict(zip(numbers, tested, strict=True)), protocol)
-    if leads():
-        files = [as_path(home) / f"fold{number}" / "predictions.jsonl" for number in numbers]
-        items = [read_predictions(file) for file in files]
-        joined.check_disjoint(items)
-        write_results(
-            as_path(home),
-            title=f"{protocol.space.title}, {split}, {len(tested)} folds",
-            lede="The mean over the official folds, each tested by itself.",
-            source=source,
-            tested=[
-                Tested(title=f"fold {number}", predictions=found, evaluation=e)
-                for number, found, e in zip(numbers, items, tested, strict=True)
-            ],
-            folds=mean,
-            command=_command(source, split, how) + " --fold all",
-            config="# of each fold: see its own report\n",
-            versions=_versions(),
-            trace={f"{file.parent.name}/{file.name}": file_hash(file) for file in files},
-        )
-    return (
-        f"WAR {mean.war:.4f} ± {mean.war_std:.4f}  UAR {mean.uar:.4f} ± {mean.uar_std:.4f}  "
-        f"{len(tested)} folds: {home}/report.html"
-    )
 
 
 def _command(name: str, split: str, how: How) -> str:

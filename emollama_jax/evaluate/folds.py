@@ -9,10 +9,48 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics
-from emollama_jax.evaluate.protocol import Evaluation, Prediction, Protocol
+from emollama_jax.evaluate.protocol import (
+    Evaluation,
+    Prediction,
+    Protocol,
+    protocol_of,
+    read_predictions,
+)
+from emollama_jax.evaluate.results import Tested, write_results
+from emollama_jax.evaluate.trace import file_hash
+from emollama_jax.paths import as_path
+
+
+def names(source: str, fold: str | None) -> list[tuple[int, str]]:
+    """The folds to test as (number, name); number 0 where the set has none.
+
+    Args:
+        source: the set, e.g. "raf_db", "dfew" or "dfew/fold1".
+        fold: its number, or "all"; None: as `source` says.
+
+    Raises:
+        UserError: no such fold, or none named.
+    """
+    builder, _, view = source.partition("/")
+    protocol = protocol_of(source)
+    count = protocol.folds if protocol else 1
+    if count == 1:
+        if fold is not None:
+            raise UserError(f"--fold {fold}: {source} has no folds")
+        return [(0, source)]
+    if view and fold is None:
+        fold = view.removeprefix("fold")
+    if fold is None:
+        raise UserError(f"{source} has {count} folds: name one with --fold 1, or --fold all")
+    if fold == "all":
+        return [(number, f"{builder}/fold{number}") for number in range(1, count + 1)]
+    if not fold.isdigit() or not 1 <= int(fold) <= count:
+        raise UserError(f"--fold {fold}: {builder} has the folds 1 … {count}, or all")
+    return [(int(fold), f"{builder}/fold{int(fold)}")]
 
 
 def join(evaluations: Mapping[int, Evaluation], protocol: Protocol) -> metrics.Folds:
@@ -52,6 +90,64 @@ def check_disjoint(folds: Sequence[Sequence[Prediction]]) -> None:
                     f"item {item.id} is tested in fold {before} and in fold {number}: the folds of "
                     "a set share no test item; is a file given twice?"
                 )
+
+
+def write_joined(
+    home: epath.PathLike,
+    evaluations: Mapping[int, Evaluation],
+    *,
+    source: str,
+    split: str,
+    model: str = "",
+    command: str,
+    versions: Mapping[str, str],
+) -> metrics.Folds:
+    """Writes the mean over the folds, whose own results lie in `fold1`, `fold2`, … of the folder.
+
+    Args:
+        home: the folder; gets what `write_results` writes.
+        evaluations: by fold, from 1.
+        source: the set.
+        split: of it.
+        model: its name, where it is not a run of this package.
+        command: that did it.
+        versions: of packages.
+
+    Raises:
+        UserError: a fold is missing, or two test the same item.
+    """
+    home = as_path(home)
+    protocol = protocol_of(source)
+    assert protocol is not None  # only sets with a protocol have folds
+    mean = join(evaluations, protocol)
+    files = {number: home / f"fold{number}" / "predictions.jsonl" for number in evaluations}
+    items = {number: read_predictions(file) for number, file in files.items()}
+    check_disjoint(list(items.values()))
+    what = f"{protocol.space.title}, {split}, {len(evaluations)} folds"
+    write_results(
+        home,
+        title=f"{model} on {what}" if model else what,
+        lede="The mean over the official folds, each tested by itself.",
+        source=source,
+        tested=[
+            Tested(title=f"fold {number}", predictions=items[number], evaluation=e)
+            for number, e in evaluations.items()
+        ],
+        folds=mean,
+        command=command,
+        config="# of each fold: see its own report\n",
+        versions=versions,
+        trace={f"{file.parent.name}/{file.name}": file_hash(file) for file in files.values()},
+    )
+    return mean
+
+
+def line(mean: metrics.Folds, home: epath.PathLike) -> str:
+    """What a command prints of the mean."""
+    return (
+        f"WAR {mean.war:.4f} ± {mean.war_std:.4f}  UAR {mean.uar:.4f} ± {mean.uar_std:.4f}  "
+        f"{len(mean.wars)} folds: {home}/report.html"
+    )
 
 
 def summary(evaluations: Sequence[Evaluation], folds: metrics.Folds) -> dict[str, Any]:

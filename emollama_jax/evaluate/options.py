@@ -17,7 +17,9 @@ class ZeroShot:
     model: str
     """hf:PATH, openai:URL#MODEL or gemini:MODEL."""
     data: str
-    """a prepared set, e.g. raf_db, dfew/fold1 or actionfaces/images."""
+    """a prepared set, e.g. raf_db, dfew or actionfaces/images."""
+    fold: str | None = None
+    """of dfew and mafw: its number, or all, which adds their mean."""
     split: str = "test"
     """of the set."""
     dir: str = "data"

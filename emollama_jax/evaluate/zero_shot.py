@@ -24,6 +24,7 @@ from emollama_jax.data.builders.registry import open_split, space_of
 from emollama_jax.data.index import read_index
 from emollama_jax.data.media import read_frames, read_image, segment_indices
 from emollama_jax.errors import UserError
+from emollama_jax.evaluate import folds
 from emollama_jax.evaluate.answers import parse_answer
 from emollama_jax.evaluate.asked import Asked
 from emollama_jax.evaluate.options import ZeroShot
@@ -139,7 +140,7 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     return Answered(predictions, aside, outcome, asked, data)
 
 
-def run(options: ZeroShot, console: Console) -> tuple[pathlib.Path, Evaluation]:
+def run(options: ZeroShot, console: Console) -> str:
     """Answers, numbers and a page, as `emollama eval` writes them for a model of this package.
 
     Args:
@@ -147,12 +148,40 @@ def run(options: ZeroShot, console: Console) -> tuple[pathlib.Path, Evaluation]:
         console: where progress goes.
 
     Returns:
-        The folder, and the numbers.
+        What the command prints.
 
     Raises:
-        UserError: as `answer`.
+        UserError: as `answer`, or no such fold.
     """
-    out = out_folder(options)
+    home, names = out_folder(options), folds.names(options.data, options.fold)
+    if len(names) == 1:
+        name = names[0][1]
+        e, _ = _run(dataclasses.replace(options, data=name), home, console)
+        return f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home / 'report.html'}"
+    tested, left = {}, options.limits.budget  # one budget for all folds
+    for number, name in names:
+        one = dataclasses.replace(
+            options,
+            data=name,
+            fold=None,
+            limits=dataclasses.replace(options.limits, budget=left),
+        )
+        tested[number], spent = _run(one, home / f"fold{number}", console)
+        left = None if left is None else max(left - spent, 0.0)
+    mean = folds.write_joined(
+        home,
+        tested,
+        source=options.data,
+        split=options.split,
+        model=options.model,
+        command=_command(options),
+        versions=_versions(options),
+    )
+    return folds.line(mean, home)
+
+
+def _run(options: ZeroShot, out: pathlib.Path, console: Console) -> tuple[Evaluation, float]:
+    """One split, written down: its numbers, and the US dollars that its journal has cost."""
     answered = answer(options, out, console)
     data, space = answered.data, answered.asked.space
     tested = Tested(
@@ -177,30 +206,30 @@ def run(options: ZeroShot, console: Console) -> tuple[pathlib.Path, Evaluation]:
         tested=[tested],
         command=_command(options),
         config=yaml.safe_dump(_settings(options), sort_keys=False, allow_unicode=True, width=1000),
-        versions={package: importlib.metadata.version(package) for package in _versions(options)},
+        versions=_versions(options),
         trace={
             file.name: file_hash(file),
             f"data, {options.data}, {options.split}": data_hash(data, space),
             "question": answered.asked.question(data[0]["id"], data[0]["kind"]),
         },
     )
-    return out, tested.evaluation
+    return tested.evaluation, answered.outcome.spent
 
 
 def _command(options: ZeroShot) -> str:
     """The command that made a page, without what changes no answer."""
     given = []
-    for name in (*ANSWERS_DEPEND_ON, "limit"):
+    for name in (*ANSWERS_DEPEND_ON, "fold", "limit"):
         value = getattr(options, name)
         if value is not None:
             given += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(["emollama", "zero-shot", *given])
 
 
-def _versions(options: ZeroShot) -> tuple[str, ...]:
+def _versions(options: ZeroShot) -> dict[str, str]:
     kind, _ = check_spec(options.model)
     library = {"hf": "transformers", "openai": "httpx2", "gemini": "google-genai"}[kind]
-    return "emollama-jax", library
+    return {name: importlib.metadata.version(name) for name in ("emollama-jax", library)}
 
 
 def out_folder(options: ZeroShot) -> pathlib.Path:
@@ -208,7 +237,8 @@ def out_folder(options: ZeroShot) -> pathlib.Path:
     if options.out is not None:
         return options.out
     model = re.sub(r"[^\w.-]+", "_", options.model)
-    return pathlib.Path("runs/zero-shot") / model / f"{options.data}-{options.split}"
+    which = "" if options.fold is None else f"/fold{options.fold}"
+    return pathlib.Path("runs/zero-shot") / model / f"{options.data}{which}-{options.split}"
 
 
 def _judge(reply: Reply) -> Verdict:
