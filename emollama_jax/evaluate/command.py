@@ -124,17 +124,16 @@ def evaluate_source(
         e = tested[0]
         return f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home}/report.html"
     found = {number: e for (number, _), e in zip(names, tested, strict=True)}
-    if not leads():
-        return ""
-    mean = folds.write_joined(
-        home,
-        found,
-        source=source,
-        split=split,
-        command=_command(source, split, how) + " --fold all",
-        versions=_versions(),
-    )
-    return folds.line(mean, home)
+    if leads():
+        folds.write_joined(
+            home,
+            found,
+            source=source,
+            split=split,
+            command=_command(source, split, how) + " --fold all",
+            versions=_versions(),
+        )
+    return folds.line(folds.join(found, source), home)
 
 
 def evaluate_run(

@@ -53,16 +53,17 @@ def names(source: str, fold: str | None) -> list[tuple[int, str]]:
     return [(int(fold), f"{builder}/fold{int(fold)}")]
 
 
-def join(evaluations: Mapping[int, Evaluation], protocol: Protocol) -> metrics.Folds:
+def join(evaluations: Mapping[int, Evaluation], source: str) -> metrics.Folds:
     """Mean and standard deviation over the official folds.
 
     Args:
         evaluations: by fold, from 1.
-        protocol: of the set.
+        source: the set, e.g. "dfew".
 
     Raises:
         UserError: a fold is missing, or there is one too many.
     """
+    protocol = _protocol(source)
     wanted = range(1, protocol.folds + 1)
     missing = [fold for fold in wanted if fold not in evaluations]
     extra = [fold for fold in evaluations if fold not in wanted]
@@ -117,13 +118,11 @@ def write_joined(
         UserError: a fold is missing, or two test the same item.
     """
     home = as_path(home)
-    protocol = protocol_of(source)
-    assert protocol is not None  # only sets with a protocol have folds
-    mean = join(evaluations, protocol)
+    mean = join(evaluations, source)
     files = {number: home / f"fold{number}" / "predictions.jsonl" for number in evaluations}
     items = {number: read_predictions(file) for number, file in files.items()}
     check_disjoint(list(items.values()))
-    what = f"{protocol.space.title}, {split}, {len(evaluations)} folds"
+    what = f"{_protocol(source).space.title}, {split}, {len(evaluations)} folds"
     write_results(
         home,
         title=f"{model} on {what}" if model else what,
@@ -173,6 +172,12 @@ def summary(evaluations: Sequence[Evaluation], folds: metrics.Folds) -> dict[str
             for war, uar, e in zip(folds.wars, folds.uars, evaluations, strict=True)
         ],
     }
+
+
+def _protocol(source: str) -> Protocol:
+    protocol = protocol_of(source)
+    assert protocol is not None  # only sets with a protocol have folds
+    return protocol
 
 
 def _plain(value: float) -> float | None:

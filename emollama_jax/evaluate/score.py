@@ -66,10 +66,10 @@ def score_files(
         tested.append(Tested(title=title, predictions=found, evaluation=evaluate(found, space)))
     mean = None
     evaluations = [item.evaluation for item in tested]
-    if len(paths) > 1 and protocol is not None:
+    if len(paths) > 1 and source is not None:
         if len({file_hash(path) for path in paths}) < len(paths):
             raise UserError("a predictions file is given twice: wanted one for each fold")
-        mean = joined.join(dict(enumerate(evaluations, 1)), protocol)
+        mean = joined.join(dict(enumerate(evaluations, 1)), source)
         if id_column or all(":" in item.predictions[0].source for item in tested):
             joined.check_disjoint([item.predictions for item in tested])
         result = joined.summary(evaluations, mean)

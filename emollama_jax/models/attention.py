@@ -47,7 +47,7 @@ def attention(
         implementation: see the module.
 
     Raises:
-        UserError: `cudnn` without a GPU, or in float32.
+        UserError: `cudnn` without a GPU, or in float32; `splash` on a GPU.
     """
     with jax.named_scope("attention"):
         if implementation in ("auto", "splash"):
