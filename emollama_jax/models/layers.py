@@ -137,9 +137,9 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
 def hashed_bits(key: jax.Array, shape: Sequence[int]) -> UInt32[Array, "..."]:
     """Random bits for masks, by hashing each element's place with a key.
 
-    `jax.random.bits` (Threefry, 20 rounds) would be most of a layer's instructions: the 7B's LLM
-    and Q-Former took 1.7 times as long to compile for a TPU with it. Dropout asks for less than
-    cryptography, and as there, an element's bits do not depend on how the array is sharded.
+    `jax.random.bits` (Threefry, 20 rounds) would be most of a layer's instructions, and much of
+    the time to compile it for a TPU. Dropout asks for less than cryptography, and as there, an
+    element's bits do not depend on how the array is sharded.
 
     Args:
         key: one key.
