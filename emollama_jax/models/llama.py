@@ -11,6 +11,8 @@ is on the right, so what is real never sees it. With a cache, a row's next token
 `length`, over whatever padding lay there.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -88,10 +90,9 @@ class LlamaLayer(nnx.Module):
         q = rotary(q, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
         k = rotary(k, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
         if cache is None:
-            visible = positions[:, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, T]
-            # The kernels take rows that begin at position 0.
-            causal = cfg.attention != "xla"
-            mixed = attention(q, k, v, mask=visible, causal=causal, implementation=cfg.attention)
+            mixed = attention(
+                q, k, v, causal=True, positions=positions, implementation=cfg.attention
+            )
         else:
             cache = KVCache(
                 k=_write(cache.k, k, positions[:, 0]), v=_write(cache.v, v, positions[:, 0])
@@ -102,9 +103,15 @@ class LlamaLayer(nnx.Module):
         mixed = rearrange(mixed, "b t n h -> b t (n h)")
         x = x + self.o_proj(mixed, dropout_key=keys[3])
         y = self.post_attention_layernorm(x)
-        gate = jax.nn.silu(self.gate_proj(y, dropout_key=keys[4]))
-        y = gate * self.up_proj(y, dropout_key=keys[5])
+        gate = self.gate_proj(y, dropout_key=keys[4])
+        y = swiglu(gate, self.up_proj(y, dropout_key=keys[5]))
         return x + self.down_proj(y, dropout_key=keys[6]), cache
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # layers are scanned
+def swiglu(gate: Float[Array, "b t m"], up: Float[Array, "b t m"]) -> Float[Array, "b t m"]:
+    """silu(gate) · up; the backward pass keeps the two, not three more arrays of their size."""
+    return jax.nn.silu(gate) * up
 
 
 def _write(
