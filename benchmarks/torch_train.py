@@ -3,7 +3,7 @@
 Started by `emollama_jax/bench/train.py` in a process of its own, so that neither side's threads or
 memory disturb the other's: reads one JSON request a line, answers with one line. `build` describes
 the model, names the files with its weights (our names, see `rows`) and the batch; `step` is one
-training step of a model built before; `rate` times a large float32 matrix product.
+training step of a model built before; `rate` times float32 matrix products.
 
 Written as people run it: eager, `sdpa` attention, no gradient checkpointing.
 """
@@ -83,15 +83,18 @@ def build(setup: dict[str, Any]) -> Callable[[float], tuple[float, float]]:
     return step
 
 
-def matmul_rate(size: int = 2048, seconds: float = 1.0) -> float:
-    """float32 FLOP per second of the best of repeated square products."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+def product_rate(products: list[list[int]], runs: int) -> float:
+    """float32 FLOP per second of products (times, m, k, n), each at its best of several runs."""
+    flops = seconds = 0.0
+    for times, m, k, n in products:
+        a, b = torch.ones(m, k), torch.ones(n, k)  # a Linear's weight is [out, in]
+        best = float("inf")
+        for _ in range(1 + runs):
+            start = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            best = min(best, time.perf_counter() - start)
+        flops, seconds = flops + times * 2.0 * m * k * n, seconds + times * best
+    return flops / seconds
 
 
 def main() -> None:
@@ -104,7 +107,7 @@ def main() -> None:
             steps[request["name"]] = build(request)
             answer = {"torch": torch.__version__}
         elif request["do"] == "rate":
-            answer = {"rate": matmul_rate()}
+            answer = {"rate": product_rate(request["products"], request["runs"])}
         else:
             loss, seconds = steps[request["name"]](request["learning_rate"])
             answer = {"loss": loss, "seconds": seconds}

@@ -42,6 +42,8 @@ def test_flops_count_what_the_step_needs():
     to_adapters = 2 * 2 * (4 * 2 * 4)
     attention_again = 2 * 2 * 3 * 4  # both of its products have two gradients
     assert sizes.flops() == forward + to_activations + to_adapters + attention_again
+    frozen = sum(2 * times * m * k * n for times, m, k, n in sizes.products())
+    assert frozen == 2 * 2 * matrices + 2 * 4 * 10
 
 
 def test_both_sides_train_the_same():
@@ -55,6 +57,7 @@ def test_both_sides_train_the_same():
     wanted = np.median([b / a for a, b in zip(ours, theirs, strict=True)])
     assert told["ratio"] == pytest.approx(wanted)
     assert told["tokens_per_second"][bench.SIDES[0]] == pytest.approx(140 / np.median(ours))
+    assert set(told["products_flops_per_second"]) == set(bench.SIDES[:2])
     lines = result.report(as_json=False).splitlines()
     assert f"ratio           {told['ratio']:8.2f}" in lines[4]
 

@@ -154,9 +154,9 @@ def real_batch(cfg):
     )
 
 
-def step_of(sizes, preset, *, frames_at_once=256):
+def step_of(sizes, preset, *overrides):
     """Metrics and gradients (Adam's first moment) of one step of the whole tiny model."""
-    cfg = config.load("tiny", [*SHORT, f"model.frames_at_once={frames_at_once}"])
+    cfg = config.load("tiny", [*SHORT, *overrides])
     where = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], preset=preset)
     cfg = dataclasses.replace(cfg, mesh=where)
     mesh = make_mesh(cfg.mesh)
@@ -205,20 +205,20 @@ def one_device(quick_compiler):
 
 @needs_eight
 @pytest.mark.parametrize(
-    ("preset", "sizes", "frames_at_once"),
+    ("preset", "sizes", "override"),
     [
-        ("fsdp", (1, 8, 1), 256),
-        ("fsdp+tensor", (2, 2, 2), 256),
-        ("replicated-frozen", (1, 4, 2), 1),  # two chunks of frames on each device
+        ("fsdp", (1, 8, 1), "model.frames_over=mesh"),
+        ("fsdp+tensor", (2, 2, 2), "model.frames_over=batch"),
+        ("replicated-frozen", (1, 4, 2), "model.frames_at_once=1"),  # two chunks on each device
     ],
 )
-def test_loss_and_gradients_are_those_of_one_device(one_device, preset, sizes, frames_at_once):
+def test_loss_and_gradients_are_those_of_one_device(one_device, preset, sizes, override):
     """Loss and the whole gradient to 1e-5; each leaf's to 5e-5 of its length.
 
     Rounding alone moves single leaves by up to 2e-5 (a gate's gradient sums what cancels over all
     patches), and otherwise on another CPU. A row left out, or counted twice, moves each by 1 / 16.
     """
-    metrics, grads = step_of(sizes, preset, frames_at_once=frames_at_once)
+    metrics, grads = step_of(sizes, preset, override)
     wanted, gradient = one_device
     for name, want in wanted.items():
         np.testing.assert_allclose(metrics[name], want, rtol=1e-5, err_msg=name)

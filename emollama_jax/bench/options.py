@@ -40,7 +40,7 @@ class TrainSizes:
         Attention counts what a causal mask leaves; the head counts the tokens that bear loss.
         """
         tokens = self.batch * self.length
-        labels = self.batch * min(self.length - 1, self.answer or self.length)
+        labels = self.products()[-1][1]
         adapters = self.layers * 4 * 2 * self.width * self.rank
         pairs = self.batch * self.length * (self.length + 1) / 2
         return (
@@ -49,6 +49,16 @@ class TrainSizes:
             + 6.0 * tokens * adapters
             + 12.0 * pairs * self.layers * self.width
         )
+
+    def products(self) -> list[tuple[int, int, int, int]]:
+        """(times, m, k, n): [m, k] · [k, n], the frozen products of a forward pass."""
+        tokens, width, mlp = self.batch * self.length, self.width, self.mlp_width
+        return [
+            (4 * self.layers, tokens, width, width),
+            (2 * self.layers, tokens, width, mlp),
+            (self.layers, tokens, mlp, width),
+            (1, self.batch * min(self.length - 1, self.answer or self.length), width, self.vocab),
+        ]
 
     def _matrices(self) -> int:
         """Weights of a layer's matrices."""

@@ -7,7 +7,9 @@ AdamW, the same learning rates and clipping; neither recomputes activations. The
 agree at every step, or nothing is printed but the error.
 
 Beside the ratio stands the share of the machine's float32 matrix rate that each side reaches: the
-products that the step cannot do without, over its seconds and the rate of one large product.
+products that the step cannot do without, over its seconds and the rate of one large product; and
+the rate at which each side's library does the products of a forward pass alone, one after another:
+what the step would reach if all the rest took no time.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +46,8 @@ from emollama_jax.train.step import compile_step, init_state, state_shardings
 
 TORCH_SIDE = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "torch_train.py"
 AGREE = 1e-4  # by how much the losses of the two float32 sides may differ
+LARGE = 2048  # side of the square product that tells the machine's rate
+RUNS = 10  # of each product that is timed
 SIDES = ("jax float32", "torch float32", "torch bfloat16")
 
 
@@ -107,6 +111,7 @@ class Result:
     threads: int
     matmul: float  # float32 FLOP per second of one large product, the better of both sides
     seconds: dict[str, list[float]]  # side → of each step; warm-up left out
+    products: dict[str, float]  # float32 side → FLOP per second of a forward pass's products alone
     difference: float  # of the float32 sides' losses, at most
 
     def tokens_per_second(self, side: str) -> float:
@@ -129,6 +134,7 @@ class Result:
             "threads": self.threads,
             "flops": self.sizes.flops(),
             "matmul_flops_per_second": self.matmul,
+            "products_flops_per_second": self.products,
             "tokens_per_second": {side: self.tokens_per_second(side) for side in self.seconds},
             "share_of_matmul": {side: self.share(side) for side in SIDES[:2]},
             "ratio": statistics.median(self.ratios()),
@@ -156,6 +162,9 @@ class Result:
             f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} steps)",
             f"matrix rate {self.matmul / 1e9:.0f} GFLOP/s float32; a step takes "
             f"{sizes.flops() / 1e12:.2f} TFLOP",
+            "products of a forward pass alone: "
+            + ", ".join(f"{side} {rate / 1e9:.0f}" for side, rate in self.products.items())
+            + " GFLOP/s",
             f"losses differ by {self.difference:.1e} at most",
         ]
 
@@ -353,17 +362,20 @@ def _torch_setup(work: Work, folder: pathlib.Path, *, threads: int) -> dict[str,
     }
 
 
-def matmul_rate(size: int = 2048, times: int = 10) -> float:
-    """float32 FLOP per second of the best of repeated square products."""
+def product_rate(products: Sequence[tuple[int, int, int, int]]) -> float:
+    """float32 FLOP per second of products (times, m, k, n), each at its best of several runs."""
     product = jax.jit(jnp.matmul)
-    a = jnp.ones((size, size), jnp.float32)
-    product(a, a).block_until_ready()
-    best = float("inf")
-    for _ in range(times):
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    flops = seconds = 0.0
+    for times, m, k, n in products:
+        a, b = jnp.ones((m, k), jnp.float32), jnp.ones((k, n), jnp.float32)
+        product(a, b).block_until_ready()
+        best = float("inf")
+        for _ in range(RUNS):
+            start = time.perf_counter()
+            product(a, b).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+        flops, seconds = flops + times * 2.0 * m * k * n, seconds + times * best
+    return flops / seconds
 
 
 def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result:
@@ -395,7 +407,14 @@ def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result
         try:
             torch.build("float32")
             torch.build("bfloat16")
-            matmul = max(matmul_rate(), torch.ask(do="rate")["rate"])
+            large, forward = [(1, LARGE, LARGE, LARGE)], sizes.products()
+            rates = [
+                {
+                    SIDES[0]: product_rate(products),
+                    SIDES[1]: torch.ask(do="rate", products=products, runs=RUNS)["rate"],
+                }
+                for products in (large, forward)
+            ]
             ours = jax_side(work)
             for i in range(warm + steps):
                 losses = {}
@@ -415,4 +434,4 @@ def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result
                     )
         finally:
             torch.close()
-    return Result(sizes, threads, matmul, seconds, difference)
+    return Result(sizes, threads, max(rates[0].values()), seconds, rates[1], difference)

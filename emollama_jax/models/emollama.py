@@ -67,6 +67,11 @@ class EmoLlama(nnx.Module):
         )
         self.llama = Llama(cfg.llama, rngs=rngs)
 
+    @property
+    def _point(self) -> str:
+        """Where the towers' frames lie, see `sharding/points.py`."""
+        return "frames" if self.cfg.frames_over == "mesh" else "batch"
+
     def see(self, frames: UInt8[Array, "f s s 3"], faces: UInt8[Array, "f t t 3"]) -> Seen:
         """Both frozen towers, at most `frames_at_once` frames of a device together."""
 
@@ -82,13 +87,13 @@ class EmoLlama(nnx.Module):
                 seen = self.face(normalise(face, face_cfg.image_mean, face_cfg.image_std))
             return Seen(visual=visual, face_map=seen.fused, task_tokens=seen.task_tokens)
 
-        return _in_chunks(towers, (frames, faces), self.cfg.frames_at_once)
+        return _in_chunks(towers, (frames, faces), self.cfg.frames_at_once, point=self._point)
 
     def visual(
         self, batch: Batch, *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "b v d"]:
         """Visual tokens in the prompt's order: rounds, then frames, then a frame's tokens."""
-        with within("frames"):
+        with within(self._point):
             return self._visual(batch, dropout_key=dropout_key)
 
     def _visual(self, batch: Batch, *, dropout_key: jax.Array | None) -> Float[Array, "b v d"]:
@@ -96,7 +101,7 @@ class EmoLlama(nnx.Module):
         rounds = batch.questions.shape[1]
 
         def of_frames(x: jax.Array) -> jax.Array:
-            return constrain(rearrange(x, "b m ... -> (b m) ..."), "frames")
+            return constrain(rearrange(x, "b m ... -> (b m) ..."), self._point)
 
         seen = self.see(of_frames(batch.frames), of_frames(batch.faces))
         tail = []  # of each frame's tokens: what does not depend on the question
@@ -131,8 +136,8 @@ class EmoLlama(nnx.Module):
         with jax.named_scope("qformer"):
             queries = self.qformer(
                 self.visual_tokens.ln(visual),
-                text=constrain(text, "frames"),
-                text_mask=constrain(mask, "frames"),
+                text=constrain(text, self._point),
+                text_mask=constrain(mask, self._point),
                 dropout_key=dropout_key,
             )
         return self.visual_tokens.context(visual[:, 1:], queries)
@@ -156,10 +161,10 @@ class EmoLlama(nnx.Module):
             return self.llama(embeds, positions=positions, dropout_key=llm_key).hidden
 
 
-def _in_chunks(function: Callable, xs, size: int):
+def _in_chunks(function: Callable, xs, size: int, *, point: str):
     """`function` over frames, `size` of each device at a time; one call where that is enough."""
     total = jax.tree.leaves(xs)[0].shape[0]
-    devices = parts("frames", total)
+    devices = parts(point, total)
     here = total // devices
     if here <= size:
         return function(xs)
@@ -172,11 +177,11 @@ def _in_chunks(function: Callable, xs, size: int):
 
     def one(chunk):
         flat = jax.tree.map(lambda x: x.reshape(devices * size, *x.shape[2:]), chunk)
-        return function(jax.tree.map(lambda x: constrain(x, "frames"), flat))
+        return function(jax.tree.map(lambda x: constrain(x, point), flat))
 
     def join(y: jax.Array) -> jax.Array:
         y = jnp.moveaxis(y.reshape(chunks, devices, size, *y.shape[2:]), 0, 1)
         y = y.reshape(devices, chunks * size, *y.shape[3:])[:, :here]
-        return constrain(y.reshape(total, *y.shape[2:]), "frames")
+        return constrain(y.reshape(total, *y.shape[2:]), point)
 
     return jax.tree.map(join, jax.lax.map(one, jax.tree.map(cut, xs)))
