@@ -170,7 +170,7 @@ class EmoLlamaConfig:
     frames_at_once: int  # frames of a device that pass the frozen towers together
     # The mesh axes over which the towers' frames are split: all of them, or "batch": those of the
     # batch alone, with the towers' heads and feed-forward over `tensor` as in the LLM.
-    frames_over: Literal["mesh", "batch"] = "mesh"
+    frames_over: Literal["mesh", "batch"]
 
     @property
     def content_tokens(self) -> int:

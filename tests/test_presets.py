@@ -6,6 +6,7 @@ A change of a rule shows as a diff of tests/golden/partition_specs. Written anew
 """
 
 import dataclasses
+import math
 import os
 import re
 
@@ -21,6 +22,7 @@ from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
 from emollama_jax.checkpoint import init_model, matching
 from emollama_jax.config import MeshConfig
 from emollama_jax.errors import UserError
+from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding.mesh import AXES, batch_sharding, make_mesh, mesh_sizes
 from emollama_jax.sharding.points import constrain, parts
@@ -152,6 +154,21 @@ def real_batch(cfg):
         weight=rng.integers(0, 3, EXAMPLES).astype(np.float32),
         index=np.arange(EXAMPLES, dtype=np.int32),
     )
+
+
+@needs_eight
+@pytest.mark.parametrize(("over", "split"), [("mesh", 8), ("batch", 4)])
+def test_frames_of_the_towers_lie_as_asked(over, split):
+    """In the program, before the compiler sees it: into how many parts anything is split."""
+    cfg = config.load("tiny", [*SHORT, f"model.frames_over={over}"]).model
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0))))
+    size = {"data": 1, "fsdp": 4, "tensor": 2}
+    with jax.set_mesh(make_mesh(MeshConfig(**size))):
+        visual = jax.make_jaxpr(lambda state, batch: nnx.merge(graphdef, state).visual(batch))
+        program = str(visual(state, real_batch(cfg)))
+    leading = re.findall(r"spec=P\(\(([^)]*)\)", program)
+    axes = [re.findall(r"\w+", names) for names in leading]
+    assert max(math.prod(size[axis] for axis in one) for one in axes) == split
 
 
 def step_of(sizes, preset, *overrides):
