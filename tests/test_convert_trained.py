@@ -21,7 +21,7 @@ from tools.convert_torch.golden import off
 
 torch = pytest.importorskip("torch", reason="PyTorch is the reference (extra `parity`)")
 transformers = pytest.importorskip("transformers")
-WITHIN = 5e-5
+WITHIN = 1e-4  # of the largest logit; as for all that runs beside PyTorch
 
 
 @pytest.fixture(scope="module")
