@@ -2,13 +2,17 @@
 
 # ruff: noqa: E501 (lines of HLO)
 
+import dataclasses
 import pathlib
 
 import numpy as np
 import pytest
 from hlo_text import collective, counted_loop, module_text
+from jax.sharding import AbstractMesh, AxisType
 
-from emollama_jax.scale import cost, hlo, moved
+from emollama_jax import config
+from emollama_jax.scale import cost, hlo, moved, steps
+from emollama_jax.sharding.mesh import AXES
 
 SHAPE = {"data": 1, "fsdp": 4, "tensor": 2}
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "scanned_matmul.hlo"
@@ -330,6 +334,17 @@ def test_what_is_gathered_is_a_parameter_or_named(kind, dims, known):
     found = moved.activations(hlo.parse(text), {(4096, 1024), (39, 7)})
     assert bool(found) is not known
     assert all((one.kind, one.part) == (kind, "fim") for one in found)
+
+
+def test_parameters_may_stay_split_over_tensor_or_come_in_parts():
+    """The tiny LLM's queries, [128, 128] a layer: over fsdp 4 and tensor 2 a part is [32, 64]."""
+    mesh = AbstractMesh(tuple(SHAPE.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    whole = steps.abstract_model(config.load("tiny"), mesh)
+    path = "llama/layers/q_proj/kernel"
+    alone = dataclasses.replace(whole, params={path: whole.params[path]})
+    shapes = {shape for shape in steps.gathered_shapes(alone) if len(shape) == 2}
+    over_fsdp, over_both = {(128, 64), (32, 256)}, {(256, 64), (32, 512)}
+    assert shapes == {(128, 128)} | over_fsdp | over_both
 
 
 def test_a_started_gather_is_its_result_not_its_operand():

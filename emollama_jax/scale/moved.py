@@ -37,7 +37,8 @@ def activations(module: hlo.Module, parameters: Iterable[tuple[int, ...]]) -> li
 
     Args:
         module: one device's program.
-        parameters: their whole shapes; a scanned layer's without its first axis.
+        parameters: shapes that gathering them gives, see `steps.gathered_shapes`. With `tensor` in
+            the mesh they are many, and an activation may have one of them by chance.
     """
     known = {tuple(sorted(d for d in shape if d > 1)) for shape in parameters}
     found = set()

@@ -142,10 +142,28 @@ def abstract_model(cfg: Config, mesh: Mesh) -> Abstract:
 
 
 def gathered_shapes(whole: Abstract) -> set[tuple[int, ...]]:
-    """Whole shapes of all parameters, and of one layer of those that are stacked."""
-    shapes = {leaf.shape for leaf in whole.params.values()}
-    stacked = (p for p, leaf in whole.leaves.items() if leaf.axes[:1] == ("layers",))
-    return shapes | {whole.params[path].shape[1:] for path in stacked}
+    """Shapes that a gather of parameters gives, and that of one layer where they are stacked.
+
+    A parameter may come together over `fsdp` alone and stay split over `tensor`; and the parts of
+    devices may stand one after the other along any axis, to be put in order afterwards.
+    """
+    shapes = set()
+    for path, leaf in whole.params.items():
+        assert isinstance(leaf.sharding, NamedSharding)
+        mesh = leaf.sharding.mesh.shape
+        spec = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
+        names = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+        kept = [math.prod(mesh[axis] for axis in axes if axis == "tensor") for axes in names]
+        parts = [math.prod(mesh[axis] for axis in axes) for axes in names]
+        split = tuple(size // n for size, n in zip(leaf.shape, kept, strict=True))
+        part = tuple(size // n for size, n in zip(leaf.shape, parts, strict=True))
+        layers = whole.leaves[path].axes[:1] == ("layers",)
+        for first in {0, int(layers)}:
+            shapes |= {leaf.shape[first:], split[first:]}
+            for count in {math.prod(parts), math.prod(parts) // math.prod(kept)}:
+                for i in range(first, leaf.ndim):
+                    shapes.add((*part[first:i], part[i] * count, *part[i + 1 :]))
+    return shapes
 
 
 def lower_train(cfg: Config, mesh: Mesh, shapes: Shapes) -> list[Program]:
