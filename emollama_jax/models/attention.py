@@ -101,12 +101,14 @@ def _logits(q: jax.Array, k: jax.Array, rows: slice, positions: jax.Array | None
 
 @jax.custom_vjp
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None) -> jax.Array:
+    """Arguments and result of `attention`; no [T, T] array outlives a block of queries."""
     return _causal_forward(q, k, v, positions)[0]
 
 
 def _causal_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None
 ) -> tuple[jax.Array, tuple]:
+    """The result, and what the backward pass makes each block's weights from again."""
     qs, ks, vs = _heads_first(q, k, v)
     mixed, normalisers = [], []
     for rows in _blocks(q.shape[1]):
@@ -125,6 +127,7 @@ def _causal_forward(
 
 
 def _causal_backward(saved: tuple, grad: jax.Array) -> tuple[jax.Array | None, ...]:
+    """Gradients of q, k and v; positions have none."""
     q, k, v, positions, out, normaliser = saved
     qs, ks, vs = _heads_first(q, k, v)
     os, gs = _heads_first(out, k, v)[0], _heads_first(grad, k, v)[0]
