@@ -14,6 +14,7 @@ import os
 import pathlib
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -153,7 +154,7 @@ def main() -> None:
             f"{size / seconds / 1e9:.2f} GB/s ({seconds:.1f} s): {ratios[-1]:.0%}; peak memory "
             f"{peak / 1e9:.2f} GB"
         )
-    ratio, peak = sorted(ratios)[len(ratios) // 2], max(peaks)
+    ratio, peak = statistics.median(ratios), max(peaks)
     print(f"median speed {ratio:.0%} of a copy's (wanted {SPEED:.0%})")
     print(f"peak {peak / 1e9:.2f} GB (wanted below {(largest + ROOM) / 1e9:.2f} GB)")
     sys.exit(0 if ratio >= SPEED and peak < largest + ROOM else 1)
