@@ -40,7 +40,7 @@ class TrainSizes:
         Attention counts what a causal mask leaves; the head counts the tokens that bear loss.
         """
         tokens = self.batch * self.length
-        labels = self.products()[-1][1]
+        labels = self._labels()
         adapters = self.layers * 4 * 2 * self.width * self.rank
         pairs = self.batch * self.length * (self.length + 1) / 2
         return (
@@ -57,8 +57,12 @@ class TrainSizes:
             (4 * self.layers, tokens, width, width),
             (2 * self.layers, tokens, width, mlp),
             (self.layers, tokens, mlp, width),
-            (1, self.batch * min(self.length - 1, self.answer or self.length), width, self.vocab),
+            (1, self._labels(), width, self.vocab),
         ]
+
+    def _labels(self) -> int:
+        """Tokens that bear loss."""
+        return self.batch * min(self.length - 1, self.answer or self.length)
 
     def _matrices(self) -> int:
         """Weights of a layer's matrices."""
