@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import logging
 import math
@@ -151,10 +152,11 @@ class Writer:
         """
         if not hasattr(os, "posix_fadvise"):
             return
-        for key in keys:
-            for path in self.out.parent.glob(f"{self.out.name}.partial_save/*/state/{key}/**/*"):
-                if path.is_file():
-                    file = os.open(path, os.O_RDONLY)
+        saves = list(self.out.parent.glob(f"{self.out.name}.partial_save/*/state"))
+        for folder in itertools.product(saves, keys):
+            for inside, _, files in os.walk(os.path.join(*folder)):
+                for name in files:
+                    file = os.open(os.path.join(inside, name), os.O_RDONLY)
                     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
                     os.close(file)
 

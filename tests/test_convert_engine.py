@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import llama_vid_golden as lv
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -29,6 +30,20 @@ def test_transforms_invert(transform, shape, ours):
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     assert transform.to_ours(x).shape == ours
     np.testing.assert_array_equal(transform.to_torch(transform.to_ours(x)), x)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (513, 257), (1100, 300)])
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_filling_transposes_and_casts(rng, shape, kind):
+    """Whole tiles and what is left at the edges; a window of a larger matrix too."""
+    whole = rng.standard_normal((shape[0] + 2, shape[1] + 3), np.float32)
+    whole[0, 0] = np.nan  # stays: not numbers but bits are moved
+    for given in (whole, whole.astype(kind)):
+        for part in (given.T, given[1:-1, 2:-1].T, given):
+            out = np.empty(part.shape, kind)
+            engine.fill(out, part)
+            wanted = np.ascontiguousarray(part).astype(kind)
+            np.testing.assert_array_equal(out.view(np.uint8), wanted.view(np.uint8))
 
 
 def test_round_trip_is_bit_identical():

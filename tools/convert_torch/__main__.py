@@ -1,10 +1,12 @@
 """PyTorch weights in and out: `python -m tools.convert_torch SOURCE --src PATH… --out DIR`."""
 
+import contextlib
+import gc
 import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import tyro
@@ -31,18 +33,20 @@ def _converts(source: str, about: str) -> Callable[..., None]:
         mesh: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
         from emollama_jax.config import MeshConfig
-        from tools.convert_torch.convert import convert, load_model
 
         data, fsdp, tensor = mesh
-        summary = convert(
-            source,
-            src,
-            out,
-            dtype=dtype,
-            model=load_model(config, set),
-            mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
-            console=_console(),
-        )
+        with _no_collector():
+            from tools.convert_torch.convert import convert, load_model
+
+            summary = convert(
+                source,
+                src,
+                out,
+                dtype=dtype,
+                model=load_model(config, set),
+                mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+                console=_console(),
+            )
         for note in summary.notes:
             print(f"note: {note}")
         print(f"{out}: {summary}")
@@ -147,6 +151,17 @@ def _known(source: str | None) -> None:
         raise UserError(f"--source {source}: unknown (known: {', '.join(SOURCES)})")
 
 
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's search for garbage in cycles: imports and a conversion leave little, and the
+    search took a tenth of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _console():
     from rich.console import Console
 
@@ -155,7 +170,8 @@ def _console():
 
 def main(args: list[str] | None = None) -> None:
     """Runs one subcommand."""
-    from tools.convert_torch.sources import SOURCES
+    with _no_collector():
+        from tools.convert_torch.sources import SOURCES
 
     verbs: dict[str, Callable[..., None]] = {
         name: _converts(name, source.about) for name, source in SOURCES.items()

@@ -43,7 +43,7 @@ from tools.convert_torch.files import PICKLED, Opened, Tensor
 from tools.convert_torch.settings import from_transformers
 from tools.convert_torch.sources import SOURCES, Source, guess
 
-TOGETHER = 240 << 20  # bytes that are written at once; as much is read meanwhile
+TOGETHER = 320 << 20  # bytes that are written at once; as much is read meanwhile
 READERS = 2  # threads that bring tensors into our layout; NumPy lets go of the lock meanwhile
 FIRST = 64 << 10  # bytes of each tensor that its fingerprint reads
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "source": "source"}
@@ -273,6 +273,7 @@ def convert(
             return (layer_key(leaf.path, slot) if leaf.row.stacked else leaf.path), array
 
         def begin(group: Sequence[Piece]) -> Reading:
+            PICKLED.trim()
             memory: list[mmap.mmap] = []
             return Reading([pool.submit(read, piece, memory) for piece in group], memory)
 

@@ -18,7 +18,8 @@ from flax import nnx
 from emollama_jax.errors import UserError
 from tools.convert_torch.files import Tensor, in_memory
 
-BLOCK = 256  # rows and columns of a matrix that are transposed at once
+TILE = (512, 256)  # rows and columns of a matrix that are transposed at once
+LINE = 64  # bytes of a line of a processor's cache
 Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]  # as np.empty
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
 
@@ -227,7 +228,7 @@ class Leaf:
             part = part[self.row.paths.index(self.path)]
         part = part if window is None else part[window]
         out = empty(part.shape, dtype)
-        _copy(out, part)
+        fill(out, part)
         return out
 
 
@@ -343,7 +344,10 @@ def emit(
         for j, key in enumerate(row.keys(values[0].shape)):
             layers = [value[j] if row.stacked else value for value in values]
             layer = layers[0] if len(layers) == 1 else np.stack(layers)
-            yield key, np.ascontiguousarray(row.transform.to_torch(layer))
+            tensor = row.transform.to_torch(layer)
+            out = np.empty(tensor.shape, tensor.dtype)
+            fill(out, tensor)
+            yield key, out
 
 
 def extract(module: nnx.Module, rows: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -383,18 +387,31 @@ def _problem(row: Row, tensor: Tensor, wanted: Sequence[int]) -> str:
     return ""
 
 
-def _copy(into: np.ndarray, part: np.ndarray) -> None:
-    """Copies and casts. A transposed matrix goes in blocks: whole rows would miss every cache."""
+def fill(into: np.ndarray, part: np.ndarray) -> None:
+    """Copies and casts, transposed matrices too in good time.
+
+    Those go tile by tile through a buffer whose rows are an odd number of cache lines apart. A
+    matrix' own rows are often so many lines apart that those of a column push each other out.
+
+    Args:
+        into: C-contiguous.
+        part: of the same shape.
+    """
+    integer = np.dtype(f"u{into.dtype.itemsize}")
     if into.dtype == part.dtype:  # NumPy moves bfloat16 number by number, integers in a loop
-        integer = f"u{into.dtype.itemsize}"
         into, part = into.view(integer), part.view(integer)
     if part.ndim != 2 or part.flags.c_contiguous:
         into[...] = part
         return
-    for top in range(0, part.shape[0], BLOCK):
-        for left in range(0, part.shape[1], BLOCK):
-            block = (slice(top, top + BLOCK), slice(left, left + BLOCK))
-            into[block] = part[block]
+    rows, columns = TILE
+    buffer = np.empty((rows, columns + LINE // into.dtype.itemsize), into.dtype)
+    for top in range(0, part.shape[1], rows):
+        for left in range(0, part.shape[0], columns):
+            place = (slice(left, left + columns), slice(top, top + rows))
+            block = part[place].T
+            tile = buffer[: block.shape[0], : block.shape[1]]
+            tile[...] = block
+            into.view(integer)[place] = tile.view(integer).T
 
 
 def _leaves(module: nnx.Module) -> dict[str, nnx.Param]:

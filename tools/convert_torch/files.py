@@ -244,14 +244,20 @@ class _Pickles:
         self._lock = threading.Lock()
         self._path: pathlib.Path | None = None
         self._tensors: Mapping[str, Any] = {}
+        self._mapped = False
 
     def get(self, path: pathlib.Path, inside: str | None) -> Mapping[str, Any]:
         with self._lock:
             if self._path != path:
                 self._path, self._tensors = None, {}  # lets go of the last one first
-                self._tensors = _load(path, inside)
+                self._tensors, self._mapped = _load(path, inside)
                 self._path = path
             return self._tensors
+
+    def trim(self) -> None:
+        """Lets go of pages that were read, where opening the file again is quick."""
+        if self._mapped:
+            self.release()
 
     def release(self) -> None:
         """Closes it: the pages that were read from it go."""
@@ -304,8 +310,8 @@ def _dtype(tensor: Any) -> np.dtype:
         return np.dtype(np.void)  # refused where a floating-point one is wanted
 
 
-def _load(path: pathlib.Path, inside: str | None) -> Mapping[str, Any]:
-    """The state dict of a PyTorch file; `mmap` where its format has it."""
+def _load(path: pathlib.Path, inside: str | None) -> tuple[Mapping[str, Any], bool]:
+    """The state dict of a PyTorch file, and whether it is mapped: not every format can be."""
     import torch
 
     def load(**how: bool) -> Any:
@@ -313,13 +319,14 @@ def _load(path: pathlib.Path, inside: str | None) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # about old pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True, **how)
 
+    mapped = True
     try:
         try:
             state = load(mmap=True)
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            state = load()  # of PyTorch before 1.6: read as a whole
+            state, mapped = load(), False  # of PyTorch before 1.6: read as a whole
     except pickle.UnpicklingError as error:
         raise _Unreadable(f"{_refusal(path, error)}; {RESAVE}") from None
     except Exception as error:  # what a broken file raises differs with where it is broken
@@ -329,7 +336,7 @@ def _load(path: pathlib.Path, inside: str | None) -> Mapping[str, Any]:
         state = state.get(inside, state)
     if not isinstance(state, Mapping):
         raise _Unreadable(f"holds a {type(state).__name__}, wanted a state dict")
-    return state
+    return state, mapped
 
 
 def _refusal(path: pathlib.Path, error: Exception) -> str:
