@@ -2,6 +2,9 @@
 #   make install PYTHON=python3.12
 PYTHON ?= python3
 OUT ?= demo_out
+# Processes that run the tests, a file of them at a time. Most of the time is XLA's compiler's, which
+# uses one core. WORKERS=0 runs all in one process, e.g. for --pdb.
+WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -15,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help:
 	@echo "make install            .venv with all that demo and tests need"
 	@echo "make demo [OUT=DIR]     the whole story on the embedded data set; report in DIR"
-	@echo "make test [ARGS=...]    the tests; ARGS go to pytest"
+	@echo "make test [ARGS=...]    the tests, in WORKERS=2 processes; ARGS go to pytest"
 	@echo "make lint               ruff and ty, nothing is changed"
 	@echo "make format             ruff mends what it can"
 	@echo "make clean              removes .venv and caches"
@@ -38,7 +41,7 @@ demo: $(STAMP)
 	$(BIN)/emollama demo --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,8 +24,12 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs under pytest's cache: a second run starts much sooner."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))
+    """Keeps compiled programs under pytest's cache: a second run starts much sooner.
+
+    Each of several processes has its own: JAX writes there without a lock.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"jax{worker}"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 

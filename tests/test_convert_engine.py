@@ -39,7 +39,7 @@ def test_filling_transposes_and_casts(rng, shape, kind):
     whole = rng.standard_normal((shape[0] + 2, shape[1] + 3), np.float32)
     whole[0, 0] = np.nan  # stays: not numbers but bits are moved
     for given in (whole, whole.astype(kind)):
-        for part in (given.T, given[1:-1, 2:-1].T, given):
+        for part in (given.T, given[1:-1, 2:-1].T, given, given[1:-1, 2:-1]):
             out = np.empty(part.shape, kind)
             engine.fill(out, part)
             wanted = np.ascontiguousarray(part).astype(kind)

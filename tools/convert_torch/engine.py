@@ -400,7 +400,7 @@ def fill(into: np.ndarray, part: np.ndarray) -> None:
     integer = np.dtype(f"u{into.dtype.itemsize}")
     if into.dtype == part.dtype:  # NumPy moves bfloat16 number by number, integers in a loop
         into, part = into.view(integer), part.view(integer)
-    if part.ndim != 2 or part.flags.c_contiguous:
+    if part.ndim != 2 or part.strides[0] >= part.strides[1]:
         into[...] = part
         return
     rows, columns = TILE
