@@ -345,9 +345,10 @@ def emit(
             layers = [value[j] if row.stacked else value for value in values]
             layer = layers[0] if len(layers) == 1 else np.stack(layers)
             tensor = row.transform.to_torch(layer)
-            out = np.empty(tensor.shape, tensor.dtype)
-            fill(out, tensor)
-            yield key, out
+            if not tensor.flags.c_contiguous:
+                turned, tensor = tensor, np.empty(tensor.shape, tensor.dtype)
+                fill(tensor, turned)
+            yield key, tensor
 
 
 def extract(module: nnx.Module, rows: Sequence[Row]) -> dict[str, np.ndarray]:
