@@ -116,6 +116,11 @@ def _work(plan: Plan, console: Console) -> None:
         f"{counted.recomputed / 1e12:.4g} TFLOP; model FLOPs of a step, all chips: "
         f"{model.total / 1e12:,.1f} TFLOP"
     )
+    if plan.useful > 1:
+        console.print(
+            "of a product with one row the compiler makes a loop that is no product any more: HLO "
+            "TFLOP leaves it out"
+        )
     if counted.kernels:
         console.print(
             f"Pallas kernels, to which the compiler gives no cycles: {names}; their FLOPs are "
