@@ -86,9 +86,7 @@ class TextModel(nnx.Module):
 
     def hidden(self, batch: Batch, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Final hidden states [B, T, D] of the text."""
-        positions = jnp.broadcast_to(jnp.arange(batch.ids.shape[1]), batch.ids.shape)
-        embeds = self.llama.embed(batch.ids)
-        return self.llama(embeds, positions=positions, dropout_key=dropout_key).hidden
+        return self.llama(self.llama.embed(batch.ids), dropout_key=dropout_key).hidden
 
 
 @dataclasses.dataclass(frozen=True)

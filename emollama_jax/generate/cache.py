@@ -43,7 +43,6 @@ def prefill(llama: Llama, prompt: Prompt, *, extra: int) -> tuple[KVCache, Float
     """
     rows, width = prompt.embeds.shape[:2]
     cache = init_cache(llama.cfg, rows=rows, slots=width + extra)
-    positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
-    out = llama(prompt.embeds, positions=positions, cache=cache)
+    out = llama(prompt.embeds, cache=cache)
     last = (prompt.length - 1)[:, None, None]
     return out.cache, jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]

@@ -14,9 +14,11 @@ Logits and softmax are float32 in all of them.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from emollama_jax.config import Attention
@@ -81,24 +83,6 @@ def _blocks(length: int) -> list[slice]:
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, N, H], [B, T, K, H] → [B, K, G, T, H], [B, K, T, H] with G = N / K."""
-    batch, length, kv_heads, width = k.shape
-    q = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-    return q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-
-
-def _logits(q: jax.Array, k: jax.Array, rows: slice, positions: jax.Array | None) -> jax.Array:
-    """Float32 [B, K, G, t, S] of a block of queries and the keys up to its end."""
-    seen = k[:, :, : rows.stop]
-    logits = jnp.einsum("bkgth,bksh->bkgts", q, seen, preferred_element_type=jnp.float32)
-    visible = jnp.arange(rows.stop) <= jnp.arange(rows.start, rows.stop)[:, None]
-    if positions is not None:
-        seen, own = positions[:, None, : rows.stop], positions[:, rows, None]
-        visible = (visible & (seen <= own))[:, None, None]  # [B, 1, 1, t, S]
-    return jnp.where(visible, logits / math.sqrt(q.shape[-1]), -jnp.inf)
-
-
 @jax.custom_vjp
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None) -> jax.Array:
     """Arguments and result of `attention`; no [T, T] array outlives a block of queries."""
@@ -109,49 +93,101 @@ def _causal_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None
 ) -> tuple[jax.Array, tuple]:
     """The result, and what the backward pass makes each block's weights from again."""
-    qs, ks, vs = _heads_first(q, k, v)
-    mixed, normalisers = [], []
-    for rows in _blocks(q.shape[1]):
-        logits = _logits(qs[:, :, :, rows], ks, rows, positions)
-        top = logits.max(-1, keepdims=True)
-        weights = jnp.exp(logits - top)
-        total = weights.sum(-1, keepdims=True)
-        seen = vs[:, :, : rows.stop]
-        block = jnp.einsum(
-            "bkgts,bksh->bkgth", weights.astype(v.dtype), seen, preferred_element_type=jnp.float32
-        )
-        mixed.append(block / total)
-        normalisers.append(top + jnp.log(total))
-    out = jnp.concatenate(mixed, 3).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
-    return out, (q, k, v, positions, out, jnp.concatenate(normalisers, 3))
+    out, normalisers = _each(_example_forward, (q, k, v, positions))
+    return out, (q, k, v, positions, normalisers)
 
 
 def _causal_backward(saved: tuple, grad: jax.Array) -> tuple[jax.Array | None, ...]:
     """Gradients of q, k and v; positions have none."""
-    q, k, v, positions, out, normaliser = saved
-    qs, ks, vs = _heads_first(q, k, v)
-    os, gs = _heads_first(out, k, v)[0], _heads_first(grad, k, v)[0]
-    # Σ weights · dweights of a row, without the weights: the row of the output times its gradient.
-    inner = (os.astype(jnp.float32) * gs.astype(jnp.float32)).sum(-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros(ks.shape, jnp.float32), jnp.zeros(vs.shape, jnp.float32)
-    for rows in _blocks(q.shape[1]):
-        block, g = qs[:, :, :, rows], gs[:, :, :, rows]
-        weights = jnp.exp(_logits(block, ks, rows, positions) - normaliser[:, :, :, rows])
-        dweights = jnp.einsum(
-            "bkgth,bksh->bkgts", g, vs[:, :, : rows.stop], preferred_element_type=jnp.float32
-        )
-        dlogits = weights * (dweights - inner[:, :, :, rows]) / math.sqrt(q.shape[-1])
-        dlogits, weights = dlogits.astype(q.dtype), weights.astype(q.dtype)
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dq.append(product("bkgts,bksh->bkgth", dlogits, ks[:, :, : rows.stop]))
-        dk = dk.at[:, :, : rows.stop].add(product("bkgts,bkgth->bksh", dlogits, block))
-        dv = dv.at[:, :, : rows.stop].add(product("bkgts,bkgth->bksh", weights, g))
-    dq = jnp.concatenate(dq, 3).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
-    dk, dv = (x.transpose(0, 2, 1, 3).astype(k.dtype) for x in (dk, dv))
-    return dq, dk, dv, None
+    return *_each(_example_backward, (*saved, grad)), None
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _each(run: Callable, arrays: tuple) -> tuple[jax.Array, ...]:
+    """`run` for every example.
+
+    On a CPU one after the other: an example's [t, S] arrays stay in the caches, and all of it takes
+    half the time. Where several devices share the examples, a loop would take them apart.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1):
+        return jax.lax.map(run, arrays)
+    return jax.vmap(run)(arrays)
+
+
+def _by_head(x: Float[Array, "t n h"], kv_heads: int) -> Float[Array, "k g t h"]:
+    """Heads first, in groups that share a key; keys and values are groups of one."""
+    return rearrange(x, "t (k g) h -> k g t h", k=kv_heads)
+
+
+def _of_block(x: Float[Array, "k g t h"], rows: slice) -> Float[Array, "k gt h"]:
+    """A block's queries, those of a group one after the other: products of three axes."""
+    return rearrange(x[:, :, rows], "k g t h -> k (g t) h")
+
+
+def _seen(
+    rows: slice, group: int, positions: jax.Array | None, *, keys: int
+) -> Bool[Array, "gt s"] | Bool[Array, "s gt"]:
+    """Which keys up to a block's end each of its queries sees; `keys` is their axis."""
+    seen = jnp.bool_(True)
+    for x in (jnp.arange(rows.stop), positions):
+        if x is not None:
+            own = jnp.tile(x[rows], group)
+            seen &= jnp.expand_dims(x[: rows.stop], 1 - keys) <= jnp.expand_dims(own, keys)
+    return seen
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _example_forward(
+    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
+) -> tuple[Float[Array, "t n h"], tuple[Float[Array, "k gt"], ...]]:
+    """One example's result, and the logarithms of the softmax' denominators, block by block."""
+    q, k, v, positions = arrays
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    qs, ks, vs = _by_head(q, kv_heads), _by_head(k, kv_heads)[:, 0], _by_head(v, kv_heads)[:, 0]
+    mixed, normalisers = [], []
+    for rows in _blocks(q.shape[0]):
+        logits = _product("kth,ksh->kts", _of_block(qs, rows), ks[:, : rows.stop])
+        seen = _seen(rows, group, positions, keys=1)
+        logits = jnp.where(seen, logits / math.sqrt(q.shape[-1]), -jnp.inf)
+        top = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - top)
+        total = weights.sum(-1, keepdims=True)
+        block = _product("kts,ksh->kth", weights.astype(v.dtype), vs[:, : rows.stop]) / total
+        mixed.append(rearrange(block, "k (g t) h -> t (k g) h", g=group))
+        normalisers.append((top + jnp.log(total))[..., 0])
+    return jnp.concatenate(mixed).astype(q.dtype), tuple(normalisers)
+
+
+def _example_backward(arrays: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One example's gradients.
+
+    Logits stand with keys first, [K, S, G·t]: so none of the three products that read their
+    gradient and the weights has to transpose them.
+    """
+    q, k, v, positions, normalisers, grad = arrays
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    qs, ks, vs, gs = (_by_head(x, kv_heads) for x in (q, k, v, grad))
+    ks, vs, scale = ks[:, 0], vs[:, 0], 1 / math.sqrt(q.shape[-1])
+    dq, dk, dv = [], jnp.zeros(ks.shape, jnp.float32), jnp.zeros(vs.shape, jnp.float32)
+    for rows, normaliser in zip(_blocks(q.shape[0]), normalisers, strict=True):
+        block, g = _of_block(qs, rows), _of_block(gs, rows)
+        logits = _product("ksh,kth->kst", ks[:, : rows.stop], block) * scale
+        logits = jnp.where(_seen(rows, group, positions, keys=0), logits, -jnp.inf)
+        weights = jnp.exp(logits - normaliser[:, None])
+        dweights = _product("ksh,kth->kst", vs[:, : rows.stop], g)
+        inner = (weights * dweights).sum(1, keepdims=True)
+        dlogits = (weights * (dweights - inner) * scale).astype(q.dtype)
+        of_queries = _product("ksh,kst->kht", ks[:, : rows.stop], dlogits)
+        dq.append(rearrange(of_queries, "k h (g t) -> t (k g) h", g=group))
+        dk = dk.at[:, : rows.stop].add(_product("kst,kth->ksh", dlogits, block))
+        dv = dv.at[:, : rows.stop].add(_product("kst,kth->ksh", weights.astype(v.dtype), g))
+    dk, dv = (rearrange(x, "k s h -> s k h") for x in (dk, dv))
+    return jnp.concatenate(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 # ------------------------------------------------------------------ splash

@@ -156,9 +156,8 @@ class EmoLlama(nnx.Module):
         """Final-norm hidden states of the LLM over the merged sequence."""
         visual_key, llm_key = split_keys(dropout_key, 2)
         embeds = self.embeds(batch, dropout_key=visual_key)
-        positions = jnp.broadcast_to(jnp.arange(batch.ids.shape[1]), batch.ids.shape)
         with within("batch"), jax.named_scope("llm"):
-            return self.llama(embeds, positions=positions, dropout_key=llm_key).hidden
+            return self.llama(embeds, dropout_key=llm_key).hidden
 
 
 def _in_chunks(function: Callable, xs, size: int, *, point: str):

@@ -164,13 +164,13 @@ def split_keys(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
 
 
 def rotary(
-    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], *, theta: float, scaling: float
+    x: Float[Array, "b t n h"], positions: Int[Array, "#b t"], *, theta: float, scaling: float
 ) -> Float[Array, "b t n h"]:
     """Rotary position embedding in LLaMA's half-split layout (`transformers` `rotate_half`).
 
     Args:
         x: queries or keys.
-        positions: of each token.
+        positions: of each token; one row for all where they are the same.
         theta: base of the wavelengths.
         scaling: positions are divided by it (linear interpolation).
     """

@@ -76,27 +76,28 @@ class LlamaLayer(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         *,
-        positions: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
-        """x → (x, this layer's cache); `cache` holds one layer, [B, S, K, H]."""
+        """x → (x, this layer's cache); arguments as `Llama`, `cache` of one layer, [B, S, K, H]."""
         cfg = self.cfg
         keys = split_keys(dropout_key, 7)
         y = self.input_layernorm(x)
         q = rearrange(self.q_proj(y, dropout_key=keys[0]), "b t (n h) -> b t n h", n=cfg.heads)
         k = rearrange(self.k_proj(y, dropout_key=keys[1]), "b t (k h) -> b t k h", k=cfg.kv_heads)
         v = rearrange(self.v_proj(y, dropout_key=keys[2]), "b t (k h) -> b t k h", k=cfg.kv_heads)
-        q = rotary(q, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
-        k = rotary(k, positions, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
-        if cache is None:
+        where = jnp.arange(x.shape[1])[None] if positions is None else positions
+        q = rotary(q, where, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
+        k = rotary(k, where, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
+        if cache is not None:
+            start = jnp.broadcast_to(where[:, 0], x.shape[:1])
+            cache = KVCache(k=_write(cache.k, k, start), v=_write(cache.v, v, start))
+        if cache is None or positions is None:
             mixed = attention(
                 q, k, v, causal=True, positions=positions, implementation=cfg.attention
             )
         else:
-            cache = KVCache(
-                k=_write(cache.k, k, positions[:, 0]), v=_write(cache.v, v, positions[:, 0])
-            )
             slots = jnp.arange(cache.k.shape[1])
             visible = slots <= positions[:, None, :, None]  # [B, 1, T, S]
             mixed = attention(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask=visible)
@@ -167,7 +168,7 @@ class Llama(nnx.Module):
         self,
         embeds: Float[Array, "b t d"],
         *,
-        positions: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> LlamaOutput:
@@ -177,6 +178,8 @@ class Llama(nnx.Module):
             embeds: what enters the first layer.
             positions: of each token, consecutive along a row; with a cache also its slot, and the
                 last one must be below S (a write beyond the end would be moved back, unseen).
+                None: 0, 1, 2, … in every row, and nothing stands before them: the tokens attend
+                among themselves, by the fastest way there is, and a cache is only written.
             cache: earlier keys and values; None to attend among `embeds` only.
             dropout_key: of LoRA's dropout; None in evaluation.
 

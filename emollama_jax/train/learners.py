@@ -191,8 +191,7 @@ class TextLearner(nnx.Module):
         told = told * batch["shown"][:, None, :, None]
         ids = batch["ids"]
         embeds = merge(self.tower.embed(ids), ids, rearrange(told, "b m n d -> b (m n) d"))
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return self.tower.logits(self.tower(embeds, positions=positions).hidden)
+        return self.tower.logits(self.tower(embeds).hidden)
 
     def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]

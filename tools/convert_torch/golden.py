@@ -173,8 +173,7 @@ class LlamaVid(nnx.Module):
     def read(self, ids: Int[Array, "b t"], visual: Float[Array, "b v h"]) -> Float[Array, "b t v"]:
         """Expanded ids and visual tokens → logits."""
         embeds = merge(self.llama.embed(ids), ids, visual)
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return self.llama.logits(self.llama(embeds, positions=positions).hidden)
+        return self.llama.logits(self.llama(embeds).hidden)
 
 
 def expand(ids: np.ndarray, values: np.ndarray, tokens: int) -> np.ndarray:
