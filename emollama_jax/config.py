@@ -315,7 +315,7 @@ class Config:
     # What a run starts from: the package's tiny towers, random numbers, or imported weights: the
     # folders that `python -m tools.convert_torch` wrote, which may be several.
     weights: str | tuple[str, ...] = "none"
-    # Flags of XLA for the train step on a TPU, each "name=value", e.g.
+    # Flags of XLA for what trains and answers on a TPU, each "name=value", e.g.
     # "xla_tpu_enable_async_collective_fusion=true"; `emollama plan` shows what they change.
     xla: tuple[str, ...] = ()
     distributed: DistributedConfig = DistributedConfig()

@@ -11,7 +11,7 @@ from flax import nnx
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
-from emollama_jax.models.attention import attention
+from emollama_jax.models.attention import attention, attention_after
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.layers import scan
 from emollama_jax.models.llama import Llama
@@ -116,15 +116,29 @@ def test_padding_on_the_left_is_behind_what_is_real():
     assert not any(x[:, :padding].any() for x in got[1:])
 
 
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2)], ids=["each its own key", "grouped"])
+def test_new_tokens_see_what_came_before_and_each_other(heads):
+    """As one pass over earlier and new tokens gives them; what lies beyond a row's count is not."""
+    slots, tokens, counts = 12, 3, (0, 5, 12)
+    for row, count in enumerate(counts):
+        q, k, v, gradient = arrays((1, count + tokens, *heads, 16), seed=row)
+        wanted = reference(True)(q, k, v, gradient)[0][:, count:]
+        beyond = [(0, 0), (0, slots - count), (0, 0), (0, 0)]
+        earlier = tuple(jnp.pad(x[:, :count], beyond, constant_values=7.0) for x in (k, v))
+        new = (x[:, count:] for x in (q, k, v))
+        assert_same(attention_after(*new, earlier=earlier, count=jnp.array([count])), wanted)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
 @pytest.mark.parametrize("region", ["batch", "frames"])
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 8)], ids=str)
-def test_eight_devices_equal_one(sizes, region):
+def test_eight_devices_equal_one(sizes, region, implementation):
     given = arrays((8, 128, 4, 2, 32))
     causal = region == "batch"
     wanted = reference(causal)(*given)
     mesh = make_mesh(config.MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
     with jax.set_mesh(mesh), within(region):
-        ours = functools.partial(attention, causal=causal, implementation="splash")
+        ours = functools.partial(attention, causal=causal, implementation=implementation)
         assert_same(with_gradients(ours)(*given), wanted)
 
 

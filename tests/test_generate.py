@@ -12,7 +12,7 @@ from flax import nnx
 from emollama_jax import config
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
 from emollama_jax.errors import UserError
-from emollama_jax.generate import cache, decode, prompt, sampling, score
+from emollama_jax.generate import cache, decode, flagged, prompt, sampling, score
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.llama import Llama
 
@@ -191,6 +191,44 @@ def test_second_call_compiles_nothing(model, monkeypatch):
     assert not traces
     generate(model, prompts(), max_new_tokens=2)
     assert traces  # the count does see a trace
+
+
+@pytest.mark.parametrize("step", ["token", "scores"])
+def test_the_cache_is_neither_copied_nor_tiled(model, step):
+    """By the compiler's count: beside a large cache, a token's step needs little memory, and so do
+    the scores of many labels."""
+    rows, slots, labels = 2, 4000, 8
+    cfg = dataclasses.replace(model.llama.cfg, max_positions=slots, layers=8)
+    large = nnx.eval_shape(lambda: TextModel(cfg))
+    llama, fixed = nnx.split(large.llama), (how(), decode.make_ending([1], PAD))
+    embeds = jax.ShapeDtypeStruct((rows, slots - 8, cfg.width), cfg.dtype)
+    prompt_ = prompt.Prompt(embeds=embeds, length=jax.ShapeDtypeStruct((rows,), jnp.int32))
+    run = functools.partial(decode._first.under({}), llama[0], max_new_tokens=8)
+    loop = jax.eval_shape(run, llama[1], prompt_, *fixed)
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(loop.cache))
+    if step == "token":
+        used = decode._next.under({}).lower(*llama, loop, *fixed).compile().memory_analysis()
+        assert used.alias_size_in_bytes >= kept  # written in its place
+        assert used.temp_size_in_bytes < kept / 4
+    else:
+        few, many = (
+            score.score.under({})
+            .lower(*llama, prompt_, score.pad_labels([[3, 4, 5]] * n))
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+            for n in (1, labels)
+        )
+        assert many - few < kept / 4
+
+
+def test_flags_reach_the_compiler():
+    double = flagged.Flagged(lambda x: 2 * x)
+    assert double(3) == 6
+    assert double.under({}) is double.under({})
+    assert double.under({"xla_backend_optimization_level": "0"})(3) == 6
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_flag"):
+        double.under({"no_such_flag": "1"})(3)
 
 
 def test_bad_limits_are_user_errors(model):

@@ -31,6 +31,7 @@ from emollama_jax.evaluate.asked import Asked, Reworded, map_classes
 from emollama_jax.evaluate.protocol import Prediction
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.generate.decode import decode, make_ending, texts
+from emollama_jax.generate.flagged import of_backend
 from emollama_jax.generate.prompt import Prompt, embed
 from emollama_jax.generate.sampling import sampling
 from emollama_jax.generate.score import Labels, pad_labels, score
@@ -50,19 +51,22 @@ class Speaker:
         self._model, self._llama = nnx.split(model), nnx.split(model.llama)
         self._how = sampling(cfg.generate)
         self._ending = make_ending((self.tokenizer.eos,), self.tokenizer.pad)
+        self._flags = of_backend(cfg.xla_flags)
 
     def read(self, batch: Batch) -> Prompt:
         """Looks at the frames and reads the question."""
-        return embed(*self._model, batch)
+        return embed.under(self._flags)(*self._model, batch)
 
     def write(self, prompt: Prompt, *, max_new_tokens: int) -> list[str]:
         """The model's own words."""
-        ids = decode(*self._llama, prompt, self._how, self._ending, max_new_tokens=max_new_tokens)
+        fixed = (self._how, self._ending)
+        answer = decode.under(self._flags)
+        ids = answer(*self._llama, prompt, *fixed, max_new_tokens=max_new_tokens)
         return texts(whole(ids), self.tokenizer.decode)
 
     def rate(self, prompt: Prompt, labels: Labels) -> Float[np.ndarray, "b c"]:
         """The log-likelihood of each label."""
-        return whole(score(*self._llama, prompt, labels))
+        return whole(score.under(self._flags)(*self._llama, prompt, labels))
 
 
 def predict(

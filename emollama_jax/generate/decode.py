@@ -6,9 +6,8 @@ over the whole sequence without a cache.
 """
 
 import enum
-import functools
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import flax.struct
 import jax
@@ -20,6 +19,7 @@ from jaxtyping import Array, Int
 from emollama_jax.batch import Batch
 from emollama_jax.errors import UserError
 from emollama_jax.generate.cache import prefill
+from emollama_jax.generate.flagged import flagged
 from emollama_jax.generate.prompt import Answerer, Prompt, read
 from emollama_jax.generate.sampling import Sampling, draw
 from emollama_jax.models.llama import KVCache, Llama
@@ -93,7 +93,7 @@ def generate(
     return decode(*llama, prompt, how, make_ending(stop, pad), max_new_tokens=limit)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
+@flagged(static_argnames=("graphdef", "max_new_tokens"))
 def decode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -125,6 +125,7 @@ def stream(
     max_new_tokens: int,
     stop: Sequence[int],
     pad: int,
+    flags: Mapping[str, str] | None = None,
 ) -> Generator[str, None, Stop]:
     """Answers one prompt piece by piece; joined, the pieces are what `generate` would answer.
 
@@ -136,6 +137,7 @@ def stream(
         max_new_tokens: at least 1.
         stop: ids that end the answer.
         pad: as for `generate`.
+        flags: for XLA on a TPU.
 
     Yields:
         Text, never a part of a character.
@@ -151,7 +153,9 @@ def stream(
         raise ValueError(f"a batch of {batch.ids.shape[0]} prompts: a stream answers one")
     limit, fixed = _at_least_one(max_new_tokens), (how, make_ending(stop, pad))
     graphdef, state = nnx.split(model.llama)
-    loop = _first(graphdef, state, read(model, batch), *fixed, max_new_tokens=limit)
+    flags = flags or {}
+    prompt, following = read(model, batch, flags=flags), _next.under(flags)
+    loop = _first.under(flags)(graphdef, state, prompt, *fixed, max_new_tokens=limit)
     pieces = Detokenizer(to_text)
     while True:
         token, stopped = jax.device_get((loop.token, loop.answer.stopped))
@@ -160,7 +164,7 @@ def stream(
             yield piece
         if reason is not Stop.RUNNING:
             return reason
-        loop = _next(graphdef, state, loop, *fixed)
+        loop = following(graphdef, state, loop, *fixed)
 
 
 class Detokenizer:
@@ -248,12 +252,12 @@ def _take(state: DecodeState, token: Int[Array, " b"], ending: Ending) -> Decode
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
+@flagged(static_argnames=("graphdef", "max_new_tokens"))
 def _first(graphdef, state, prompt, how, ending, *, max_new_tokens) -> DecodeState:
     return _start(nnx.merge(graphdef, state), prompt, how, ending, max_new_tokens=max_new_tokens)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="loop")
+@flagged(static_argnames="graphdef", donate_argnames="loop")
 def _next(graphdef, state, loop, how, ending) -> DecodeState:
     return _advance(nnx.merge(graphdef, state), loop, how, ending)
 

@@ -4,7 +4,7 @@ Generation, streaming and label scoring all start from here, and the towers are 
 all three.
 """
 
-import functools
+from collections.abc import Mapping
 from typing import Protocol
 
 import flax.struct
@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emollama_jax.batch import Batch
+from emollama_jax.generate.flagged import flagged
 from emollama_jax.models.llama import Llama
 
 
@@ -33,12 +34,12 @@ class Prompt:
     length: jax.Array  # int32 [B], 1 … T
 
 
-def read(model: Answerer, batch: Batch) -> Prompt:
-    """Embeds the prompts of a batch; the model is not changed."""
-    return embed(*nnx.split(model), batch)
+def read(model: Answerer, batch: Batch, *, flags: Mapping[str, str] | None = None) -> Prompt:
+    """Embeds the prompts of a batch; the model is not changed. `flags` are for XLA on a TPU."""
+    return embed.under(flags or {})(*nnx.split(model), batch)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@flagged(static_argnames="graphdef")
 def embed(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Prompt:
     """`read` as a pure function of a split model."""
     return Prompt(embeds=nnx.merge(graphdef, state).embeds(batch), length=batch.length)

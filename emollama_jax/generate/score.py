@@ -1,11 +1,9 @@
 """Label scoring: the log-likelihood of each label as the answer to a prompt.
 
 All labels share one prefix, so the prompt runs once; the labels' own few tokens then run as a
-batched continuation on that one cache. `vmap` leaves the cache unbatched outside the decoder, so
-what is tiled over the labels is one layer's keys and values at a time, never the whole cache.
+batched continuation on that one cache, which they only read: nothing of it is tiled over labels.
 """
 
-import functools
 from collections.abc import Sequence
 
 import flax.struct
@@ -17,6 +15,7 @@ from jaxtyping import Array, Float
 
 from emollama_jax.batch import Batch
 from emollama_jax.generate.cache import prefill
+from emollama_jax.generate.flagged import flagged
 from emollama_jax.generate.prompt import Answerer, Prompt, read
 
 
@@ -58,7 +57,7 @@ def score_labels(model: Answerer, batch: Batch, labels: Labels) -> Float[Array, 
     return score(*nnx.split(model.llama), read(model, batch), labels)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@flagged(static_argnames="graphdef")
 def score(
     graphdef: nnx.GraphDef, state: nnx.State, prompt: Prompt, labels: Labels
 ) -> Float[Array, "b c"]:

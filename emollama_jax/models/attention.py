@@ -74,6 +74,48 @@ def attention(
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, is_causal=causal)
 
 
+def attention_after(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+    *,
+    earlier: tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]],
+    count: Int[Array, " b"],
+) -> Float[Array, "b t n h"]:
+    """Attention of new tokens over keys and values that are there already, and among themselves.
+
+    The two are not put together in memory: one softmax goes over both. Products and softmax are
+    float32.
+
+    Args:
+        q: queries of the new tokens.
+        k: their keys.
+        v: their values.
+        earlier: keys and values, only read.
+        count: how many of each row's earlier ones are seen; token i also sees new tokens 0 … i.
+    """
+    with jax.named_scope("attention"):
+        kv_heads = k.shape[2]
+        queries = rearrange(q, "b t (k g) h -> b k g t h", k=kv_heads)
+
+        def logits(keys: jax.Array, seen: jax.Array) -> jax.Array:
+            products = _product("bkgth,bskh->bkgts", queries, keys) / math.sqrt(q.shape[-1])
+            return jnp.where(seen, products, -jnp.inf)
+
+        places = jnp.arange(earlier[0].shape[1])
+        old = logits(earlier[0], (places < count[:, None])[:, None, None, None])
+        new = logits(k, jnp.tri(k.shape[1], dtype=bool))
+        top = jnp.maximum(old.max(-1, keepdims=True), new.max(-1, keepdims=True))
+        old, new = jnp.exp(old - top), jnp.exp(new - top)
+        total = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
+        mixed = _product("bkgts,bskh->bkgth", old.astype(v.dtype), earlier[1])
+        mixed += _product("bkgts,bskh->bkgth", new.astype(v.dtype), v)
+        return rearrange(mixed / total, "b k g t h -> b t (k g) h").astype(q.dtype)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 # ------------------------------------------------------------------ xla, causal
 
 
@@ -137,9 +179,6 @@ def _seen(
             own = jnp.tile(x[rows], group)
             seen &= jnp.expand_dims(x[: rows.stop], 1 - keys) <= jnp.expand_dims(own, keys)
     return seen
-
-
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _example_forward(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from emollama_jax.config import LlamaConfig
 from emollama_jax.errors import UserError
-from emollama_jax.models.attention import attention
+from emollama_jax.models.attention import attention, attention_after
 from emollama_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -38,7 +38,11 @@ from emollama_jax.sharding.points import constrain
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys (after rotation) and values of every layer; slot = position."""
+    """Keys (after rotation) and values of every layer; slot = position.
+
+    Slots stand before heads: a token then fills whole tiles of a TPU's memory. The other way round
+    attention reads faster, but the compiler copies the cache for every token to write it.
+    """
 
     k: jax.Array  # [L, B, S, K, H]
     v: jax.Array  # [L, B, S, K, H]
@@ -79,8 +83,11 @@ class LlamaLayer(nnx.Module):
         positions: Int[Array, "b t"] | None,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
-        """x → (x, this layer's cache); arguments as `Llama`, `cache` of one layer, [B, S, K, H]."""
+    ) -> tuple[Float[Array, "b t d"], KVCache]:
+        """x → (x, these tokens' keys and values, [B, T, K, H]).
+
+        Arguments as `Llama`; `cache` is one layer's, [B, S, K, H], None where nothing came before.
+        """
         cfg = self.cfg
         keys = split_keys(dropout_key, 7)
         y = self.input_layernorm(x)
@@ -90,23 +97,18 @@ class LlamaLayer(nnx.Module):
         where = jnp.arange(x.shape[1])[None] if positions is None else positions
         q = rotary(q, where, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
         k = rotary(k, where, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
-        if cache is not None:
-            start = jnp.broadcast_to(where[:, 0], x.shape[:1])
-            cache = KVCache(k=_write(cache.k, k, start), v=_write(cache.v, v, start))
-        if cache is None or positions is None:
+        if cache is None:
             mixed = attention(
                 q, k, v, causal=True, positions=positions, implementation=cfg.attention
             )
         else:
-            slots = jnp.arange(cache.k.shape[1])
-            visible = slots <= positions[:, None, :, None]  # [B, 1, T, S]
-            mixed = attention(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask=visible)
+            mixed = attention_after(q, k, v, earlier=(cache.k, cache.v), count=where[:, 0])
         mixed = rearrange(mixed, "b t n h -> b t (n h)")
         x = x + self.o_proj(mixed, dropout_key=keys[3])
         y = self.post_attention_layernorm(x)
         gate = self.gate_proj(y, dropout_key=keys[4])
         y = swiglu(gate, self.up_proj(y, dropout_key=keys[5]))
-        return x + self.down_proj(y, dropout_key=keys[6]), cache
+        return x + self.down_proj(y, dropout_key=keys[6]), KVCache(k=k, v=v)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # layers are scanned
@@ -115,15 +117,19 @@ def swiglu(gate: Float[Array, "b t m"], up: Float[Array, "b t m"]) -> Float[Arra
     return jax.nn.silu(gate) * up
 
 
-def _write(
-    slots: Float[Array, "b s k h"], new: Float[Array, "b t k h"], start: Int[Array, " b"]
-) -> Float[Array, "b s k h"]:
-    """Writes each row's new keys or values from its own start slot on."""
+def _write(cache: KVCache, new: KVCache, positions: Int[Array, "b t"] | None) -> KVCache:
+    """Writes each row's new keys and values, [L, B, T, K, H], from its first position on.
 
-    def row(slots: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=0)
+    All layers at once: a cache that went through the layers' loop to be written there would be
+    copied as a whole for every token.
+    """
 
-    return jax.vmap(row)(slots, new.astype(slots.dtype), start)
+    def row(slots: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:  # [S, K, H]
+        return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=0)
+
+    start, axis = (0, None) if positions is None else (positions[:, 0], 0)
+    write = jax.vmap(jax.vmap(row, in_axes=(0, 0, axis)), in_axes=(0, 0, None))
+    return jax.tree.map(lambda slots, new: write(slots, new, start), cache, new)
 
 
 class Llama(nnx.Module):
@@ -198,11 +204,15 @@ class Llama(nnx.Module):
         keys = None if dropout_key is None else jax.random.split(dropout_key, cfg.layers)
 
         def step(layer: LlamaLayer, x: jax.Array, xs: tuple[KVCache | None, jax.Array | None]):
-            cache, key = xs
-            return layer(x, positions=positions, cache=cache, dropout_key=key)
+            earlier, key = xs
+            x, new = layer(x, positions=positions, cache=earlier, dropout_key=key)
+            return x, None if cache is None else new
 
-        x, cache = scan(self.layers, step, embeds.astype(cfg.dtype), (cache, keys), remat=cfg.remat)
-        return LlamaOutput(hidden=self.norm(x), cache=cache)
+        earlier = None if positions is None else cache
+        embeds = embeds.astype(cfg.dtype)
+        x, new = scan(self.layers, step, embeds, (earlier, keys), remat=cfg.remat)
+        after = None if cache is None else _write(cache, new, positions)
+        return LlamaOutput(hidden=self.norm(x), cache=after)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Float32 logits of the next token; `hidden` may be any choice of positions.

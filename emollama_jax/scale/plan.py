@@ -191,7 +191,7 @@ def make_plan(
         preset=cfg.mesh.preset,
         shapes=shapes,
         replicated=whole.replicated,
-        flags=cfg.xla if step == "train" else (),
+        flags=cfg.xla,
         compile_seconds=seconds,
         memory=max(memories, key=lambda memory: memory.total),
         model=model,

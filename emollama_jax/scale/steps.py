@@ -211,7 +211,7 @@ def lower_prefill(cfg: Config, mesh: Mesh, shapes: Shapes) -> list[Program]:
         Program(
             "towers",
             OTHER,
-            embed.lower(graphdef, state, batch),
+            embed.under(cfg.xla_flags).lower(graphdef, state, batch),
             {"parameters": shards(state), "batch": shards(batch)},
         ),
         _first(cfg, mesh, shapes, whole),
@@ -231,7 +231,7 @@ def lower_decode(
         Program(
             "token",
             "llm",
-            decode._next.lower(graphdef, state, loop, *rest),
+            decode._next.under(cfg.xla_flags).lower(graphdef, state, loop, *rest),
             {
                 "parameters": shards(state),
                 "cache": shards(loop.cache),
@@ -250,11 +250,11 @@ def _first(cfg: Config, mesh: Mesh, shapes: Shapes, whole: Abstract) -> Program:
     )
     graphdef, state = _split(whole.model.llama, _llama(whole.params))
     rest = _fixed(mesh)
-    limit = cfg.generate.max_new_tokens
+    limit, first = cfg.generate.max_new_tokens, decode._first.under(cfg.xla_flags)
     return Program(
         "prefill",
         "llm",
-        decode._first.lower(graphdef, state, prompt, *rest, max_new_tokens=limit),
+        first.lower(graphdef, state, prompt, *rest, max_new_tokens=limit),
         {"parameters": shards(state), "batch": shards((prompt, rest))},
     )
 

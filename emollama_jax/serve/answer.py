@@ -11,6 +11,7 @@ from emollama_jax.data.media import Source, is_video, read_frames, read_image
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import Detect, Prior, Reader, find_face, read_faces
 from emollama_jax.generate.decode import Stop, stream
+from emollama_jax.generate.flagged import of_backend
 from emollama_jax.generate.sampling import sampling
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.mtcnn import Detector
@@ -107,6 +108,7 @@ class Answerer:
             max_new_tokens=how.max_new_tokens,
             stop=(tokenizer.eos,),
             pad=tokenizer.pad,
+            flags=of_backend(self.cfg.xla_flags),
         )
         return ended
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN
 from emollama_jax.config import EvaVitConfig, LlamaConfig, QFormerConfig
 from emollama_jax.errors import UserError
+from emollama_jax.generate.cache import init_cache
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.facexformer import FaceXFormer, FaceXFormerOutput
 from emollama_jax.models.llama import KVCache, Llama
@@ -339,8 +340,7 @@ def greedy(
     """The ids that continue a prompt with a video's tokens, the most probable each time."""
     ids = jnp.asarray(expand(prompt, prompt, video.shape[1]))[None]
     cfg, start = model.llama.cfg, ids.shape[1]
-    shape = (cfg.layers, 1, start + steps, cfg.kv_heads, cfg.head_dim)
-    cache = KVCache(k=jnp.zeros(shape), v=jnp.zeros(shape))
+    cache = init_cache(cfg, rows=1, slots=start + steps)
 
     def advance(llama: Llama, embeds: jax.Array, positions: jax.Array, cache: KVCache):
         out = llama(embeds, positions=positions, cache=cache)
