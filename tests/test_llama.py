@@ -137,6 +137,20 @@ def test_cached_is_uncached_at_every_step():
     np.testing.assert_array_equal(out.cache.k[:, 0, lengths[0] + steps :], 99)
 
 
+def test_no_positions_are_the_first_ones():
+    """Without a cache, and with one: what is answered and what is written."""
+    model = make(GQA)
+    embeds = jnp.asarray(embeds_of((2, 6, GQA.width)))
+    slots = jnp.full((GQA.layers, 2, 9, GQA.kv_heads, GQA.head_dim), 99.0)
+    for cache in (None, KVCache(k=slots, v=slots)):
+        wanted = model(embeds, positions=arange(2, 6), cache=cache)
+        got = model(embeds, cache=cache)
+        assert off(got.hidden, wanted.hidden) < LAYER
+        for a, b in zip(jax.tree.leaves(got.cache), jax.tree.leaves(wanted.cache), strict=True):
+            assert off(a[:, :, :6], b[:, :, :6]) < LAYER
+            np.testing.assert_array_equal(a[:, :, 6:], 99)
+
+
 def test_cache_takes_several_tokens_at_once():
     model = make(GQA)
     embeds = jnp.asarray(embeds_of((1, 9, GQA.width)))
