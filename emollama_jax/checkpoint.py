@@ -17,15 +17,12 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp  # where Orbax 0.12 keeps its v1 API
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 
 from emollama_jax import config, weights
@@ -34,14 +31,17 @@ from emollama_jax.errors import UserError
 from emollama_jax.models import pretrained
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
-from emollama_jax.paths import as_path, from_root, is_remote
+from emollama_jax.models.rngs import Keys, Rngs, abstract
+from emollama_jax.paths import as_path, from_root
+from emollama_jax.runs import FOLDER, find
 from emollama_jax.sharding.distributed import put
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.weights import attempt
 
-FOLDER = "checkpoints"
-COMMITTED = "commit_success.txt"  # Orbax' mark of a complete checkpoint in a bucket
+if TYPE_CHECKING:  # asking a question needs no pipeline
+    import grain
+
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
 # What may differ between a checkpoint and the run that continues it; all else would change what is
 # computed, or what the saved iterator means.
@@ -90,64 +90,61 @@ def matching(patterns: Iterable[str], paths: Collection[str], *, key: str) -> fr
 
 
 def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlama:
-    """The model that a run starts from: random numbers from the seed, then the base towers.
+    """The model that a run starts from: the base towers, and random numbers from the seed.
 
-    Every leaf is born on its devices, and what does not train in `train.frozen_dtype`.
+    Every leaf is born on its devices, and what does not train in `train.frozen_dtype`. What a file
+    holds is not drawn first.
 
     Args:
         cfg: of the run.
         mesh: of `make_mesh`.
-        given: patterns of what the caller fills, e.g. from a checkpoint. It starts as zeros, which
-            spares compiling its random numbers.
+        given: patterns of what the caller fills, e.g. from a checkpoint. It stays abstract: shape,
+            dtype and sharding.
     """
 
-    def make() -> EmoLlama:
-        return EmoLlama(cfg.model, rngs=nnx.Rngs(cfg.train.seed))
+    def make(rngs: Rngs) -> EmoLlama:
+        return EmoLlama(cfg.model, rngs=rngs)
 
-    model = nnx.eval_shape(make)
+    model = abstract(make)
     leaves = named_parameters(model)
     trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
     shardings = param_shardings(leaves, mesh, preset=cfg.mesh.preset).params
     elsewhere = matching(given, leaves, key="train.trainable")
-    imported = _imported(cfg, leaves)
-    filled = {*elsewhere, *imported, *_tiny_paths(cfg, leaves)}
-    random = {name: shardings[name] for name in leaves if name not in filled}
-
-    def finish(name: str, leaf: jax.Array) -> jax.Array:
-        return leaf if name in trainable else leaf.astype(cfg.train.frozen_dtype)
-
-    def start() -> dict[str, jax.Array]:
-        return {
-            name: finish(name, leaf[...])
-            for name, leaf in named_parameters(make()).items()
-            if name in random
-        }
-
-    # Random numbers are made once: on a CPU, optimising their program takes most of the time.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    values = jax.jit(start, out_shardings=random, compiler_options=options)() if random else {}
-    for name, leaf in leaves.items():
-        if name in random:
-            leaf.set_value(values[name])
-        elif name not in imported or name in elsewhere:
-            zeros = np.zeros(leaf.shape, np.float32)
-            leaf.set_value(put(finish(name, zeros), shardings[name]))
     wanted = {
         name: jax.ShapeDtypeStruct(
-            leaves[name].shape,
+            leaf.shape,
             jnp.float32 if name in trainable else cfg.train.frozen_dtype,
             sharding=shardings[name],
         )
-        for name in imported
-        if name not in elsewhere
+        for name, leaf in leaves.items()
     }
-    for name, value in weights.load_base(imported, wanted).items():
-        leaves[name].set_value(value)
-    if cfg.weights == "tiny":
-        pretrained.load_tiny(model)
-        for name in _tiny_paths(cfg, leaves):
-            leaves[name].set_value(put(finish(name, leaves[name][...]), shardings[name]))
+    imported = _imported(cfg, leaves)
+    tiny = _tiny_paths(cfg, leaves)
+    random = [name for name in leaves if name not in {*elsewhere, *imported, *tiny}]
+
+    def start() -> dict[str, jax.Array]:
+        drawn = named_parameters(make(Keys(cfg.train.seed)))
+        return {name: drawn[name].astype(wanted[name].dtype) for name in random}
+
+    values: dict[str, Any] = {name: wanted[name] for name in elsewhere}
+    if random:
+        # Random numbers are made once: on a CPU, optimising their program takes most of the time.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        places = {name: shardings[name] for name in random}
+        values |= jax.jit(start, out_shardings=places, compiler_options=options)()
+    values |= weights.load_base(
+        imported, {name: wanted[name] for name in imported if name not in elsewhere}
+    )
+    if tiny:
+        read = pretrained.read_tiny({name: leaf.shape for name, leaf in leaves.items()})
+        values |= {
+            name: put(tensor.astype(wanted[name].dtype), shardings[name])
+            for name, tensor in read.items()
+            if name not in elsewhere
+        }
+    for name, leaf in leaves.items():
+        leaf.set_value(values[name])
     return model
 
 
@@ -210,7 +207,7 @@ class Checkpoints:
         newest = self._orbax.latest
         return None if newest is None else newest.step
 
-    def save(self, state: State, *, data: grain.DatasetIterator) -> None:
+    def save(self, state: State, *, data: "grain.DatasetIterator") -> None:
         """Starts writing a checkpoint; returns once the arrays may change again."""
         self._orbax.save_checkpointables_async(
             int(state.step),
@@ -218,7 +215,7 @@ class Checkpoints:
             custom_metadata=self._metadata | {"data": data.get_state()},
         )
 
-    def restore(self, state: State, *, data: grain.DatasetIterator) -> State:
+    def restore(self, state: State, *, data: "grain.DatasetIterator") -> State:
         """Reads the newest checkpoint.
 
         Args:
@@ -244,33 +241,6 @@ class Checkpoints:
         found = _load(path, wanted)
         data.set_state(saved["data"])
         return found["training"].replace(params=found["params"])
-
-
-def find(path: epath.PathLike) -> epath.Path:
-    """The checkpoint folder that a user means: a run (its newest), or one step of it.
-
-    Raises:
-        UserError: no such folder, or no checkpoint in it.
-    """
-    path = as_path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder (wanted: a run of `emollama train`)")
-    if path.parent.name == FOLDER and path.name.isdigit():
-        return path
-    folder = path if path.name == FOLDER else path / FOLDER
-    # On a disk, a folder still being written has a longer name; Orbax renames it when it is
-    # complete. In a bucket, which cannot rename, it puts a file into it.
-    steps = [
-        int(p.name)
-        for p in folder.glob("*")
-        if p.name.isdigit() and (p / COMMITTED if is_remote(p) else p).exists()
-    ]
-    if not steps:
-        raise UserError(
-            f"{path}: no checkpoint here (wanted: a run of `emollama train`, which holds "
-            f"{FOLDER}/STEP)"
-        )
-    return folder / str(max(steps))
 
 
 def read_config(path: epath.PathLike) -> Config:
@@ -302,7 +272,7 @@ def load_for_inference(
     model = init_model(cfg, make_mesh(mesh), given=cfg.train.trainable)
     leaves = named_parameters(model)
     trained = matching(cfg.train.trainable, leaves, key="train.trainable")
-    wanted = _abstract({name: leaves[name][...] for name in trained})
+    wanted = {name: leaves[name].get_value() for name in trained}  # abstract
     values = _load(path, {"params": wanted})["params"]
     for name, value in values.items():
         leaves[name].set_value(value)

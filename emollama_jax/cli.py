@@ -1,6 +1,5 @@
 """The program `emollama`: one verb per wish. Bad input is one line and exit status 2."""
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -304,38 +303,48 @@ def zero_shot(options: Inline[ZeroShot]) -> None:
 
 
 def ask(
-    media: Positional[pathlib.Path],
-    question: Positional[str],
+    media: Positional[tuple[str, ...]],
     run: str = "demo_out/run",
     face: int | None = None,
     temperature: float | None = None,
     max_new_tokens: int | None = None,
+    chat: bool = False,
+    without_face: bool = False,
+    json: bool = False,
 ) -> None:
-    """Answers a question about the face in a picture or a clip; the answer streams.
+    """Answers a question about the face in each picture or clip; the answer streams.
+
+    emollama ask photo.jpg "What emotion does the person in the image show?"
+
+    Without a question, or with --chat, it reads questions line by line and remembers what was said.
 
     Args:
-        media: a picture or video file, or a folder of frames.
-        question: in plain words.
-        run: a trained run, e.g. what `emollama demo` left in demo_out/run.
+        media: picture files, video files or folders of frames, then the question in plain words.
+        run: trained run, e.g. what `make demo` left in demo_out/run.
         face: which face of a picture, 0 the largest; the largest by default.
         temperature: 0 gives the likeliest answer; the run's by default.
-        max_new_tokens: length of the answer at most; the run's by default.
+        max_new_tokens: longest answer; the run's by default.
+        chat: read more questions after the first.
+        without_face: ask the model even where no face was found; it may make one up.
+        json: one line of JSON for each answer: question, answer, faces, label scores, seconds.
     """
-    from emollama_jax.checkpoint import load_for_inference
-    from emollama_jax.data.media import is_video
-    from emollama_jax.serve.answer import Answerer
+    from emollama_jax.serve import terminal
 
-    is_video(media)  # unreadable media are refused before the model is loaded
-    cfg, model = load_for_inference(run)
-    given = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    how = dataclasses.replace(cfg.generate, **{k: v for k, v in given.items() if v is not None})
-    answerer = Answerer(cfg, model)
-    seen = answerer.look(media, face=face)
-    if not seen.prior.found.any():
-        print(f"{media}: no face found; the answer is about the whole picture", file=sys.stderr)
-    for piece in answerer.ask(seen, question, how=how):
-        print(piece, end="", flush=True)
-    print()
+    if not media:
+        raise UserError('name a picture or clip: emollama ask photo.jpg "a question"')
+    paths, question = terminal.split_arguments(media)
+    wish = terminal.Wish(
+        media=paths,
+        question=question,
+        chat=chat or question is None,
+        run=run,
+        face=face,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        as_json=json,
+        without_face=without_face,
+    )
+    terminal.ask(wish, _console())
 
 
 def plan(

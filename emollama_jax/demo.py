@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
+from emollama_jax import compile_cache
 from emollama_jax import config as configs
-from emollama_jax.checkpoint import init_model, load_for_inference
+from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.elements import View
 from emollama_jax.data.emotions import label_space
@@ -35,13 +35,12 @@ from emollama_jax.evaluate import report as pages
 from emollama_jax.evaluate.difficulty import grey, pixel_regression
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
 from emollama_jax.evaluate.run import Answering, describe, predict
-from emollama_jax.faces.prepare import prepare_source
+from emollama_jax.faces.prepare import load_face, prepare_source
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.faces.track import crop_box, from_crop
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.mtcnn import Detector
 from emollama_jax.serve.answer import Answerer
-from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train.loop import FitResult, fit
 from emollama_jax.train.metrics import METRICS, read_metrics
 
@@ -90,18 +89,25 @@ QUICK = Size(
 
 
 class Stopwatch:
-    """Seconds of each stage, in order."""
+    """Seconds and compilations of each stage, in order."""
 
     def __init__(self, console: Console):
         self.seconds: dict[str, float] = {}
+        self.compilations: dict[str, dict[str, float]] = {}
         self._console = console
 
     @contextmanager
     def stage(self, name: str):
         self._console.rule(f"[bold]{name}")
-        start = time.monotonic()
+        start, before = time.monotonic(), compile_cache.counted()
         yield
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.monotonic() - start, 1)
+        self.seconds[name] = round(time.monotonic() - start, 1)
+        done = compile_cache.counted().since(before)
+        self.compilations[name] = {
+            "compiled": done.compiled,
+            "seconds": round(done.seconds, 1),
+            "found": done.found,
+        }
 
 
 def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     """
     size = QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
+    compile_cache.start()
     overrides = (
         f"data.dir={json.dumps(str(out / 'data'))}",
         f"train.steps={size.steps}",
@@ -127,18 +133,17 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     cfg = configs.load("tiny", overrides)
     watch = Stopwatch(console)
     with watch.stage("prepare"):
-        start = init_model(cfg, make_mesh(cfg.mesh))
+        face = load_face(cfg)
         for name, sizes in ((IMAGES, size.images), (CLIPS, size.clips)):
             prepare_source(
                 cfg,
-                start.face,
+                face,
                 name,
                 sizes=sizes,
                 splits=("train", "test"),
                 processes=os.cpu_count() or 1,
                 console=console,
             )
-        del start
     with watch.stage("train"):
         identical = _train_with_interruption(cfg, out, size, console)
     _, model = load_for_inference(out / "run")
@@ -166,6 +171,8 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         with watch.stage("ablation"):
             summary["ablation"] = _ablation(overrides, out, size, console)
     summary["seconds"] = watch.seconds | {"all": round(sum(watch.seconds.values()), 1)}
+    # Compiled by this process, how long that took, and programs found from earlier ones.
+    summary["compilations"] = watch.compilations
     _write(out / "report.json", summary)
     pages.write_report(out / "report.html", make_page(cfg, out, summary, results, items, photo))
     return summary

@@ -24,13 +24,11 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs under pytest's cache: a second run starts much sooner.
+    """Keeps compiled programs under pytest's cache, for all processes of this run and the next."""
+    from emollama_jax import compile_cache
 
-    Each of several processes has its own: JAX writes there without a lock.
-    """
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"jax{worker}"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ[compile_cache.VARIABLE] = str(config.cache.mkdir("programs"))
+    compile_cache.start()
 
 
 @pytest.fixture(autouse=True)
@@ -79,14 +77,13 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def abstract_model():
     """Config name → its whole model with shapes instead of numbers; built once for all tests."""
-    from flax import nnx
-
     from emollama_jax import config
     from emollama_jax.models.emollama import EmoLlama
+    from emollama_jax.models.rngs import abstract
 
     @functools.cache
     def build(name: str) -> EmoLlama:
         cfg = config.load(name).model
-        return nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))
+        return abstract(lambda rngs: EmoLlama(cfg, rngs=rngs))
 
     return build

@@ -27,6 +27,7 @@ from emollama_jax.evaluate.protocol import Prediction, write_predictions
 from emollama_jax.models import pretrained
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.rngs import abstract
 from emollama_jax.sharding import distributed
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
@@ -109,7 +110,7 @@ def use(
 
 def random_model(cfg: Config, mesh: Mesh) -> EmoLlama:
     """NumPy's random numbers: making them with JAX would take most of the test's time."""
-    model = nnx.eval_shape(lambda: EmoLlama(cfg.model, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs))
     leaves = named_parameters(model)
     places = param_shardings(leaves, mesh, preset=cfg.mesh.preset).params
     rng = np.random.Generator(np.random.PCG64(0))

@@ -103,11 +103,13 @@ def test_init_is_a_function_of_the_seed():
     assert all(np.allclose(one[name], plain[name], atol=1e-6) for name in one)
 
 
-def test_given_parameters_start_as_zeros_and_the_rest_as_ever():
+def test_given_parameters_stay_abstract_and_the_rest_is_as_ever():
     full = values(init_model(toy_config(), one_device()))
-    part = values(init_model(toy_config(), one_device(), given=("fim/.*",)))
-    assert not part["fim/kernel"].any()
-    assert all(np.array_equal(full[n], part[n]) for n in full if not n.startswith("fim/"))
+    leaves = named_parameters(init_model(toy_config(), one_device(), given=("fim/.*",)))
+    given = leaves.pop("fim/kernel").get_value()
+    assert isinstance(given, jax.ShapeDtypeStruct)
+    assert given.shape == full["fim/kernel"].shape and given.sharding is not None
+    assert all(np.array_equal(full[name], leaf[...]) for name, leaf in leaves.items())
 
 
 def test_frozen_parameters_are_born_in_their_dtype():

@@ -10,6 +10,7 @@ from flax import nnx
 from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.rngs import abstract
 from tools.convert_torch import engine
 from tools.convert_torch.engine import PATCHES, QKV, SAME, TRANSPOSE, Row, drop_leading
 from tools.convert_torch.llama_vid import BUFFERS, KEEP, llama_vid
@@ -163,7 +164,7 @@ def test_llama_vid_ignores_buffers_only():
 def test_llama_vid_covers_the_assembled_model(name):
     """Every leaf is filled once or kept for a reason; every row has its leaf."""
     cfg = config.load(name).model
-    leaves = set(lv.parameters(nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))))
+    leaves = set(lv.parameters(abstract(lambda rngs: EmoLlama(cfg, rngs=rngs))))
     paths = [row.path for row in llama_vid(cfg.llama, cfg.qformer.cross_attention_every)]
     assert len(paths) == len(set(paths))
     assert leaves - set(paths) == {path for path in leaves if engine.matches_any(path, KEEP)}

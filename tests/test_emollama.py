@@ -20,6 +20,7 @@ from emollama_jax.models.eva_vit import normalise
 from emollama_jax.models.face_info_mining import FaceInfoMining
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.rngs import abstract
 from emollama_jax.models.visual_tokens import content_tokens
 
 SMALL = (  # of the tiny model: 4 × 4 patches, a face map of 8 × 8
@@ -60,12 +61,12 @@ def small(*overrides):
 
 
 @functools.cache
-def abstract(cfg):
-    return nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))
+def shapes(cfg):
+    return abstract(lambda rngs: EmoLlama(cfg, rngs=rngs))
 
 
 def build(cfg, *, gates=0.0):
-    return filled(abstract(cfg), gates=gates)
+    return filled(shapes(cfg), gates=gates)
 
 
 def filled(module, *, gates):
@@ -250,7 +251,7 @@ def test_embeds_put_visual_tokens_into_their_places():
 def test_tokens_per_frame(content, branches):
     cfg = small(f"model.content={content}", f"model.fim.branches={branches}")
     batch = make_batch(cfg)
-    graphdef, state = nnx.split(abstract(cfg))
+    graphdef, state = nnx.split(shapes(cfg))
     shape = jax.eval_shape(lambda s, b: nnx.merge(graphdef, s).visual(b), state, batch).shape
     assert shape == (EXAMPLES, ROUNDS * FRAMES * cfg.tokens_per_frame, cfg.llama.width)
     assert cfg.content_tokens == content_tokens(content, cfg.vision.patches)
@@ -433,7 +434,7 @@ def test_observations_repeat():
 
 def test_sections_reach_their_networks():
     cfg = small()
-    model = abstract(cfg)
+    model = shapes(cfg)
     for section in ("llama", "vision", "qformer", "face", "fim"):
         assert getattr(model, section).cfg == getattr(cfg, section)
     others = {field.name for field in dataclasses.fields(config.EmoLlamaConfig)} - {

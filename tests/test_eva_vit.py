@@ -13,6 +13,7 @@ from llama_vid_golden import LAYER, WHOLE
 from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models.eva_vit import EvaVit, normalise
+from emollama_jax.models.rngs import abstract
 from tools.convert_torch import engine
 from tools.convert_torch.golden import off, pixels
 from tools.convert_torch.llama_vid import eva_vit
@@ -111,7 +112,7 @@ def test_frames_are_independent():
 def test_real_size():
     """39 blocks, 985.9 M parameters; axes name every dimension."""
     cfg = config.load("emollama_7b").model.vision
-    model = nnx.eval_shape(lambda: EvaVit(cfg, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: EvaVit(cfg, rngs=rngs))
     leaves = lv.parameters(model)
     assert sum(leaf.size for leaf in leaves.values()) == 985_894_528
     assert leaves["blocks/attn/qkv"].shape == (39, 1408, 3, 1408)

@@ -24,6 +24,7 @@ from emollama_jax.models.facexformer import (
     to_pixels,
 )
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.rngs import abstract
 from tools.convert_torch import engine
 from tools.convert_torch.facexformer import (
     CHECKPOINT_KEY,
@@ -57,8 +58,8 @@ class Holder(nnx.Module):
         self.face = face
 
 
-def abstract(cfg) -> FaceXFormer:
-    return nnx.eval_shape(lambda: FaceXFormer(cfg, rngs=nnx.Rngs(0)))
+def shapes(cfg) -> FaceXFormer:
+    return abstract(lambda rngs: FaceXFormer(cfg, rngs=rngs))
 
 
 def manifest() -> dict:
@@ -68,13 +69,13 @@ def manifest() -> dict:
 @pytest.fixture(scope="module")
 def real():
     """The real network without numbers."""
-    return abstract(REAL)
+    return shapes(REAL)
 
 
 @pytest.fixture(scope="module")
 def small():
     """A small network with deterministic weights."""
-    return fill(abstract(SMALL), seed=5)
+    return fill(shapes(SMALL), seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def said():
         for key, entry in manifest().items()
         if entry["dtype"].startswith("float")
     }
-    model = abstract(REAL)
+    model = shapes(REAL)
     engine.assign(Holder(model), tensors, facexformer(REAL), ignore=IGNORE)
     return facexformer_arrays(model, seed=11)
 
@@ -141,7 +142,7 @@ def test_table_and_unread_are_the_whole_state_dict(real):
 def test_conversion_round_trip_is_bit_identical(small):
     cfg = small.cfg
     tensors = engine.extract(Holder(small), facexformer(cfg))
-    again = abstract(cfg)
+    again = shapes(cfg)
     engine.assign(Holder(again), tensors | unread(cfg), facexformer(cfg), ignore=IGNORE)
     wanted = named_parameters(small)
     for name, leaf in named_parameters(again).items():
@@ -180,7 +181,7 @@ def decoders():
         for name, parameter in theirs.named_parameters():
             start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.normal_(start, 0.1 if parameter.ndim == 1 else parameter.shape[1] ** -0.5)
-    ours = nnx.eval_shape(lambda: TwoWayTransformer(cfg, rngs=nnx.Rngs(0)))
+    ours = abstract(lambda rngs: TwoWayTransformer(cfg, rngs=rngs))
     tensors = {
         f"theirs.{name.replace('layer_norm', 'norm')}": tensor.numpy()
         for name, tensor in theirs.state_dict().items()
@@ -289,7 +290,7 @@ def test_upscale_is_a_transposed_convolution(rng):
 def test_shapes(name):
     cfg = config.load(name).model.face
     size, side = cfg.swin.image_size, cfg.swin.image_size // cfg.swin.patch_size
-    model = abstract(cfg)
+    model = shapes(cfg)
     image = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
     output = nnx.eval_shape(lambda m, x: m(x), model, image)
     parsing = nnx.eval_shape(lambda m, y: m.parsing(y), model, output)
@@ -324,7 +325,7 @@ def test_every_parameter_names_its_axes(real):
 
 
 def test_bfloat16_stays_near(seen, image):
-    half = fill(abstract(dataclasses.replace(SMALL, dtype="bfloat16")), seed=5)
+    half = fill(shapes(dataclasses.replace(SMALL, dtype="bfloat16")), seed=5)
     output, _ = facexformer_run(half, image)
     assert output.task_tokens.dtype == jnp.bfloat16
     assert off(output.task_tokens.astype(jnp.float32), seen[0].task_tokens) < 0.1
@@ -349,7 +350,7 @@ def test_frequencies_get_no_gradient(small):
 def test_fields_without_a_shape_matter(seen, image, field):
     """Every other field of the network changes a parameter's shape, or the dtype."""
     value = 2 if field == "decoder_heads" else 0.3
-    changed = fill(abstract(dataclasses.replace(SMALL, **{field: value})), seed=5)
+    changed = fill(shapes(dataclasses.replace(SMALL, **{field: value})), seed=5)
     assert off(facexformer_run(changed, image)[1], seen[1]) > 1e-3
 
 

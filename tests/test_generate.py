@@ -15,6 +15,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.generate import cache, decode, flagged, prompt, sampling, score
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.llama import Llama
+from emollama_jax.models.rngs import abstract
 
 LENGTHS = (5, 9, 2)
 PAD = 0
@@ -64,10 +65,9 @@ def prompts(lengths=LENGTHS, width=11, seed=7) -> Prompts:
     return Prompts(ids=jnp.asarray(ids, jnp.int32), length=jnp.asarray(lengths, jnp.int32))
 
 
-def how(temperature=0.0, top_p=1.0, seed=0) -> sampling.Sampling:
-    return sampling.Sampling(
-        temperature=jnp.float32(temperature), top_p=jnp.float32(top_p), key=jax.random.key(seed)
-    )
+def how(temperature=0.0, top_p=1.0, seed=0) -> sampling.Sampling | None:
+    wanted = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    return sampling.sampling(dataclasses.replace(config.load("tiny").generate, **wanted))
 
 
 def uncached_logits(model: TextModel, ids: list[int]) -> jax.Array:
@@ -257,7 +257,8 @@ def as_bytes(ids) -> str:
 
 def stream(model, batch, *, to_text=as_bytes, **settings):
     settings = {"how": how(), "max_new_tokens": STEPS, "stop": (NEVER, NEVER)} | settings
-    return decode.stream(model, batch, to_text, pad=PAD, **settings)
+    llama, read = nnx.split(model.llama), prompt.read(model, batch)
+    return decode.stream(llama, read, to_text, pad=PAD, **settings)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
@@ -346,7 +347,8 @@ def test_every_step_and_row_draws_anew():
 )
 def test_bad_sampling_settings_are_user_errors(change, message):
     good = config.load("tiny").generate
-    assert sampling.sampling(good).temperature == good.temperature
+    assert sampling.sampling(good) is None  # greedy
+    assert sampling.sampling(dataclasses.replace(good, temperature=0.5)).temperature == 0.5
     with pytest.raises(UserError, match=message):
         sampling.sampling(dataclasses.replace(good, **change))
 
@@ -389,7 +391,7 @@ def small_emollama() -> EmoLlama:
         *("face.swin.heads=[1, 2]", "face.decoder_depth=1"),
     ]
     cfg = config.load("tiny", [f"model.{override}" for override in overrides]).model
-    model = nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: EmoLlama(cfg, rngs=rngs))
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(1)
     return nnx.merge(

@@ -13,6 +13,7 @@ from llama_vid_golden import LAYER, WHOLE
 from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models.llama import KVCache, Llama
+from emollama_jax.models.rngs import abstract
 from tools.convert_torch import engine
 from tools.convert_torch.golden import off
 from tools.convert_torch.llama_vid import llama as llama_rows
@@ -29,7 +30,7 @@ class Holder(nnx.Module):
 
 
 def make(cfg, seed=1):
-    return lv.fill(nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0))), seed)
+    return lv.fill(abstract(lambda rngs: Llama(cfg, rngs=rngs)), seed)
 
 
 def embeds_of(shape, seed=0):
@@ -267,7 +268,7 @@ def test_embed():
 def test_real_sizes(name, count):
     """The published 6.74 B and 13.02 B, adapters beside them; axes name every dimension."""
     cfg = config.load(name).model.llama
-    model = nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: Llama(cfg, rngs=rngs))
     leaves = lv.parameters(model)
     adapters = {p: leaf.size for p, leaf in leaves.items() if p.endswith(("lora_A", "lora_B"))}
     assert sum(leaf.size for leaf in leaves.values()) - sum(adapters.values()) == count

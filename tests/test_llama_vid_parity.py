@@ -17,6 +17,7 @@ from emollama_jax.models import eva_vit, qformer, visual_tokens
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.qformer import QFormer
+from emollama_jax.models.rngs import abstract
 from emollama_jax.models.visual_tokens import VisualTokens
 from tools.convert_torch import golden
 from tools.convert_torch.golden import off
@@ -206,7 +207,7 @@ CHANGES = {
 
 
 def observe_llama(cfg):
-    model = lv.fill(nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0))), 3)
+    model = lv.fill(abstract(lambda rngs: Llama(cfg, rngs=rngs)), 3)
     ids = jnp.arange(9)[None]
 
     def run(model):
@@ -217,7 +218,7 @@ def observe_llama(cfg):
 
 
 def observe_vision(cfg):
-    model = lv.fill(nnx.eval_shape(lambda: EvaVit(cfg, rngs=nnx.Rngs(0))), 3)
+    model = lv.fill(abstract(lambda rngs: EvaVit(cfg, rngs=rngs)), 3)
     size = cfg.image_size
     frames = (jnp.arange(size * size * 3).reshape(1, size, size, 3) % 251).astype(jnp.uint8)
     # The statistics belong to the tower's weights, but it takes normalised pixels.

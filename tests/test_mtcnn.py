@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import logging
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,7 +13,7 @@ from PIL import Image
 from emollama_jax.data.media import read_image
 from emollama_jax.models import mtcnn, mtcnn_search
 from emollama_jax.models.mtcnn import FACENET, Detector, Mtcnn, load_mtcnn
-from emollama_jax.models.mtcnn_search import Capacity, pyramid
+from emollama_jax.models.mtcnn_search import pyramid
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "mtcnn.json").read_text())
 
@@ -177,28 +175,25 @@ def test_area_resize(rectangle):
     top, rows, left, columns = rectangle
     part = torch.from_numpy(picture[top : top + rows, left : left + columns]).permute(2, 0, 1)
     wanted = torch.nn.functional.interpolate(part[None].float(), size=(24, 31), mode="area")
-    integral = jax.jit(mtcnn_search.integral_image)(picture)
+    integral = mtcnn_search.integral_image(picture)
     np.testing.assert_array_equal(integral[1:, 1:], np.cumsum(np.cumsum(picture, 0, int), 1))
-    found = mtcnn_search.area_resize(
-        integral, (top, rows, 24), (left, columns, 31), height=24, width=31
-    )
+    found = mtcnn_search.area_resize(integral, np.array([rectangle, rectangle]), (24, 31))
     wanted = (wanted[0].permute(1, 2, 0).numpy() - 127.5) / 128
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    np.testing.assert_allclose(found[0], wanted, atol=1e-6)
+    np.testing.assert_array_equal(found[0], found[1])
 
 
-def test_integral_image_reaches_the_largest_canvas():
-    side = FACENET.canvases[-1]
-    assert 255 * side**2 < 2**31
-    with pytest.raises(ValueError, match="canvas 2902"):
-        Detector(cfg=dataclasses.replace(FACENET, canvases=(128, 2902)))
+def test_integral_image_reaches_the_longest_side():
+    assert 255 * FACENET.longest**2 < 2**31
+    with pytest.raises(ValueError, match="longest 2902"):
+        Detector(cfg=dataclasses.replace(FACENET, longest=2902))
 
 
 def test_keep_best():
     """Against the textbook loop over a list that shrinks."""
     rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 60, (50, 2))
-    boxes = np.concatenate([corner, corner + rng.uniform(10, 40, (50, 2))], 1).astype(np.float32)
-    valid = np.arange(50) < 43
+    corner = rng.uniform(0, 60, (43, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(10, 40, (43, 2))], 1).astype(np.float32)
 
     def overlap(a, b, pixel, smaller):
         w = min(a[2], b[2]) - max(a[0], b[0]) + pixel
@@ -216,9 +211,10 @@ def test_keep_best():
             best = left.pop(0)
             wanted.append(best)
             left = [j for j in left if overlap(boxes[best], boxes[j], pixel, smaller) <= 0.3]
-        keep = mtcnn_search.keep_best(jnp.asarray(boxes), valid, threshold=0.3, overlap=rule)
-        assert np.flatnonzero(keep).tolist() == wanted
+        kept = mtcnn_search.keep_best(boxes, threshold=0.3, overlap=rule)
+        assert kept.tolist() == wanted
         assert 1 < len(wanted) < 43
+        assert mtcnn_search.keep_best(boxes[:0], threshold=0.3, overlap=rule).tolist() == []
 
 
 def test_crops_of_boxes():
@@ -230,10 +226,35 @@ def test_crops_of_boxes():
         [101, 5, 120, 20],
         [5, 5, 4, 9],
     ]
-    crops, some = mtcnn_search.trunc_crops(jnp.array(boxes), height=80, width=100)
+    crops, some = mtcnn_search.trunc_crops(np.array(boxes, np.float32), height=80, width=100)
     assert some.tolist() == [True, True, True, False, False]
-    wanted = [[3, 8, 2, 8], [0, 4, 0, 4], [69, 11, 89, 11], [0, 1, 0, 1], [0, 1, 0, 1]]
-    assert crops.tolist() == wanted  # first row, rows, first column, columns
+    wanted = [[3, 8, 2, 8], [0, 4, 0, 4], [69, 11, 89, 11]]
+    assert crops[some].tolist() == wanted  # first row, rows, first column, columns
+
+
+@pytest.mark.parametrize("shape", [(41, 52), (120, 75), (300, 310)])
+def test_tiles_hold_each_cell_once(networks, shape):
+    """P on tiles gives what P gives on whole levels, wherever a tile ends."""
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    levels = pyramid(*shape, min_face=FACENET.min_face, factor=FACENET.factor)
+    integral = mtcnn_search.integral_image(picture)
+    tiles = mtcnn_search.cut_tiles(integral, levels)
+    pnet = jax.jit(networks.pnet)
+    said = [np.asarray(x) for x in pnet(tiles.pixels, sizes=tiles.sizes)]
+    for number, (_, height, width) in enumerate(levels[:2]):
+        whole = mtcnn_search.area_resize(
+            integral, np.array([[0, shape[0], 0, shape[1]]]), (height, width)
+        )
+        wanted = [np.asarray(x)[0] for x in pnet(whole, sizes=np.array([[height, width]]))]
+        again = [np.full_like(x, np.nan) for x in wanted]
+        for tile in np.flatnonzero(tiles.levels == number):
+            y, x = tiles.corners[tile]
+            for one, part in zip(again, said, strict=True):
+                room = one[y : y + mtcnn_search.TILE_CELLS, x : x + mtcnn_search.TILE_CELLS]
+                assert np.isnan(room).all()
+                room[:] = part[tile][: room.shape[0], : room.shape[1]]
+        for one, right in zip(again, wanted, strict=True):
+            np.testing.assert_allclose(one, right, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", list(GOLDEN))
@@ -266,15 +287,6 @@ def test_several_faces_by_size(detect):
         assert points[0, 0] < points[1, 0] and points[0, 1] < points[2, 1] < points[3, 1]
 
 
-def test_canvas_changes_nothing(networks, detect, portrait):
-    """The same picture on the smallest and on a larger canvas."""
-    larger = Detector(networks, dataclasses.replace(FACENET, canvases=(512,)))
-    one, two = detect(portrait), larger(portrait)
-    assert len(one) == len(two) == 1
-    np.testing.assert_allclose(one.boxes, two.boxes, atol=1e-3)
-    np.testing.assert_allclose(one.landmarks, two.landmarks, atol=1e-3)
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (19, 300), (20, 20), (100, 100)])
 def test_no_face(detect, shape):
     faces = detect(np.full((*shape, 3), 127, np.uint8))
@@ -284,26 +296,14 @@ def test_no_face(detect, shape):
 
 
 def test_large_pictures_are_shrunk(networks, detect, portrait):
-    """Ten times as large as the largest canvas of a small detector."""
-    small = Detector(networks, dataclasses.replace(FACENET, canvases=(128,)))
+    """Ten times as long as a small detector takes."""
+    small = Detector(networks, dataclasses.replace(FACENET, longest=128))
     picture = np.zeros((1280, 1000, 3), np.uint8)
     picture[:960] = portrait.repeat(10, 0).repeat(10, 1)
     faces, alone = small(picture), detect(portrait)
     assert len(faces) == len(alone) == 1
     np.testing.assert_allclose(faces.boxes, alone.boxes * 10, atol=15)
     np.testing.assert_allclose(faces.landmarks, alone.landmarks * 10, atol=15)
-
-
-def test_overflow_takes_longer_lists(networks, detect, portrait, caplog):
-    short, default = Capacity(4, 16, 4), FACENET.capacities[0]
-    cfg = dataclasses.replace(FACENET, capacities=(short, default))
-    with caplog.at_level(logging.WARNING):
-        faces = Detector(networks, cfg)(portrait)
-    np.testing.assert_array_equal(faces.boxes, detect(portrait).boxes)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        Detector(networks, dataclasses.replace(FACENET, capacities=(short,)))(portrait)
-    assert "room for (4, 16, 4)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -320,40 +320,45 @@ def test_overflow_takes_longer_lists(networks, detect, portrait, caplog):
 )
 def test_every_rule_matters(networks, portrait, field, value, monkeypatch):
     """Each changes the faces, or at least the candidates on the way to them."""
-    loads = {}
-    search = mtcnn._search
+    seen = []
+    keep_best = mtcnn_search.keep_best
 
-    def record(*args):
-        found = search(*args)
-        loads[len(loads)] = (found.load.tolist(), int(found.valid.sum()), found.boxes.tolist())
-        return found
+    def record(boxes, **rules):
+        kept = keep_best(boxes, **rules)
+        seen.append((len(boxes), kept.tolist()))
+        return kept
 
-    monkeypatch.setattr(mtcnn, "_search", record)
+    monkeypatch.setattr(mtcnn_search, "keep_best", record)
     Detector(networks)(portrait)
+    usual, seen[:] = list(seen), []
     Detector(networks, dataclasses.replace(FACENET, **{field: value}))(portrait)
-    assert loads[0] != loads.get(1)
+    assert usual != seen
 
 
 def test_many_pictures_over_the_devices(networks, detect, portrait):
-    """Batches find what single searches find, whatever is left of a batch."""
-    mesh = jax.make_mesh(
-        (4,), ("frames",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
-    )
-    many = Detector(networks, mesh=mesh, batch=1)
+    """Batches find what single searches find, bit for bit, whatever is left of a batch."""
     tiny, blank = np.zeros((12, 12, 3), np.uint8), np.zeros((96, 96, 3), np.uint8)
     mirrored = np.ascontiguousarray(portrait[:, ::-1])
     pictures = [portrait, tiny, blank, mirrored, portrait[:90], portrait[:, 4:]]
-    found = many.many(pictures)
-    assert [len(faces) for faces in found] == [1, 0, 0, 1, 1, 1]
-    for faces, picture in zip(found, pictures, strict=True):
-        alone = detect(picture)
-        np.testing.assert_allclose(faces.boxes, alone.boxes, atol=1e-3)
-        np.testing.assert_allclose(faces.probabilities, alone.probabilities, atol=1e-5)
-        np.testing.assert_allclose(faces.landmarks, alone.landmarks, atol=1e-3)
-    assert many.many([]) == []
-    short = dataclasses.replace(FACENET, capacities=(Capacity(4, 16, 4), FACENET.capacities[0]))
-    crowded = Detector(networks, short, batch=1).many([portrait])  # too many candidates: alone
-    np.testing.assert_allclose(crowded[0].boxes, found[0].boxes, atol=1e-3)
+    mesh = jax.make_mesh(
+        (4,), ("frames",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
+    few = dataclasses.replace(FACENET, rows=(8, 16, 4))
+    alone = [detect(picture) for picture in pictures]
+    assert [len(faces) for faces in alone] == [1, 0, 0, 1, 1, 1]
+    for many, atol in ((detect, 0), (Detector(networks, few, mesh=mesh), 1e-3)):
+        found = many.many(pictures)
+        for faces, wanted in zip(found, alone, strict=True):
+            np.testing.assert_allclose(faces.boxes, wanted.boxes, atol=atol, rtol=0)
+            np.testing.assert_allclose(faces.probabilities, wanted.probabilities, atol=atol)
+            np.testing.assert_allclose(faces.landmarks, wanted.landmarks, atol=atol, rtol=0)
+        assert many.many([]) == []
+
+
+def test_large_groups_are_cut(networks, detect, portrait, monkeypatch):
+    monkeypatch.setattr(mtcnn, "GROUP_PIXELS", 2 * portrait.shape[0] * portrait.shape[1])
+    found = detect.many([portrait] * 5)
+    assert [len(faces) for faces in found] == [1] * 5
 
 
 def test_refuses_what_is_no_picture(detect):

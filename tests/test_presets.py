@@ -24,6 +24,7 @@ from emollama_jax.config import MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.rngs import abstract
 from emollama_jax.sharding.mesh import AXES, batch_sharding, make_mesh, mesh_sizes
 from emollama_jax.sharding.points import constrain, parts
 from emollama_jax.sharding.rules import PRESETS, param_shardings
@@ -161,7 +162,7 @@ def real_batch(cfg):
 def test_frames_of_the_towers_lie_as_asked(over, split):
     """In the program, before the compiler sees it: into how many parts anything is split."""
     cfg = config.load("tiny", [*SHORT, f"model.frames_over={over}"]).model
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: EmoLlama(cfg, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(abstract(lambda rngs: EmoLlama(cfg, rngs=rngs)))
     size = {"data": 1, "fsdp": 4, "tensor": 2}
     with jax.set_mesh(make_mesh(MeshConfig(**size))):
         visual = jax.make_jaxpr(lambda state, batch: nnx.merge(graphdef, state).visual(batch))

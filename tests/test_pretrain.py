@@ -14,6 +14,7 @@ from emollama_jax.data.actionfaces.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.data.actionfaces.sample import sample_image
 from emollama_jax.data.pictures import Pictures
 from emollama_jax.models.layers import Linear
+from emollama_jax.models.rngs import abstract
 from emollama_jax.train import pretrain
 from emollama_jax.train.learners import (
     MIRROR,
@@ -189,7 +190,7 @@ def test_blur_makes_units_unsure_and_hides_tokens():
     "make", [FaceLearner, functools.partial(VisionLearner, units=3, emotions=2)]
 )
 def test_only_kernels_decay(make, tiny_config):
-    learner = nnx.eval_shape(lambda: make(tiny_config, rngs=nnx.Rngs(0)))
+    learner = abstract(lambda rngs: make(tiny_config, rngs=rngs))
     decayed = jax.tree_util.tree_map_with_path(pretrain._decays, nnx.split(learner)[1])
     flat = {
         jax.tree_util.keystr(path).removesuffix(".value"): value

@@ -13,13 +13,14 @@ from PIL import Image
 from emollama_jax.data.builders import registry
 from emollama_jax.errors import UserError
 from emollama_jax.faces import priors
+from emollama_jax.faces.reader import Reader, cut_out, local_mesh, read_faces
 from emollama_jax.models.facexformer import FaceXFormer
 
 
 @pytest.fixture(scope="module")
 def reader(tiny_config):
     face = FaceXFormer(tiny_config.model.face, rngs=nnx.Rngs(0))
-    return priors.Reader(face, margin=tiny_config.data.face_margin, batch=4)
+    return Reader(face, margin=tiny_config.data.face_margin, batch=4)
 
 
 def no_faces(picture):
@@ -54,8 +55,8 @@ def test_stored_priors_are_those_of_each_example_alone(examples, tmp_path, reade
     stored = priors.Priors(tmp_path / "p")
     assert len(stored) == len(examples)
     picture = np.asarray(Image.open(io.BytesIO(examples[3]["media"])))
-    alone = priors.find_face([picture], boxes=examples[3]["boxes"], detect=no_faces, reader=reader)
-    wanted = priors.read_faces([alone], reader)[0]
+    seen = cut_out([picture], examples[3]["boxes"], np.ones(1, bool), reader=reader)
+    wanted = read_faces([seen], reader)[0]
     np.testing.assert_allclose(stored[3].landmarks, wanted.landmarks, atol=1e-5)
     np.testing.assert_array_equal(stored[3].agr, wanted.agr)
     np.testing.assert_allclose(stored[3].agr_probability, wanted.agr_probability, atol=1e-5)
@@ -158,10 +159,10 @@ def test_devices_share_a_batch(reader, tiny_config, rng):
     """Eight devices read what one reads, whatever is left of a batch."""
     import jax
 
-    mesh = priors.local_mesh()
+    mesh = local_mesh()
     assert mesh.size == jax.local_device_count() == 8
     face = FaceXFormer(tiny_config.model.face, rngs=nnx.Rngs(0))
-    many = priors.Reader(face, margin=reader.margin, batch=2, mesh=mesh)
+    many = Reader(face, margin=reader.margin, batch=2, mesh=mesh)
     crops = rng.integers(0, 256, (19, reader.size, reader.size, 3), dtype=np.uint8)
     one, all_devices = reader(crops), many(crops)
     np.testing.assert_allclose(all_devices[0], one[0], atol=1e-5)
@@ -201,7 +202,7 @@ def _read(media):
 def test_other_weights_make_stored_priors_void(examples, tmp_path, reader, tiny_config):
     prepare(examples, tmp_path / "p", reader)
     before = priors.Priors(tmp_path / "p")[0].landmarks
-    other = priors.Reader(
+    other = Reader(
         FaceXFormer(tiny_config.model.face, rngs=nnx.Rngs(1)), margin=reader.margin, batch=4
     )
     prepare(examples, tmp_path / "p", other)

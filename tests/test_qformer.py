@@ -13,6 +13,7 @@ from llama_vid_golden import LAYER, WHOLE
 from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models.qformer import QFormer
+from emollama_jax.models.rngs import abstract
 from tools.convert_torch import engine
 from tools.convert_torch.golden import off, pixels
 from tools.convert_torch.llama_vid import INSTRUCT_BLIP
@@ -144,7 +145,7 @@ def test_dropout_needs_its_key():
 def test_real_size():
     """BERT-base with cross-attention in six of twelve layers: 185.7 M with the 32 queries."""
     cfg = config.load("emollama_7b").model.qformer
-    model = nnx.eval_shape(lambda: QFormer(cfg, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: QFormer(cfg, rngs=rngs))
     leaves = lv.parameters(model)
     assert sum(leaf.size for leaf in leaves.values()) == 185_660_160 + 32 * 768
     for path, leaf in leaves.items():

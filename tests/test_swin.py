@@ -11,6 +11,7 @@ from llama_vid_golden import LAYER, WHOLE, fill
 
 from emollama_jax.config import SwinConfig
 from emollama_jax.errors import UserError
+from emollama_jax.models.rngs import abstract
 from emollama_jax.models.swin import APART, Swin, WindowAttention, relative_index, shift_mask
 from tools.convert_torch import engine
 from tools.convert_torch.facexformer import swin as table
@@ -36,7 +37,7 @@ def highest_precision():
 
 
 def build(cfg: SwinConfig, *, dtype="float32", remat="none") -> Swin:
-    model = nnx.eval_shape(lambda: Swin(cfg, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: Swin(cfg, dtype=dtype, remat=remat, rngs=rngs))
     return fill(model, seed=3)
 
 

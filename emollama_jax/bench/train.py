@@ -39,6 +39,7 @@ from emollama_jax.config import LlamaConfig, LoraConfig, MeshConfig, TrainConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.rngs import abstract
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.train.optimizer import ADAM_EPS, Optimizer, make_optimizer
@@ -205,7 +206,7 @@ def make_work(sizes: TrainSizes, *, seed: int = 0) -> Work:
 
 
 def _abstract(sizes: TrainSizes) -> TextModel:
-    return nnx.eval_shape(lambda: TextModel(llama_config(sizes), rngs=nnx.Rngs(0)))
+    return abstract(lambda rngs: TextModel(llama_config(sizes), rngs=rngs))
 
 
 def _trains(path: str) -> bool:

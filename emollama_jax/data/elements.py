@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
 from emollama_jax.batch import IGNORE, Batch
 from emollama_jax.config import Config, SourceConfig
@@ -154,25 +154,50 @@ class Encoder:
             raise UserError(
                 f"{count} frames, but face priors of {len(prior.found)}: compute the priors again"
             )
+        if view == "blank":
+            return self.empty_look(kind)
+        look = self.cut(
+            pictures,
+            kind=kind,
+            which=indices,
+            boxes=prior.boxes[indices],
+            found=prior.found[indices],
+        )
+        look.landmarks[look.found] = prior.landmarks[indices][look.found]
+        return dataclasses.replace(look, agr=self.agr(kind, prior))
+
+    def cut(
+        self,
+        pictures: Sequence[UInt8[np.ndarray, "h w 3"]],
+        *,
+        kind: Kind,
+        which: Int[np.ndarray, " m"],
+        boxes: Float32[np.ndarray, "m 4"],
+        found: Bool[np.ndarray, " m"],
+    ) -> Look:
+        """Decoded frames as the model sees them; what only the networks know of the face is empty.
+
+        Args:
+            pictures: the M frames.
+            kind: of the media.
+            which: stored frame of each; short clips repeat frames.
+            boxes: of the face, (x1, y1, x2, y2) in pixels.
+            found: whether there is one.
+        """
         data = self.cfg.data
         size, face_size = self.cfg.model.vision.image_size, self.cfg.model.face.swin.image_size
         look = _empty_look(len(pictures), size, face_size)
-        if view == "blank":
-            return look
         pad = data.pad_images and kind == "image"
-        done: dict[int, int] = {}  # stored frame → its place; short clips repeat frames
-        for place, (index, picture) in enumerate(zip(indices.tolist(), pictures, strict=True)):
+        done: dict[int, int] = {}  # stored frame → its place
+        for place, (index, picture) in enumerate(zip(which.tolist(), pictures, strict=True)):
             if (same := done.setdefault(index, place)) != place:
                 look.frames[place], look.faces[place] = look.frames[same], look.faces[same]
                 continue
             look.frames[place] = to_model_frame(picture, size, pad=pad)
-            if prior.found[index]:
-                look.faces[place], _ = crop_face(
-                    picture, prior.boxes[index], data.face_margin, face_size
-                )
-        look.found[:] = prior.found[indices]
-        look.landmarks[look.found] = prior.landmarks[indices][look.found]
-        return dataclasses.replace(look, agr=self._agr(kind, prior))
+            if found[place]:
+                look.faces[place], _ = crop_face(picture, boxes[place], data.face_margin, face_size)
+        look.found[:] = found
+        return look
 
     def training_row(
         self,
@@ -207,14 +232,68 @@ class Encoder:
             UserError: the question is too long.
         """
         question = prompts.question_text(question)
-        encoded = prompts.build_prompt(
+        encoded = self._prompt(question, kind, look.agr, (), self.text_length(kind))
+        return self._row(look, encoded, [question], rounds=1, index=index)
+
+    def prompt(
+        self,
+        question: str,
+        *,
+        kind: Kind,
+        agr: str,
+        earlier: Sequence[prompts.Turn],
+        room: int,
+    ) -> prompts.Encoded:
+        """A prompt alone, after any turns before it.
+
+        Its padded length is the config's, doubled as often as the turns need: few shapes.
+
+        Args:
+            question: to be answered.
+            kind: of the media.
+            agr: the AGR sentence, or "".
+            earlier: turns of the same conversation.
+            room: tokens that will follow; prompt and they share the model's positions.
+
+        Raises:
+            UserError: it is too long.
+        """
+        llama = self.cfg.model.llama
+        reach = int(llama.max_positions * llama.rope_scaling) - room
+        length = self.text_length(kind)
+        while True:
+            try:
+                return self._prompt(question, kind, agr, earlier, length)
+            except UserError:
+                if length >= reach:
+                    raise
+            length = min(2 * length, reach)
+
+    def fits(self, question: str, **which: Any) -> bool:
+        """Whether there is a `prompt` of these arguments."""
+        try:
+            self.prompt(question, **which)
+        except UserError:
+            return False
+        return True
+
+    def _prompt(
+        self, question: str, kind: Kind, agr: str, earlier: Sequence[prompts.Turn], length: int
+    ) -> prompts.Encoded:
+        return prompts.build_prompt(
             question,
             n_visual=self.visual(kind),
-            agr=look.agr,
+            agr=agr,
             tokenizer=self.llm,
-            text_length=self.text_length(kind),
+            text_length=length,
+            earlier=earlier,
         )
-        return self._row(look, encoded, [question], rounds=1, index=index)
+
+    def question_ids(self, question: str) -> tuple[Int32[np.ndarray, " l"], Bool[np.ndarray, " l"]]:
+        """What the Q-Former reads of a question, and where it is not padding."""
+        return prompts.encode_question(
+            question, tokenizer=self.question, length=self.cfg.data.question_length
+        )
 
     def sentinel(self, kind: Kind, index: int, trouble: str) -> Row:
         """What stands for a training row that cannot be made."""
@@ -234,7 +313,8 @@ class Encoder:
         model = self.cfg.model
         return _empty_look(self.frames(kind), model.vision.image_size, model.face.swin.image_size)
 
-    def _agr(self, kind: Kind, prior: Prior) -> str:
+    def agr(self, kind: Kind, prior: Prior) -> str:
+        """The AGR sentence of a prompt; "" where there is none."""
         if not (self.cfg.data.agr and prior.found.any()):
             return ""
         age, gender, race = (int(x) for x in prior.agr)
@@ -261,9 +341,7 @@ class Encoder:
         ids = np.full((rounds, length), self.question.pad, np.int32)
         mask = np.zeros((rounds, length), bool)
         for number, question in enumerate(questions):
-            ids[number], mask[number] = prompts.encode_question(
-                question, tokenizer=self.question, length=length
-            )
+            ids[number], mask[number] = self.question_ids(question)
         return {
             "frames": look.frames,
             "faces": look.faces,

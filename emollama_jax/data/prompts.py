@@ -166,21 +166,36 @@ def build_training(
 
 
 def build_prompt(
-    question: str, *, n_visual: int, agr: str, tokenizer: Tokenizer, text_length: int
+    question: str,
+    *,
+    n_visual: int,
+    agr: str,
+    tokenizer: Tokenizer,
+    text_length: int,
+    earlier: Sequence[Turn] = (),
 ) -> Encoded:
     """A prompt that ends in `ASSISTANT:`, to be continued. Arguments as `build_training`.
+
+    Args:
+        question: to be answered.
+        earlier: turns of the same conversation, each with its own visual tokens.
 
     Raises:
         UserError: it is longer than `text_length`.
     """
-    before, human = _human(question, agr=agr, first=True, after=False)
-    ids = [tokenizer.bos, *_encode(tokenizer, before), *[IMAGE_TOKEN] * n_visual]
-    ids += _encode(tokenizer, human)
+    ids = [tokenizer.bos]
+    for number, turn in enumerate([*earlier, Turn(question, "")]):
+        before, human = _human(turn.question, agr=agr, first=number == 0, after=False)
+        ids += [*_encode(tokenizer, before), *[IMAGE_TOKEN] * n_visual]
+        if number < len(earlier):
+            ids += [*tokenizer.encode(f"{human} {turn.answer}"), tokenizer.eos]
+        else:
+            ids += _encode(tokenizer, human)
     if len(ids) > text_length:
         raise UserError(
-            f"the prompt has {len(ids)} tokens, {n_visual} of them visual, and the text length is "
-            f"{text_length}: ask a shorter question or raise data.text_length, for clips "
-            "data.clip_text_length"
+            f"the prompt has {len(ids)} tokens, {n_visual * (len(earlier) + 1)} of them visual, "
+            f"and the text length is {text_length}: ask a shorter question or raise "
+            "data.text_length, for clips data.clip_text_length"
         )
     return _fit(ids, [IGNORE] * len(ids), pad=tokenizer.pad, text_length=text_length)
 

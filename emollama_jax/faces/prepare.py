@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,12 +13,14 @@ from emollama_jax.config import Config
 from emollama_jax.data.builders import actionfaces, registry, store
 from emollama_jax.data.builders.listing import Listing, brief
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import Reader, Summary, local_mesh, prepare_priors, priors_folder
+from emollama_jax.faces.priors import Summary, prepare_priors, priors_folder
+from emollama_jax.faces.reader import Reader, local_mesh
 from emollama_jax.models import pretrained
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.mtcnn import Detector
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.rngs import Keys, Rngs, abstract
 from emollama_jax.paths import on_disk
 from emollama_jax.sharding.distributed import alone
 
@@ -33,19 +34,17 @@ def load_face(cfg: Config) -> FaceXFormer:
         UserError: imported weights that do not fit, or that hold no FaceXFormer.
     """
 
-    def make() -> FaceXFormer:
-        return FaceXFormer(cfg.model.face, rngs=nnx.Rngs(cfg.train.seed))
+    def make(rngs: Rngs) -> FaceXFormer:
+        return FaceXFormer(cfg.model.face, rngs=rngs)
 
     if cfg.weights == "none":
-        return nnx.jit(make)()
-    face = nnx.eval_shape(make)  # without making random numbers first
+        return nnx.jit(lambda: make(Keys(cfg.train.seed)))()
+    face = abstract(make)
     leaves = named_parameters(face)
     if cfg.weights == "tiny":
-        for leaf in leaves.values():
-            leaf.set_value(jnp.zeros(leaf.shape, leaf.dtype))
         pretrained.load(face, pretrained.WEIGHTS / f"{pretrained.TINY['face']}.safetensors")
         return face
-    model = nnx.eval_shape(lambda: EmoLlama(cfg.model, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs))
     shapes = {name: leaf.shape for name, leaf in named_parameters(model).items()}
     where = weights.check_base(cfg.weights, cfg.model, shapes)
     if absent := [name for name in leaves if f"face/{name}" not in where]:

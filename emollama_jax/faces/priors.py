@@ -11,7 +11,6 @@ of one static size, split over the devices of a mesh. What is done is on disk pa
 """
 
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -23,19 +22,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
-from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emollama_jax.data.builders import registry
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.errors import UserError
-from emollama_jax.faces.track import Faces, crop_face, track
-from emollama_jax.models.eva_vit import normalise
-from emollama_jax.models.facexformer import FaceXFormer
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.faces.reader import Detect, Prior, Reader, cut_out, read_faces
+from emollama_jax.faces.track import track
 from emollama_jax.paths import as_path, is_remote
 
 CHUNK = {"image": 512, "clip": 32}  # examples of one resumable part
@@ -46,30 +40,7 @@ SMOOTHING = 5  # frames of a centred mean over a clip's boxes, against the detec
 PER_FRAME = ("boxes", "found", "landmarks")
 PER_EXAMPLE = ("agr", "agr_probability")
 
-Detect = Callable[[np.ndarray], Faces]  # uint8 [H, W, 3] → the faces in it
-DetectMany = Callable[[Sequence[np.ndarray]], Sequence[Faces]]  # the same of several pictures
-
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """The face of one example, followed and cut out; F = stored frames of its media."""
-
-    boxes: np.ndarray  # float32 [F, 4], (x1, y1, x2, y2) in pixels; zeros where not found
-    found: np.ndarray  # bool [F]
-    crops: np.ndarray  # uint8 [F, S, S, 3]; zeros where not found
-
-
-@dataclasses.dataclass(frozen=True)
-class Prior:
-    """What is known of the face of one example."""
-
-    boxes: np.ndarray  # float32 [F, 4]
-    found: np.ndarray  # bool [F]
-    landmarks: np.ndarray  # float32 [F, 68, 2], in the crop, -1 … 1; zeros where not found
-    agr: np.ndarray  # int32 [3], age, gender and race class, from the mean over the frames
-    agr_probability: np.ndarray  # float32 [3]; 0 where no frame has a face
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,125 +60,12 @@ class Summary:
         return self.frames_done / self.seconds if self.seconds else 0.0
 
 
-def local_mesh() -> Mesh:
-    """This host's devices in a row, for `Reader` and `Detector`: each takes its share of frames."""
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("frames",), axis_types=(AxisType.Auto,), devices=devices)
-
-
-class Reader:
-    """The frozen FaceXFormer's heads on face crops, in batches of one static size.
-
-    Args:
-        face: the network.
-        margin: of the crop, as in `crop_box`.
-        batch: crops at a time on each device.
-        mesh: of `local_mesh`, whose devices share a batch; None for the device of the weights.
-    """
-
-    def __init__(
-        self, face: FaceXFormer, *, margin: float, batch: int = 128, mesh: Mesh | None = None
-    ):
-        graphdef, self._state = nnx.split(face)
-        cfg = face.cfg
-        self.size, self.margin = cfg.swin.image_size, margin
-        self._batch = batch * (mesh.size if mesh else 1)
-        whole = split = None
-        if mesh:
-            whole = NamedSharding(mesh, PartitionSpec())
-            split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            self._state = jax.device_put(self._state, whole)
-        digest = hashlib.sha256(repr((cfg, margin)).encode())
-        for name, leaf in named_parameters(face).items():
-            digest.update(name.encode() + np.asarray(leaf[...], np.float32).tobytes())
-        self.fingerprint = digest.hexdigest()
-
-        def heads(state, crops):
-            y = nnx.merge(graphdef, state)(normalise(crops, cfg.image_mean, cfg.image_std))
-            return y.landmarks, tuple(jax.nn.softmax(x) for x in (y.age, y.gender, y.race))
-
-        self._heads = jax.jit(heads, in_shardings=(whole, split), out_shardings=split)
-
-    def __call__(self, crops: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """Landmarks [F, 68, 2] and the probabilities of age [F, 8], gender [F, 2], race [F, 5].
-
-        Args:
-            crops: uint8 [F, S, S, 3], F > 0.
-        """
-        parts = []
-        for start in range(0, len(crops), self._batch):
-            part = crops[start : start + self._batch]
-            padded = np.zeros((self._batch, *crops.shape[1:]), np.uint8)
-            padded[: len(part)] = part
-            heads = jax.device_get(self._heads(self._state, padded))
-            parts.append((len(part), heads))
-        return jax.tree.map(
-            lambda *xs: np.concatenate([x[:n] for (n, _), x in zip(parts, xs, strict=True)]),
-            *(heads for _, heads in parts),
-        )
-
-
-def find_face(
-    frames: Sequence[np.ndarray], *, boxes: np.ndarray | None, detect: Detect, reader: Reader
-) -> Found:
-    """Follows one face through an example's frames and cuts it out.
-
-    Args:
-        frames: uint8 pictures, perhaps far apart in time: boxes are not smoothed.
-        boxes: the data set's own boxes [F, 4], or None to detect.
-        detect: a face detector, e.g. MTCNN.
-        reader: whose crop size and margin hold.
-    """
-    if boxes is not None:
-        return cut_out(frames, boxes, np.ones(len(frames), bool), reader=reader)
-    followed = track([detect(frame) for frame in frames])
-    return cut_out(frames, followed.boxes, followed.found, reader=reader)
-
-
-def cut_out(
-    frames: Sequence[np.ndarray], boxes: np.ndarray, found: np.ndarray, *, reader: Reader
-) -> Found:
-    """The crops of one face.
-
-    Args:
-        frames: F uint8 pictures.
-        boxes: float32 [F, 4], (x1, y1, x2, y2) in pixels.
-        found: bool [F].
-        reader: whose crop size and margin hold.
-    """
-    crops = np.zeros((len(frames), reader.size, reader.size, 3), np.uint8)
-    for i in np.flatnonzero(found):
-        crops[i], _ = crop_face(frames[i], boxes[i], reader.margin, reader.size)
-    return Found(boxes=np.asarray(boxes, np.float32), found=found, crops=crops)
-
-
-def read_faces(faces: Sequence[Found], reader: Reader) -> list[Prior]:
-    """The priors of several examples, their crops read together."""
-    if not faces:
-        return []
-    crops = np.concatenate([face.crops[face.found] for face in faces])
-    landmarks, heads = reader(crops) if len(crops) else (None, ())
-    priors, start = [], 0
-    for face in faces:
-        rows = slice(start, start + int(face.found.sum()))
-        start = rows.stop
-        points = np.zeros((len(face.found), 68, 2), np.float32)
-        agr, probability = np.zeros(3, np.int32), np.zeros(3, np.float32)
-        if face.found.any():
-            points[face.found] = landmarks[rows]
-            means = [head[rows].mean(0) for head in heads]
-            agr[:] = [mean.argmax() for mean in means]
-            probability[:] = [mean.max() for mean in means]
-        priors.append(Prior(face.boxes, face.found, points, agr, probability))
-    return priors
-
-
 def prepare_priors(
     examples: Sequence[Mapping[str, Any]],
     folder: pathlib.Path,
     *,
     reader: Reader,
-    detect: DetectMany,
+    detect: Detect,
     progress: Callable[[int, int], None],
     fingerprint: str = "",
     threads: int = 2,
@@ -311,7 +169,7 @@ def _groups(examples: Iterable[_Decoded]) -> Iterator[list[_Decoded]]:
         yield group
 
 
-def _read_group(group: Sequence[_Decoded], *, reader: Reader, detect: DetectMany) -> list[Prior]:
+def _read_group(group: Sequence[_Decoded], *, reader: Reader, detect: Detect) -> list[Prior]:
     """The priors of a group: faces searched together, followed one by one, read together."""
     pictures = [frame for one in group if one.boxes is None for frame in one.frames]
     faces = iter(detect(pictures) if pictures else [])

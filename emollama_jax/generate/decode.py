@@ -70,7 +70,7 @@ def generate(
     model: Answerer,
     batch: Batch,
     *,
-    how: Sampling,
+    how: Sampling | None,
     max_new_tokens: int,
     stop: Sequence[int],
     pad: int,
@@ -80,7 +80,7 @@ def generate(
     Args:
         model: the model; not changed.
         batch: prompts, right-padded, `length` at least 1.
-        how: greedy or sampled, with its key.
+        how: to draw tokens; None for greedy.
         max_new_tokens: N, at least 1.
         stop: ids that end an answer.
         pad: the id that fills `ids` after the end.
@@ -98,7 +98,7 @@ def decode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     prompt: Prompt,
-    how: Sampling,
+    how: Sampling | None,
     ending: Ending,
     *,
     max_new_tokens: int,
@@ -117,11 +117,11 @@ def decode(
 
 
 def stream(
-    model: Answerer,
-    batch: Batch,
+    llama: tuple[nnx.GraphDef, nnx.State],
+    prompt: Prompt,
     to_text: Callable[[Sequence[int]], str],
     *,
-    how: Sampling,
+    how: Sampling | None,
     max_new_tokens: int,
     stop: Sequence[int],
     pad: int,
@@ -130,10 +130,10 @@ def stream(
     """Answers one prompt piece by piece; joined, the pieces are what `generate` would answer.
 
     Args:
-        model: the model; not changed.
-        batch: one prompt.
+        llama: the decoder, split.
+        prompt: one, as the decoder reads it.
         to_text: decodes ids, e.g. a tokenizer's `decode`.
-        how: greedy or sampled, with its key.
+        how: to draw tokens; None for greedy.
         max_new_tokens: at least 1.
         stop: ids that end the answer.
         pad: as for `generate`.
@@ -146,16 +146,15 @@ def stream(
         The `Stop` that ended it (`reason = yield from stream(…)`).
 
     Raises:
-        ValueError: a batch of more than one prompt.
+        ValueError: more than one prompt.
         UserError: as `generate`.
     """
-    if batch.ids.shape[0] != 1:
-        raise ValueError(f"a batch of {batch.ids.shape[0]} prompts: a stream answers one")
+    if prompt.embeds.shape[0] != 1:
+        raise ValueError(f"{prompt.embeds.shape[0]} prompts: a stream answers one")
     limit, fixed = _at_least_one(max_new_tokens), (how, make_ending(stop, pad))
-    graphdef, state = nnx.split(model.llama)
     flags = flags or {}
-    prompt, following = read(model, batch, flags=flags), _next.under(flags)
-    loop = _first.under(flags)(graphdef, state, prompt, *fixed, max_new_tokens=limit)
+    following = _next.under(flags)
+    loop = _first.under(flags)(*llama, prompt, *fixed, max_new_tokens=limit)
     pieces = Detokenizer(to_text)
     while True:
         token, stopped = jax.device_get((loop.token, loop.answer.stopped))
@@ -164,7 +163,7 @@ def stream(
             yield piece
         if reason is not Stop.RUNNING:
             return reason
-        loop = following(graphdef, state, loop, *fixed)
+        loop = following(*llama, loop, *fixed)
 
 
 class Detokenizer:
@@ -202,7 +201,7 @@ def settled(text: str) -> str:
 
 
 def _start(
-    llama: Llama, prompt: Prompt, how: Sampling, ending: Ending, *, max_new_tokens: int
+    llama: Llama, prompt: Prompt, how: Sampling | None, ending: Ending, *, max_new_tokens: int
 ) -> DecodeState:
     """Prefill and the first token."""
     rows = prompt.length.shape[0]
@@ -222,7 +221,7 @@ def _start(
     return _take(state, draw(llama.logits(hidden), how, step=0), ending)
 
 
-def _advance(llama: Llama, state: DecodeState, how: Sampling, ending: Ending) -> DecodeState:
+def _advance(llama: Llama, state: DecodeState, how: Sampling | None, ending: Ending) -> DecodeState:
     """The newest token enters the cache, the next one is drawn."""
     out = llama(
         llama.embed(state.token[:, None]), positions=state.position[:, None], cache=state.cache

@@ -1,7 +1,8 @@
 """From a batch to what the decoder reads: both towers, Face Info Mining and the text, run once.
 
 Generation, streaming and label scoring all start from here, and the towers are compiled once for
-all three.
+all three. Where one picture is asked about several times, the same is done in three parts: `look`
+once, `ask` for each question, `lay` for each prompt.
 """
 
 from collections.abc import Mapping
@@ -10,11 +11,13 @@ from typing import Protocol
 import flax.struct
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from emollama_jax.batch import Batch
 from emollama_jax.generate.flagged import flagged
+from emollama_jax.models.emollama import Mined, Sight
 from emollama_jax.models.llama import Llama
+from emollama_jax.models.visual_tokens import merge
 
 
 class Answerer(Protocol):
@@ -43,3 +46,44 @@ def read(model: Answerer, batch: Batch, *, flags: Mapping[str, str] | None = Non
 def embed(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Prompt:
     """`read` as a pure function of a split model."""
     return Prompt(embeds=nnx.merge(graphdef, state).embeds(batch), length=batch.length)
+
+
+@flagged(static_argnames="graphdef")
+def look(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    frames: UInt8[Array, "f s s 3"],
+    faces: UInt8[Array, "f t t 3"],
+    found: Bool[Array, " f"],
+) -> Sight:
+    """What a split model sees in the frames of one example, and what it says of their faces."""
+    return nnx.merge(graphdef, state).sight(frames, faces, found=found)
+
+
+@flagged(static_argnames="graphdef")
+def ask(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    mined: Mined,
+    question: Int[Array, " l"],
+    question_mask: Bool[Array, " l"],
+) -> Float[Array, "v d"]:
+    """The visual tokens that one question gets of one example's frames, in the prompt's order."""
+    model = nnx.merge(graphdef, state)
+    tokens = model.asked(
+        mined, questions=question[None, None], question_mask=question_mask[None, None]
+    )
+    return tokens.reshape(-1, tokens.shape[-1])  # [M · n, D]
+
+
+@flagged(static_argnames="graphdef")
+def lay(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    ids: Int[Array, " t"],
+    visual: Float[Array, "v d"],
+    length: Int[Array, ""],
+) -> Prompt:
+    """One prompt of a split decoder: its text's embeddings, visual tokens in their places."""
+    embeds = nnx.merge(graphdef, state).embed(ids[None])
+    return Prompt(embeds=merge(embeds, ids[None], visual[None]), length=length[None])

@@ -8,6 +8,7 @@ size of its batch.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from emollama_jax.config import GenerateConfig
@@ -18,13 +19,13 @@ from emollama_jax.errors import UserError
 class Sampling:
     """How tokens are drawn. All are traced: other values need no other compilation."""
 
-    temperature: jax.Array  # float32 []; 0: greedy
+    temperature: jax.Array  # float32 [], above 0
     top_p: jax.Array  # float32 []; 1: all tokens
-    key: jax.Array  # a PRNG key
+    seed: jax.Array  # int32 []
 
 
-def sampling(cfg: GenerateConfig) -> Sampling:
-    """The sampling that a config asks for.
+def sampling(cfg: GenerateConfig) -> Sampling | None:
+    """The sampling that a config asks for; None for greedy decoding, whose programs are smaller.
 
     Raises:
         UserError: a negative temperature, or a top_p outside 0 … 1.
@@ -33,10 +34,12 @@ def sampling(cfg: GenerateConfig) -> Sampling:
         raise UserError(f"generate.temperature: found {cfg.temperature}, wanted 0 (greedy) or more")
     if not 0 < cfg.top_p <= 1:
         raise UserError(f"generate.top_p: found {cfg.top_p}, wanted more than 0 and at most 1")
+    if cfg.temperature == 0:
+        return None
     return Sampling(
-        temperature=jnp.float32(cfg.temperature),
-        top_p=jnp.float32(cfg.top_p),
-        key=jax.random.key(cfg.seed),
+        temperature=np.float32(cfg.temperature),
+        top_p=np.float32(cfg.top_p),
+        seed=np.int64(cfg.seed).astype(np.int32),
     )
 
 
@@ -46,20 +49,18 @@ def greedy(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
 
 
 def draw(
-    logits: Float[Array, "b v"], how: Sampling, *, step: Int[Array, ""] | int
+    logits: Float[Array, "b v"], how: Sampling | None, *, step: Int[Array, ""] | int
 ) -> Int[Array, " b"]:
     """The next token of each row.
 
     Args:
         logits: float32.
-        how: greedy where its temperature is 0.
+        how: None for the likeliest.
         step: number of the token, so that every step draws anew.
     """
-    return jax.lax.cond(
-        how.temperature == 0,
-        lambda: greedy(logits),
-        lambda: _nucleus(logits, how, jax.random.fold_in(how.key, step)),
-    )
+    if how is None:
+        return greedy(logits)
+    return _nucleus(logits, how, jax.random.fold_in(jax.random.key(how.seed), step))
 
 
 def _nucleus(logits: Float[Array, "b v"], how: Sampling, key: jax.Array) -> Int[Array, " b"]:

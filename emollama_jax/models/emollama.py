@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from emollama_jax.batch import Batch
 from emollama_jax.config import EmoLlamaConfig
@@ -25,8 +25,19 @@ from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.layers import split_keys
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.qformer import QFormer
+from emollama_jax.models.rngs import Rngs
 from emollama_jax.models.visual_tokens import VisualTokens, merge
 from emollama_jax.sharding.points import constrain, parts, within
+
+
+@flax.struct.dataclass
+class FaceHeads:
+    """What FaceXFormer says of the face in each of F frames: the priors, float32."""
+
+    landmarks: jax.Array  # [F, 68, 2], (x, y) in the crop, -1 … 1
+    age: jax.Array  # [F, 8], logits
+    gender: jax.Array  # [F, 2], logits
+    race: jax.Array  # [F, 5], logits
 
 
 @flax.struct.dataclass
@@ -36,12 +47,32 @@ class Seen:
     visual: jax.Array  # [F, 1 + P, D_v], the class token first
     face_map: jax.Array  # [F, h, w, D_f]
     task_tokens: jax.Array  # [F, 18, D_f]
+    heads: FaceHeads
+
+
+@flax.struct.dataclass
+class Mined:
+    """What F frames show, whatever is asked."""
+
+    visual: jax.Array  # [F, 1 + P, D_v], after Face Info Mining
+    tokens: jax.Array  # [F, n, D], a frame's tokens that do not depend on the question
+
+
+@flax.struct.dataclass
+class Sight:
+    """What the model knows of the F frames of an example before it is asked."""
+
+    mined: Mined
+    landmarks: jax.Array  # [F, 68, 2], zeros where no face was found
+    age: jax.Array  # [F, 8], probabilities
+    gender: jax.Array  # [F, 2], probabilities
+    race: jax.Array  # [F, 5], probabilities
 
 
 class EmoLlama(nnx.Module):
     """The assembled model."""
 
-    def __init__(self, cfg: EmoLlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: EmoLlamaConfig, *, rngs: Rngs):
         self.cfg = cfg
         self.vision = EvaVit(cfg.vision, rngs=rngs)
         self.face = FaceXFormer(cfg.face, rngs=rngs)
@@ -80,14 +111,33 @@ class EmoLlama(nnx.Module):
             vision, face_cfg = self.cfg.vision, self.cfg.face
             with jax.named_scope("vision"):
                 visual = self.vision(normalise(frame, vision.image_mean, vision.image_std))
-            if self.fim is None:
-                empty = jnp.zeros((frame.shape[0], 0), visual.dtype)
-                return Seen(visual=visual, face_map=empty, task_tokens=empty)
             with jax.named_scope("face"):
                 seen = self.face(normalise(face, face_cfg.image_mean, face_cfg.image_std))
-            return Seen(visual=visual, face_map=seen.fused, task_tokens=seen.task_tokens)
+            heads = FaceHeads(seen.landmarks, seen.age, seen.gender, seen.race)
+            return Seen(
+                visual=visual,
+                face_map=seen.fused,
+                task_tokens=seen.task_tokens,
+                heads=heads,
+            )
 
         return _in_chunks(towers, (frames, faces), self.cfg.frames_at_once, point=self._point)
+
+    def sight(
+        self,
+        frames: UInt8[Array, "f s s 3"],
+        faces: UInt8[Array, "f t t 3"],
+        *,
+        found: Bool[Array, " f"],
+    ) -> Sight:
+        """Everything about frames whose priors are not known yet, FaceXFormer run once."""
+        with within(self._point):
+            seen = self.see(frames, faces)
+            heads = seen.heads
+            landmarks = jnp.where(found[:, None, None], heads.landmarks, 0)
+            mined = self.mine(seen, landmarks=landmarks, found=found)
+        age, gender, race = map(jax.nn.softmax, (heads.age, heads.gender, heads.race))
+        return Sight(mined, landmarks, age, gender, race)
 
     def visual(
         self, batch: Batch, *, dropout_key: jax.Array | None = None
@@ -98,13 +148,28 @@ class EmoLlama(nnx.Module):
 
     def _visual(self, batch: Batch, *, dropout_key: jax.Array | None) -> Float[Array, "b v d"]:
         examples, frames = batch.frames.shape[:2]
-        rounds = batch.questions.shape[1]
 
         def of_frames(x: jax.Array) -> jax.Array:
             return constrain(rearrange(x, "b m ... -> (b m) ..."), self._point)
 
         seen = self.see(of_frames(batch.frames), of_frames(batch.faces))
-        tail = []  # of each frame's tokens: what does not depend on the question
+        mined = self.mine(
+            seen, landmarks=of_frames(batch.landmarks), found=of_frames(batch.face_found)
+        )
+        tokens = self.asked(
+            mined,
+            questions=batch.questions,
+            question_mask=batch.question_mask,
+            dropout_key=dropout_key,
+        )
+        tokens = constrain(rearrange(tokens, "(b f) n d -> b f n d", b=examples), "batch")
+        return rearrange(tokens, "b (m r) n d -> b (r m n) d", m=frames)
+
+    def mine(
+        self, seen: Seen, *, landmarks: Float[Array, "f 68 2"], found: Bool[Array, " f"]
+    ) -> Mined:
+        """Face Info Mining, and what of a frame's tokens does not depend on the question."""
+        tail = []
         visual = seen.visual
         if self.fim is not None:
             with jax.named_scope("fim"):
@@ -112,35 +177,46 @@ class EmoLlama(nnx.Module):
                     visual[:, 1:],
                     face_map=seen.face_map,
                     task_tokens=seen.task_tokens,
-                    landmarks=of_frames(batch.landmarks),
-                    found=of_frames(batch.face_found),
+                    landmarks=landmarks,
+                    found=found,
                 )
             visual = jnp.concatenate([visual[:, :1], mined.visual], axis=1)
             tail.append(mined.tokens)
-        patches = visual[:, 1:]
         with jax.named_scope("visual_tokens"):
-            tail.insert(0, self.visual_tokens.content(patches, kind=self.cfg.content))
-            context = self._context(batch, visual, dropout_key=dropout_key)  # [(B M R), 1, D]
-        rest = repeat(jnp.concatenate(tail, axis=1), "f n d -> (f r) n d", r=rounds)
-        tokens = jnp.concatenate([context, rest.astype(context.dtype)], axis=1)
-        tokens = constrain(rearrange(tokens, "(b f) n d -> b f n d", b=examples), "batch")
-        return rearrange(tokens, "b (m r) n d -> b (r m n) d", m=frames)
+            tail.insert(0, self.visual_tokens.content(visual[:, 1:], kind=self.cfg.content))
+        return Mined(visual=visual, tokens=jnp.concatenate(tail, axis=1))
 
-    def _context(
-        self, batch: Batch, visual: Float[Array, "f p d"], *, dropout_key: jax.Array | None
-    ) -> Float[Array, "g 1 d"]:
-        """The context token of every (example, frame, round): the question's view of the frame."""
-        frames = batch.frames.shape[1]
-        text = repeat(batch.questions, "b r l -> (b m r) l", m=frames)
-        mask = repeat(batch.question_mask, "b r l -> (b m r) l", m=frames)
+    def asked(
+        self,
+        mined: Mined,
+        *,
+        questions: Int[Array, "b r l"],
+        question_mask: Bool[Array, "b r l"],
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "g n d"]:
+        """All visual tokens of every (example, frame, round), the context token first.
+
+        Args:
+            mined: of the frames of all examples, F = B · M.
+            questions: the Q-Former's text.
+            question_mask: False where it is padding.
+            dropout_key: of the Q-Former's dropout; None in evaluation.
+        """
+        examples, rounds = questions.shape[:2]
+        frames = mined.visual.shape[0] // examples
+        text = repeat(questions, "b r l -> (b m r) l", m=frames)
+        mask = repeat(question_mask, "b r l -> (b m r) l", m=frames)
         with jax.named_scope("qformer"):
             queries = self.qformer(
-                self.visual_tokens.ln(visual),
+                self.visual_tokens.ln(mined.visual),
                 text=constrain(text, self._point),
                 text_mask=constrain(mask, self._point),
                 dropout_key=dropout_key,
             )
-        return self.visual_tokens.context(visual[:, 1:], queries)
+        with jax.named_scope("visual_tokens"):
+            context = self.visual_tokens.context(mined.visual[:, 1:], queries)
+        rest = repeat(mined.tokens, "f n d -> (f r) n d", r=rounds)
+        return jnp.concatenate([context, rest.astype(context.dtype)], axis=1)
 
     def embeds(
         self, batch: Batch, *, dropout_key: jax.Array | None = None

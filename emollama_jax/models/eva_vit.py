@@ -28,6 +28,7 @@ from emollama_jax.models.layers import (
     torch_linear,
     zeros,
 )
+from emollama_jax.models.rngs import Rngs
 from emollama_jax.sharding.points import features
 
 
@@ -53,7 +54,7 @@ class FusedAttention(nnx.Module):
         q_bias, v_bias: float32 [D].
     """
 
-    def __init__(self, cfg: EvaVitConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: EvaVitConfig, *, rngs: Rngs):
         self.cfg = cfg
         width = cfg.width
         self.qkv = param(_fused, (width, 3, width), ("embed", None, "heads"), rngs=rngs)
@@ -76,7 +77,7 @@ class FusedAttention(nnx.Module):
 class EvaBlock(nnx.Module):
     """One pre-norm block."""
 
-    def __init__(self, cfg: EvaVitConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: EvaVitConfig, *, rngs: Rngs):
         def linear(i: int, o: int, axes: tuple[str, str]) -> Linear:
             return Linear(i, o, axes=axes, bias=True, dtype=cfg.dtype, rngs=rngs)
 
@@ -98,7 +99,7 @@ class EvaVit(nnx.Module):
         UserError: an image that patches do not tile, or a width that heads do not divide.
     """
 
-    def __init__(self, cfg: EvaVitConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: EvaVitConfig, *, rngs: Rngs):
         if cfg.image_size % cfg.patch_size or cfg.width % cfg.heads:
             raise UserError(
                 f"model.vision: image_size {cfg.image_size}, patch_size {cfg.patch_size}, width "

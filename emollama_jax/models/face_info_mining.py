@@ -30,6 +30,7 @@ from emollama_jax.models.layers import (
     small_normal,
     zeros,
 )
+from emollama_jax.models.rngs import Rngs
 
 LANDMARKS = 68
 
@@ -77,7 +78,7 @@ class CrossAttention(nnx.Module):
     """Multi-head attention of visual queries over face keys, back to the visual width."""
 
     def __init__(
-        self, cfg: FaceInfoMiningConfig, *, width: int, key_width: int, dtype: str, rngs: nnx.Rngs
+        self, cfg: FaceInfoMiningConfig, *, width: int, key_width: int, dtype: str, rngs: Rngs
     ):
         inner = cfg.heads * cfg.head_dim
 
@@ -111,7 +112,7 @@ class Branch(nnx.Module):
         key_width: int,
         llm_width: int,
         dtype: str,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         self.norm = LayerNorm(width, eps=cfg.norm_eps, rngs=rngs)
         self.attention = CrossAttention(
@@ -154,7 +155,7 @@ class FaceInfoMining(nnx.Module):
         face_width: int,
         llm_width: int,
         dtype: str,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         def branch(key_width: int) -> Branch:
             return Branch(

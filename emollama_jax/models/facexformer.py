@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from emollama_jax.config import FaceXFormerConfig
 from emollama_jax.models.layers import LayerNorm, Linear, dot, gelu, param, zeros
+from emollama_jax.models.rngs import Rngs
 from emollama_jax.models.swin import Swin, attend
 
 # The decoder's tokens in their order, with the width of each one's head.
@@ -66,7 +67,7 @@ def from_pixels(pixels: Float[Array, "... 2"], size: int) -> Float[Array, "... 2
 class Attention(nnx.Module):
     """Multi-head attention whose inner width may be smaller than the tokens'."""
 
-    def __init__(self, cfg: FaceXFormerConfig, *, inner: int, rngs: nnx.Rngs):
+    def __init__(self, cfg: FaceXFormerConfig, *, inner: int, rngs: Rngs):
         def linear(i: int, o: int, axes: tuple[str, str]) -> Linear:
             return Linear(i, o, axes=axes, bias=True, dtype=cfg.dtype, rngs=rngs)
 
@@ -89,7 +90,7 @@ class Attention(nnx.Module):
 class TwoWayBlock(nnx.Module):
     """Tokens attend to themselves and to the face; the face attends to the tokens (SAM's block)."""
 
-    def __init__(self, cfg: FaceXFormerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: FaceXFormerConfig, *, rngs: Rngs):
         def norm() -> LayerNorm:
             return LayerNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
 
@@ -143,7 +144,7 @@ class TwoWayBlock(nnx.Module):
 class TwoWayTransformer(nnx.Module):
     """The decoder: two-way blocks, then a last look of the tokens at the face."""
 
-    def __init__(self, cfg: FaceXFormerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: FaceXFormerConfig, *, rngs: Rngs):
         self.layers = nnx.List(TwoWayBlock(cfg, rngs=rngs) for _ in range(cfg.decoder_depth))
         self.final_attn_token_to_image = Attention(
             cfg, inner=cfg.width // cfg.attention_downsample, rngs=rngs
@@ -178,7 +179,7 @@ class TwoWayTransformer(nnx.Module):
 class Head(nnx.Module):
     """Three-layer perceptron with ReLU, in float32."""
 
-    def __init__(self, width: int, out_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, out_width: int, *, rngs: Rngs):
         def linear(o: int, axes: tuple[str | None, str | None]) -> Linear:
             return Linear(width, o, axes=axes, bias=True, dtype="float32", rngs=rngs)
 
@@ -202,7 +203,7 @@ class Upscale(nnx.Module):
         kernel: float32 [in, 2, 2, out].
     """
 
-    def __init__(self, in_width: int, out_width: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, in_width: int, out_width: int, *, dtype: str, rngs: Rngs):
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0)
         self.kernel = param(
             init, (in_width, 2, 2, out_width), ("embed", None, None, None), rngs=rngs
@@ -225,7 +226,7 @@ class FaceXFormer(nnx.Module):
             in PyTorch: it is saved with the weights, gets no gradient, and must not be decayed.
     """
 
-    def __init__(self, cfg: FaceXFormerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: FaceXFormerConfig, *, rngs: Rngs):
         stages = len(cfg.swin.depths)
         self.cfg = cfg
         self.swin = Swin(cfg.swin, dtype=cfg.dtype, remat=cfg.remat, rngs=rngs)

@@ -7,7 +7,7 @@ norms and softmax are in float32.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
 from emollama_jax.config import LoraConfig, Remat
+from emollama_jax.models.rngs import Module, Rngs, Shapes, stacked
 from emollama_jax.sharding.points import features
 
-Module = TypeVar("Module", bound=nnx.Module)
 Init = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 torch_linear = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default
@@ -25,10 +25,10 @@ small_normal = nnx.initializers.normal(0.02)
 zeros = nnx.initializers.zeros
 
 
-def param(
-    init: Init, shape: Sequence[int], axes: Sequence[str | None], *, rngs: nnx.Rngs
-) -> nnx.Param:
-    """A float32 parameter with its logical axis names."""
+def param(init: Init, shape: Sequence[int], axes: Sequence[str | None], *, rngs: Rngs) -> nnx.Param:
+    """A float32 parameter with its logical axis names; abstract where `rngs` is `Shapes`."""
+    if isinstance(rngs, Shapes):
+        return nnx.Param(jax.ShapeDtypeStruct(tuple(shape), jnp.float32), axes=tuple(axes))
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
 
 
@@ -58,7 +58,7 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None],
         bias: bool,
         dtype: str,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
         init: Init = torch_linear,
         lora: LoraConfig | None = None,
     ):
@@ -91,7 +91,7 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer norm over the last axis, statistics in float32."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, axis: str = "embed"):
+    def __init__(self, width: int, *, eps: float, rngs: Rngs, axis: str = "embed"):
         self.scale = param(nnx.initializers.ones, (width,), (axis,), rngs=rngs)
         self.bias = param(zeros, (width,), (axis,), rngs=rngs)
         self.eps = eps
@@ -107,7 +107,7 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), in float32."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, eps: float, rngs: Rngs):
         self.scale = param(nnx.initializers.ones, (width,), ("embed",), rngs=rngs)
         self.eps = eps
 
@@ -182,15 +182,9 @@ def rotary(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def stack(make: Callable[[nnx.Rngs], Module], depth: int, *, rngs: nnx.Rngs) -> Module:
+def stack(make: Callable[[Rngs], Module], depth: int, *, rngs: Rngs) -> Module:
     """`depth` layers as one module whose parameters have a leading axis `layers`."""
-
-    @nnx.split_rngs(splits=depth)
-    @nnx.vmap(in_axes=(0,), out_axes=0)
-    def build(rngs: nnx.Rngs) -> Module:
-        return make(rngs)
-
-    layers = build(rngs)
+    layers = stacked(make, depth, rngs=rngs)
     for _, leaf in nnx.iter_graph(layers):
         if isinstance(leaf, nnx.Param):
             leaf.set_metadata("axes", ("layers", *leaf.axes))

@@ -33,6 +33,7 @@ from emollama_jax.models.layers import (
     split_keys,
     stack,
 )
+from emollama_jax.models.rngs import Rngs
 from emollama_jax.sharding.points import constrain
 
 
@@ -59,7 +60,7 @@ class LlamaOutput:
 class LlamaLayer(nnx.Module):
     """One decoder layer."""
 
-    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: LlamaConfig, *, rngs: Rngs):
         def linear(name: str, i: int, o: int, axes: tuple[str, str]) -> Linear:
             lora = cfg.lora if name in cfg.lora.targets else None
             return Linear(i, o, axes=axes, bias=False, dtype=cfg.dtype, rngs=rngs, lora=lora)
@@ -139,7 +140,7 @@ class Llama(nnx.Module):
         UserError: heads that kv_heads do not divide, or a head width without halves to rotate.
     """
 
-    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: LlamaConfig, *, rngs: Rngs):
         if cfg.heads % cfg.kv_heads or cfg.head_dim % 2:
             raise UserError(
                 f"model.llama: heads {cfg.heads}, kv_heads {cfg.kv_heads}, head_dim "

@@ -1,35 +1,42 @@
-"""MTCNN (Zhang et al. 2016) as in facenet-pytorch 2.6.0, in static shapes.
+"""MTCNN (Zhang et al. 2016) as in facenet-pytorch 2.6.0: networks on the devices, geometry here.
 
 Three small networks: P proposes boxes on an image pyramid, R and O refine them. The arithmetic is
 facenet-pytorch's down to its uneven +1s. What differs:
 
-- A picture lies in the corner of a canvas of one of few sizes and its own size is data, so that all
-  pictures share a handful of compiled programs. What lies beyond it is masked, not approximated.
+- P reads the pyramid in overlapping tiles of one size, R and O read crops in batches of one size:
+  three small programs are compiled, once, whatever the pictures' sizes. What lies beyond a level is
+  masked, not approximated.
 - Area resizing (pyramid and crops) reads an integral image in int32: exact sums at any size.
-- Candidate lists have fixed lengths and masks; if one overflows, the program for longer lists runs.
-- No face gives no boxes. Pictures under 20 pixels have none; longer ones than the largest canvas
-  are shrunk to it (area average) and the boxes scaled back.
+- No face gives no boxes. Pictures under 20 pixels have none; those longer than 2,048 are shrunk to
+  that (area average) and the boxes scaled back.
 """
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 from PIL import Image
 
+from emollama_jax.models import mtcnn_search as geometry
 from emollama_jax.models.layers import Linear, param, torch_linear, zeros
-from emollama_jax.models.mtcnn_search import Capacity, Found, Level, Rules, pyramid, search
+from emollama_jax.models.mtcnn_search import Candidates, Level, Tiles
 from emollama_jax.models.pretrained import WEIGHTS, load
+from emollama_jax.models.rngs import Rngs, abstract
 
-log = logging.getLogger(__name__)
+_Rows = dict[str, np.ndarray]  # a network's inputs, by the names of its arguments
+_Outputs = tuple[np.ndarray, ...]
+GROUP_PIXELS = 1 << 24  # of the pictures that are searched together: 200 MB of integral images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +47,8 @@ class MtcnnConfig:
     factor: float  # between two scales of the pyramid
     thresholds: tuple[float, float, float]  # probability after P, R, O
     overlaps: tuple[float, float, float, float]  # within a scale, across scales, after R, after O
-    canvases: tuple[int, ...]  # sides in pixels, ascending
-    capacities: tuple[Capacity, ...]  # ascending
+    longest: int  # side in pixels
+    rows: tuple[int, int, int]  # tiles, crops and crops that pass P, R and O together, per device
 
 
 FACENET = MtcnnConfig(
@@ -49,8 +56,8 @@ FACENET = MtcnnConfig(
     factor=0.709,
     thresholds=(0.6, 0.7, 0.7),
     overlaps=(0.5, 0.7, 0.7, 0.7),
-    canvases=(128, 256, 512, 768, 1024, 1280, 1536, 2048),  # 255 · 2048² fits int32
-    capacities=(Capacity(1024, 2048, 256), Capacity(16384, 32768, 8192)),
+    longest=2048,  # 255 · 2048² fits int32
+    rows=(32, 64, 16),
 )
 
 
@@ -69,7 +76,7 @@ class Faces:
 class Conv(nnx.Module):
     """Valid convolution of stride 1, NHWC."""
 
-    def __init__(self, in_width: int, out_width: int, *, size: int, rngs: nnx.Rngs):
+    def __init__(self, in_width: int, out_width: int, *, size: int, rngs: Rngs):
         shape = (size, size, in_width, out_width)
         self.kernel = param(torch_linear, shape, (None,) * 4, rngs=rngs)
         self.bias = param(zeros, (out_width,), (None,), rngs=rngs)
@@ -84,7 +91,7 @@ class Conv(nnx.Module):
 class PReLU(nnx.Module):
     """A learned slope per channel below zero."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: Rngs):
         self.slope = param(nnx.initializers.constant(0.25), (width,), (None,), rngs=rngs)
 
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
@@ -94,7 +101,7 @@ class PReLU(nnx.Module):
 class PNet(nnx.Module):
     """Proposals: one probability and box per 12×12 cell, cells two pixels apart."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
+    def __init__(self, *, rngs: Rngs):
         self.conv1, self.prelu1 = Conv(3, 10, size=3, rngs=rngs), PReLU(10, rngs=rngs)
         self.conv2, self.prelu2 = Conv(10, 16, size=3, rngs=rngs), PReLU(16, rngs=rngs)
         self.conv3, self.prelu3 = Conv(16, 32, size=3, rngs=rngs), PReLU(32, rngs=rngs)
@@ -107,8 +114,8 @@ class PNet(nnx.Module):
         """Probabilities and box shifts of each cell.
 
         Args:
-            x: levels of the pyramid, each in the upper left corner.
-            sizes: height and width of each; the probability beyond them is -1.
+            x: tiles, the level's part in the upper left corner.
+            sizes: height and width of that part; the probability beyond it is -1.
         """
         x = self.prelu1(self.conv1(x))
         # The pool's last window may hang over the edge (ceil mode): what lies beyond the picture
@@ -125,7 +132,7 @@ class PNet(nnx.Module):
 class RNet(nnx.Module):
     """Refinement of crops of 24×24."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
+    def __init__(self, *, rngs: Rngs):
         self.conv1, self.prelu1 = Conv(3, 28, size=3, rngs=rngs), PReLU(28, rngs=rngs)
         self.conv2, self.prelu2 = Conv(28, 48, size=3, rngs=rngs), PReLU(48, rngs=rngs)
         self.conv3, self.prelu3 = Conv(48, 64, size=2, rngs=rngs), PReLU(64, rngs=rngs)
@@ -147,7 +154,7 @@ class RNet(nnx.Module):
 class ONet(nnx.Module):
     """Last refinement, of crops of 48×48, with five landmarks."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
+    def __init__(self, *, rngs: Rngs):
         self.conv1, self.prelu1 = Conv(3, 32, size=3, rngs=rngs), PReLU(32, rngs=rngs)
         self.conv2, self.prelu2 = Conv(32, 64, size=3, rngs=rngs), PReLU(64, rngs=rngs)
         self.conv3, self.prelu3 = Conv(64, 64, size=3, rngs=rngs), PReLU(64, rngs=rngs)
@@ -172,7 +179,7 @@ class ONet(nnx.Module):
 class Mtcnn(nnx.Module):
     """The three networks: 495,850 parameters."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
+    def __init__(self, *, rngs: Rngs):
         self.pnet = PNet(rngs=rngs)
         self.rnet = RNet(rngs=rngs)
         self.onet = ONet(rngs=rngs)
@@ -180,7 +187,7 @@ class Mtcnn(nnx.Module):
 
 def load_mtcnn() -> Mtcnn:
     """The networks with facenet-pytorch's trained weights, which the package carries."""
-    mtcnn = Mtcnn(rngs=nnx.Rngs(0))
+    mtcnn = abstract(lambda rngs: Mtcnn(rngs=rngs))
     load(mtcnn, WEIGHTS / "mtcnn.safetensors")
     return mtcnn
 
@@ -194,7 +201,7 @@ def max_pool(x: Float[Array, "b h w c"], *, window: int) -> Float[Array, "b h2 w
     )
 
 
-def _dense(in_width: int, out_width: int, *, rngs: nnx.Rngs) -> Linear:
+def _dense(in_width: int, out_width: int, *, rngs: Rngs) -> Linear:
     return Linear(in_width, out_width, axes=(None, None), bias=True, dtype="float32", rngs=rngs)
 
 
@@ -215,8 +222,7 @@ class Detector:
     Args:
         mtcnn: the networks; None loads the package's.
         cfg: of the search.
-        mesh: of one axis, over which `many` splits its batches; None for one device.
-        batch: pictures of a canvas's size that each device searches at a time in `many`.
+        mesh: of one axis, over which batches are split; None for one device.
     """
 
     def __init__(
@@ -225,208 +231,238 @@ class Detector:
         cfg: MtcnnConfig = FACENET,
         *,
         mesh: Mesh | None = None,
-        batch: int = 8,
     ):
-        if 255 * cfg.canvases[-1] ** 2 >= 2**31:
-            raise ValueError(f"canvas {cfg.canvases[-1]}: 255 · side² exceeds int32, wanted ≤ 2901")
+        if 255 * cfg.longest**2 >= 2**31:
+            raise ValueError(f"longest {cfg.longest}: 255 · side² exceeds int32, wanted ≤ 2901")
         self.cfg = cfg
-        self._graphdef, self._state = nnx.split(mtcnn or load_mtcnn())
-        self._mesh, self._rows = mesh, batch * (mesh.size if mesh else 1)
+        graphdef, state = nnx.split(mtcnn or load_mtcnn())
+        whole = split = None
+        if mesh:
+            whole = NamedSharding(mesh, PartitionSpec())
+            split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        state = jax.device_put(state, whole)
+
+        def network(name: str, rows: int) -> Callable[[Iterable[_Rows]], list[_Outputs]]:
+            def read(batch: _Rows) -> tuple[Array, ...]:
+                return _read(name, graphdef, state, jax.device_put(batch, split))
+
+            return functools.partial(_in_batches, read, rows * (mesh.size if mesh else 1))
+
+        self._pnet, self._rnet, self._onet = map(network, ("pnet", "rnet", "onet"), cfg.rows)
 
     def __call__(self, picture: UInt8[np.ndarray, "h w 3"]) -> Faces:
         """Finds the faces of one picture, RGB, of any size."""
-        return self._finish(picture, self._alone(self._task(picture), self.cfg.capacities))
+        return self.many([picture])[0]
 
     def many(self, pictures: Sequence[UInt8[np.ndarray, "h w 3"]]) -> list[Faces]:
-        """Finds the faces of pictures of any sizes; those of one canvas are searched together."""
-        tasks = [self._task(picture) for picture in pictures]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for number, task in enumerate(tasks):
-            if task is not None:
-                groups.setdefault(task.canvas.shape, []).append(number)
-        faces: list[Faces] = [_NOBODY] * len(tasks)
-        for numbers in groups.values():
-            for start in range(0, len(numbers), self._rows):
-                part = numbers[start : start + self._rows]
-                found = self._together([tasks[i] for i in part])
-                for i, one in zip(part, found, strict=True):
-                    faces[i] = self._finish(pictures[i], one)
+        """Finds the faces of pictures of any sizes."""
+        for picture in pictures:
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise ValueError(
+                    f"picture {picture.dtype} {picture.shape}, wanted uint8 [height, width, 3]"
+                )
+        faces: list[Faces] = []
+        for group in _groups(pictures):
+            faces += self._search(group)
         return faces
 
-    def _task(self, picture: np.ndarray) -> "_Task | None":
-        """A picture on its canvas; None if it is too small to hold a face."""
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(
-                f"picture {picture.dtype} {picture.shape}, wanted uint8 [height, width, 3]"
-            )
+    def _search(self, pictures: Sequence[np.ndarray]) -> list[Faces]:
         cfg = self.cfg
-        picture = _shrink(picture, cfg.canvases[-1])
-        height, width = picture.shape[:2]
-        levels = pyramid(height, width, min_face=cfg.min_face, factor=cfg.factor)
-        if not levels:
-            return None
-        canvas = np.zeros((_fit(height, cfg), _fit(width, cfg), 3), np.uint8)
-        canvas[:height, :width] = picture
-        room = pyramid(*canvas.shape[:2], min_face=cfg.min_face, factor=cfg.factor)
-        sizes = np.zeros((len(room), 2), np.int32)
-        sizes[: len(levels)] = [level[1:] for level in levels]
-        return _Task(canvas, np.array([height, width], np.int32), sizes, tuple(room))
+        scenes = [_Scene.of(_shrink(picture, cfg.longest), cfg) for picture in pictures]
+        tiles: list[Tiles] = []
 
-    def _alone(self, task: "_Task | None", capacities: Sequence[Capacity]) -> Found | None:
-        """The search of one picture, with longer lists until they hold all candidates."""
-        if task is None:
-            return None
-        for capacity in capacities:
-            found = jax.device_get(
-                _search(
-                    self._graphdef,
-                    self._state,
-                    task.canvas,
-                    task.size,
-                    task.sizes,
-                    self._rules(),
-                    task.levels,
-                    capacity,
+        def cut() -> Iterator[_Rows]:
+            for found in _ahead(_Scene.tiles, scenes):
+                tiles.append(found._replace(pixels=found.pixels[:0]))
+                yield {"x": found.pixels, "sizes": found.sizes}
+
+        said = self._pnet(cut())
+
+        candidates = [
+            geometry.propose(
+                cut_out,
+                scene.levels,
+                *outputs,
+                threshold=cfg.thresholds[0],
+                overlaps=cfg.overlaps[:2],
+            )
+            for scene, cut_out, outputs in zip(scenes, tiles, said, strict=True)
+        ]
+        return self._finish(pictures, scenes, self._refine(scenes, candidates))
+
+    def _refine(
+        self, scenes: Sequence["_Scene"], candidates: Sequence[Candidates]
+    ) -> list[Candidates]:
+        """What R leaves, as squares."""
+        cfg = self.cfg
+        crops = [s.crops(c.boxes) for s, c in zip(scenes, candidates, strict=True)]
+        read = self._rnet(
+            {"x": s.resized(crop, geometry.R_SIZE)}
+            for s, (crop, _) in zip(scenes, crops, strict=True)
+        )
+        refined = []
+        for found, (_, some), (score, shifts) in zip(candidates, crops, read, strict=True):
+            good = score > np.float32(cfg.thresholds[1])
+            new = geometry.best_first(
+                Candidates(found.boxes[some][good], score[good], shifts[good])
+            )
+            kept = geometry.keep_best(
+                new.boxes, threshold=cfg.overlaps[2], overlap=geometry.over_union
+            )
+            new = new[kept]
+            refined.append(
+                new._replace(boxes=geometry.square(geometry.shift(new.boxes, new.shifts, 1)))
+            )
+        return refined
+
+    def _finish(
+        self,
+        pictures: Sequence[np.ndarray],
+        scenes: Sequence["_Scene"],
+        candidates: Sequence[Candidates],
+    ) -> list[Faces]:
+        """What O leaves, the largest first, in the pictures' own pixels."""
+        cfg = self.cfg
+        crops = [s.crops(c.boxes) for s, c in zip(scenes, candidates, strict=True)]
+        read = self._onet(
+            {"x": s.resized(crop, geometry.O_SIZE)}
+            for s, (crop, _) in zip(scenes, crops, strict=True)
+        )
+        faces = []
+        for picture, scene, found, (_, some), (score, shifts, points) in zip(
+            pictures, scenes, candidates, crops, read, strict=True
+        ):
+            boxes = found.boxes[some]
+            sides = boxes[:, 2:] - boxes[:, :2] + np.float32(1)
+            points = points.reshape(-1, 2, 5).swapaxes(1, 2)  # [K, 5, (x, y)]
+            landmarks = sides[:, None] * points + boxes[:, None, :2] - np.float32(1)
+            (good,) = np.nonzero(score > np.float32(cfg.thresholds[2]))
+            # Ascending and then reversed, as the original: of equal ones the last comes first.
+            good = good[np.argsort(score[good], kind="stable")[::-1]]
+            boxes = geometry.shift(boxes, shifts, 1)[good]
+            kept = geometry.keep_best(
+                boxes, threshold=cfg.overlaps[3], overlap=geometry.over_smaller
+            )
+            kept = kept[np.argsort(geometry.area(boxes[kept], 0), kind="stable")[::-1]]
+            scale = np.array(picture.shape[1::-1], np.float32) / np.float32(scene.size[::-1])
+            faces.append(
+                Faces(
+                    boxes[kept] * np.tile(scale, 2),
+                    score[good][kept],
+                    landmarks[good][kept] * scale,
                 )
             )
-            if (found.load <= capacity).all():
-                break
-        else:
-            height, width = task.size
-            log.warning(
-                "picture of %d×%d: %s face candidates, room for %s; the least probable are dropped",
-                *(width, height, tuple(found.load.tolist()), tuple(capacity)),
-            )
-        return found
-
-    def _together(self, tasks: Sequence["_Task"]) -> list[Found | None]:
-        """The search of pictures on one canvas size, those with many candidates once more alone."""
-        first, *longer = self.cfg.capacities
-        blank = _Task(np.zeros_like(tasks[0].canvas), *tasks[0][1:])
-        rows = [*tasks, *[blank] * (self._rows - len(tasks))]
-        found = jax.device_get(
-            _search_many(
-                self._graphdef,
-                self._state,
-                *(np.stack([row[field] for row in rows]) for field in range(3)),
-                self._rules(),
-                tasks[0].levels,
-                first,
-                self._mesh,
-            )
-        )
-        each = [Found(*(x[i] for x in found)) for i in range(len(tasks))]
-        return [
-            self._alone(task, longer) if longer and np.any(one.load > np.array(first)) else one
-            for task, one in zip(tasks, each, strict=True)
-        ]
-
-    def _finish(self, picture: np.ndarray, found: Found | None) -> Faces:
-        """Rows of a fixed length → the faces, in the picture's own pixels."""
-        if found is None:
-            return _NOBODY
-        n = found.valid.sum()
-        height, width = picture.shape[:2]
-        shrunk = _shrunk(height, width, self.cfg.canvases[-1])
-        scale = np.array([width / shrunk[1], height / shrunk[0]], np.float32)
-        return Faces(
-            found.boxes[:n] * np.tile(scale, 2),
-            found.probability[:n],
-            found.landmarks[:n] * scale,
-        )
-
-    def _rules(self) -> Rules:
-        cfg = self.cfg
-        return Rules(np.array(cfg.thresholds, np.float32), np.array(cfg.overlaps, np.float32))
+        return faces
 
 
-class _Task(NamedTuple):
-    """A picture as the search takes it."""
+class _Scene(NamedTuple):
+    """A picture as the search reads it."""
 
-    canvas: UInt8[np.ndarray, "h w 3"]
-    size: Int[np.ndarray, "2"]
-    sizes: Int[np.ndarray, "l 2"]
-    levels: tuple[Level, ...]
+    integral: Int32[np.ndarray, "h+1 w+1 3"]
+    levels: list[Level]
+
+    @classmethod
+    def of(cls, picture: np.ndarray, cfg: MtcnnConfig) -> "_Scene":
+        levels = geometry.pyramid(*picture.shape[:2], min_face=cfg.min_face, factor=cfg.factor)
+        return cls(geometry.integral_image(picture), levels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.integral.shape[0] - 1, self.integral.shape[1] - 1
+
+    def tiles(self) -> Tiles:
+        return geometry.cut_tiles(self.integral, self.levels)
+
+    def crops(self, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The crops of the boxes that have a pixel, and which those are."""
+        crops, some = geometry.trunc_crops(boxes, height=self.size[0], width=self.size[1])
+        return crops[some], some
+
+    def resized(self, crops: np.ndarray, size: int) -> np.ndarray:
+        return geometry.area_resize(self.integral, crops, (size, size))
 
 
-_NOBODY = Faces(np.zeros((0, 4), "f4"), np.zeros(0, "f4"), np.zeros((0, 5, 2), "f4"))
+def _groups(pictures: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Pictures in their order, with about `GROUP_PIXELS` together."""
+    group: list[np.ndarray] = []
+    for picture in pictures:
+        group.append(picture)
+        if sum(one.shape[0] * one.shape[1] for one in group) >= GROUP_PIXELS:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
-def _fit(side: int, cfg: MtcnnConfig) -> int:
-    return next(canvas for canvas in cfg.canvases if canvas >= side)
+def _ahead(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`map` with threads, a few items ahead: NumPy works on them while the devices are busy."""
+    if len(items) == 1:
+        yield function(items[0])
+        return
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Any]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _in_batches(
+    read: Callable[[_Rows], tuple[Array, ...]], size: int, blocks: Iterable[_Rows]
+) -> list[_Outputs]:
+    """What a network says of each picture's rows, which it reads `size` at a time.
+
+    Args:
+        read: arrays of `size` rows → outputs of as many.
+        size: rows of a batch.
+        blocks: each picture's inputs, with any number of rows.
+    """
+    outputs, counts, waiting, held = [], [], [], 0
+    for block in blocks:
+        counts.append(len(block["x"]))
+        waiting.append(block)
+        held += counts[-1]
+        if held >= size:
+            rows = _joined(waiting)
+            full = held - held % size
+            outputs += [read(_cut(rows, start, size)) for start in range(0, full, size)]
+            waiting, held = [{name: x[full:] for name, x in rows.items()}], held - full
+    if held or not outputs:  # where there is no row at all, padding alone gives the shapes
+        outputs.append(read(_cut(_joined(waiting), 0, size)))
+    whole = [np.concatenate(parts) for parts in zip(*jax.device_get(outputs), strict=True)]
+    edges = np.cumsum([0, *counts])
+    return [tuple(x[a:b] for x in whole) for a, b in itertools.pairwise(edges)]
+
+
+def _joined(blocks: Sequence[_Rows]) -> _Rows:
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _cut(rows: _Rows, start: int, size: int) -> _Rows:
+    """`size` rows, with zeros where there are fewer."""
+    parts = {name: x[start : start + size] for name, x in rows.items()}
+    missing = size - len(parts["x"])
+    return {name: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for name, x in parts.items()}
 
 
 def _shrink(picture: np.ndarray, longest: int) -> np.ndarray:
     """Averages a picture down to a longest side; smaller ones are untouched."""
-    height, width = _shrunk(*picture.shape[:2], longest)
-    if (height, width) == picture.shape[:2]:
-        return picture
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    return np.asarray(image.resize((width, height), Image.Resampling.BOX))
-
-
-def _shrunk(height: int, width: int, longest: int) -> tuple[int, int]:
+    height, width = picture.shape[:2]
     share = longest / max(height, width)
     if share >= 1:
-        return height, width
-    return max(round(height * share), 1), max(round(width * share), 1)
+        return picture
+    size = max(round(width * share), 1), max(round(height * share), 1)
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    return np.asarray(image.resize(size, Image.Resampling.BOX))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "levels", "capacity"))
-def _search(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    canvas: UInt8[Array, "h w 3"],
-    size: Int[Array, "2"],
-    sizes: Int[Array, "l 2"],
-    rules: Rules,
-    levels: tuple[Level, ...],
-    capacity: Capacity,
-) -> Found:
-    mtcnn = nnx.merge(graphdef, state)
+@functools.partial(jax.jit, static_argnames=("name", "graphdef"))
+def _read(name: str, graphdef: nnx.GraphDef, state: nnx.State, rows: dict[str, Array]):
+    """What one of the networks says of some rows."""
     # The default precision of TPUs and of TF32 moves candidates across the thresholds.
     with jax.default_matmul_precision("highest"):
-        return search(
-            canvas,
-            networks=(mtcnn.pnet, mtcnn.rnet, mtcnn.onet),
-            size=size,
-            sizes=sizes,
-            rules=rules,
-            levels=levels,
-            capacity=capacity,
-        )
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "levels", "capacity", "mesh"))
-def _search_many(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    canvases: UInt8[Array, "b h w 3"],
-    size: Int[Array, "b 2"],
-    sizes: Int[Array, "b l 2"],
-    rules: Rules,
-    levels: tuple[Level, ...],
-    capacity: Capacity,
-    mesh: Mesh | None,
-) -> Found:
-    """`_search` of a batch, each device its share of the rows, without a word between them."""
-
-    def share(state, rules, *rows):
-        # On a CPU one after the other: a batch waits for its slowest search and gains nothing.
-        step = None if jax.default_backend() == "cpu" else len(rows[0])
-        return jax.lax.map(
-            lambda row: _search(graphdef, state, *row, rules, levels, capacity),
-            rows,
-            batch_size=step,
-        )
-
-    if mesh is None:
-        return share(state, rules, canvases, size, sizes)
-    whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
-    return jax.shard_map(
-        share,
-        mesh=mesh,
-        in_specs=(whole, whole, split, split, split),
-        out_specs=split,
-        check_vma=False,  # the search's loops start from constants, which vary over no axis
-    )(state, rules, canvases, size, sizes)
+        return getattr(nnx.merge(graphdef, state), name)(**rows)

@@ -5,8 +5,9 @@ these (made by `emollama pretrain tiny`, docs/tiny.md).
 """
 
 import pathlib
+from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ def save(module: nnx.Module, path: pathlib.Path, *, dtype: str = "float16") -> N
     tensors = {
         name: np.asarray(leaf[...]).astype(dtype)
         for name, leaf in named_parameters(module).items()
-        if not name.endswith(("lora_A", "lora_B"))
+        if _kept(name)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
@@ -38,8 +39,21 @@ def save(module: nnx.Module, path: pathlib.Path, *, dtype: str = "float16") -> N
 def load(module: nnx.Module, path: pathlib.Path) -> None:
     """Fills a module's parameters in place as float32; adapters keep their start.
 
+    The module may be abstract (`nnx.eval_shape`): nothing that the file holds need be made first.
+
     Raises:
         UserError: the file is absent, not safetensors, or of another shape or set of names.
+    """
+    leaves = {name: leaf for name, leaf in named_parameters(module).items() if _kept(name)}
+    for name, tensor in read(path, {name: leaf.shape for name, leaf in leaves.items()}).items():
+        leaves[name].set_value(jax.device_put(tensor))  # of this host, wherever it was
+
+
+def read(path: pathlib.Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """A file's tensors as float32, all of these names and shapes.
+
+    Raises:
+        UserError: as of `load`.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
@@ -48,23 +62,38 @@ def load(module: nnx.Module, path: pathlib.Path) -> None:
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error})") from None
     problems = []
-    for name, leaf in named_parameters(module).items():
-        if name.endswith(("lora_A", "lora_B")):
-            continue
-        tensor = tensors.pop(name, None)
-        if tensor is None:
+    for name, shape in shapes.items():
+        if name not in tensors:
             problems.append(f"{name} is missing")
-        elif tensor.shape != leaf.shape:
-            problems.append(f"{name} is {tensor.shape}, wanted {leaf.shape}")
-        else:
-            leaf.set_value(jnp.asarray(tensor, jnp.float32))  # of this host, wherever it was
-    problems += [f"{name} has no place in the model" for name in tensors]
+        elif tensors[name].shape != tuple(shape):
+            problems.append(f"{name} is {tensors[name].shape}, wanted {tuple(shape)}")
+    problems += [f"{name} has no place in the model" for name in tensors if name not in shapes]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: weights of another config: {'; '.join(problems[:3])}{more}")
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-def load_tiny(model: nnx.Module) -> None:
-    """Fills the vision tower, FaceXFormer and the LLaMA of a tiny EmoLlama in place."""
-    for tower, name in TINY.items():
-        load(getattr(model, tower), WEIGHTS / f"{name}.safetensors")
+def read_tiny(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """The vision tower, FaceXFormer and the LLaMA of a tiny EmoLlama.
+
+    Args:
+        shapes: of the model's parameters by path, e.g. `vision/cls_token`.
+
+    Raises:
+        UserError: as of `load`.
+    """
+    found = {}
+    for tower, file in TINY.items():
+        mine = {
+            path.removeprefix(f"{tower}/"): shape
+            for path, shape in shapes.items()
+            if path.startswith(f"{tower}/") and _kept(path)
+        }
+        tensors = read(WEIGHTS / f"{file}.safetensors", mine)
+        found |= {f"{tower}/{name}": tensor for name, tensor in tensors.items()}
+    return found
+
+
+def _kept(path: str) -> bool:
+    return not path.endswith(("lora_A", "lora_B"))

@@ -29,6 +29,7 @@ from emollama_jax.models.layers import (
     split_keys,
     stack,
 )
+from emollama_jax.models.rngs import Rngs
 from emollama_jax.sharding.points import constrain
 
 MASKED = -10000.0  # BERT's additive mask
@@ -40,7 +41,7 @@ class BertAttention(nnx.Module):
     The softmax is written out, other than in `models/attention.py`: BERT drops attention weights.
     """
 
-    def __init__(self, cfg: QFormerConfig, *, key_width: int, rngs: nnx.Rngs):
+    def __init__(self, cfg: QFormerConfig, *, key_width: int, rngs: Rngs):
         def linear(i: int, axes: tuple[str, str]) -> Linear:
             return Linear(i, cfg.width, axes=axes, bias=True, dtype=cfg.dtype, rngs=rngs)
 
@@ -78,7 +79,7 @@ class BertAttention(nnx.Module):
 class BertFeedForward(nnx.Module):
     """Two Linears, residual and norm."""
 
-    def __init__(self, cfg: QFormerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: QFormerConfig, *, rngs: Rngs):
         self.cfg = cfg
         self.intermediate = Linear(
             cfg.width, cfg.mlp_width, axes=("embed", "mlp"), bias=True, dtype=cfg.dtype, rngs=rngs
@@ -98,7 +99,7 @@ class BertFeedForward(nnx.Module):
 class QFormerLayer(nnx.Module):
     """One layer; `crossattention` is None where the queries do not look at the picture."""
 
-    def __init__(self, cfg: QFormerConfig, *, cross: bool, rngs: nnx.Rngs):
+    def __init__(self, cfg: QFormerConfig, *, cross: bool, rngs: Rngs):
         self.cfg = cfg
         self.attention = BertAttention(cfg, key_width=cfg.width, rngs=rngs)
         self.crossattention = (
@@ -130,7 +131,7 @@ class QFormerLayer(nnx.Module):
 class QFormerGroup(nnx.Module):
     """The unit that repeats: a layer with cross-attention, then n − 1 without."""
 
-    def __init__(self, cfg: QFormerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: QFormerConfig, *, rngs: Rngs):
         self.cross = QFormerLayer(cfg, cross=True, rngs=rngs)
         self.plain = nnx.List(
             [
@@ -163,7 +164,7 @@ class QFormer(nnx.Module):
         UserError: groups that do not fill the layers, or a width that heads do not divide.
     """
 
-    def __init__(self, cfg: QFormerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: QFormerConfig, *, rngs: Rngs):
         if cfg.layers % cfg.cross_attention_every or cfg.width % cfg.heads:
             raise UserError(
                 f"model.qformer: layers {cfg.layers}, cross_attention_every "

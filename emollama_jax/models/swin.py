@@ -26,6 +26,7 @@ from emollama_jax.models.layers import (
     small_normal,
     stack,
 )
+from emollama_jax.models.rngs import Rngs
 
 APART = -100.0  # Swin's logit offset between tokens that only the cyclic shift made neighbours
 
@@ -86,7 +87,7 @@ def shift_mask(
 class WindowAttention(nnx.Module):
     """Multi-head attention inside windows, with a learned bias for each relative position."""
 
-    def __init__(self, width: int, *, heads: int, window: int, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, heads: int, window: int, dtype: str, rngs: Rngs):
         self.qkv = Linear(
             width, 3 * width, axes=("embed", "heads"), bias=True, dtype=dtype, rngs=rngs
         )
@@ -136,7 +137,7 @@ class WindowAttention(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm block: window attention, then a two-layer perceptron."""
 
-    def __init__(self, cfg: SwinConfig, width: int, *, heads: int, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, cfg: SwinConfig, width: int, *, heads: int, dtype: str, rngs: Rngs):
         mlp = cfg.mlp_ratio * width
         self.norm1 = LayerNorm(width, eps=cfg.norm_eps, rngs=rngs)
         self.attn = WindowAttention(width, heads=heads, window=cfg.window, dtype=dtype, rngs=rngs)
@@ -152,7 +153,7 @@ class Block(nnx.Module):
 class Pair(nnx.Module):
     """An unshifted and a shifted block: what a stage repeats."""
 
-    def __init__(self, cfg: SwinConfig, width: int, *, heads: int, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, cfg: SwinConfig, width: int, *, heads: int, dtype: str, rngs: Rngs):
         self.unshifted = Block(cfg, width, heads=heads, dtype=dtype, rngs=rngs)
         self.shifted = Block(cfg, width, heads=heads, dtype=dtype, rngs=rngs)
         self.shift = cfg.window // 2
@@ -164,7 +165,7 @@ class Pair(nnx.Module):
 class PatchMerging(nnx.Module):
     """Halves the map and doubles the width; odd sizes are padded with zeros."""
 
-    def __init__(self, cfg: SwinConfig, width: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, cfg: SwinConfig, width: int, *, dtype: str, rngs: Rngs):
         self.norm = LayerNorm(4 * width, eps=cfg.norm_eps, rngs=rngs, axis="mlp")
         self.reduction = Linear(
             4 * width, 2 * width, axes=("mlp", "embed"), bias=False, dtype=dtype, rngs=rngs
@@ -179,7 +180,7 @@ class PatchMerging(nnx.Module):
 class Stage(nnx.Module):
     """Patch merging (but in the first stage) and the stage's pairs of blocks."""
 
-    def __init__(self, cfg: SwinConfig, index: int, *, dtype: str, remat: Remat, rngs: nnx.Rngs):
+    def __init__(self, cfg: SwinConfig, index: int, *, dtype: str, remat: Remat, rngs: Rngs):
         width = cfg.width * 2**index
         self.downsample = (
             None if index == 0 else PatchMerging(cfg, width // 2, dtype=dtype, rngs=rngs)
@@ -205,7 +206,7 @@ class Swin(nnx.Module):
         UserError: `depths` has an odd number, or another length than `heads`.
     """
 
-    def __init__(self, cfg: SwinConfig, *, dtype: str, remat: Remat, rngs: nnx.Rngs):
+    def __init__(self, cfg: SwinConfig, *, dtype: str, remat: Remat, rngs: Rngs):
         if any(depth % 2 for depth in cfg.depths) or len(cfg.depths) != len(cfg.heads):
             raise UserError(
                 f"swin: depths {list(cfg.depths)} with heads {list(cfg.heads)}: wanted one even"

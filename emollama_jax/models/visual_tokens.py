@@ -19,6 +19,7 @@ from emollama_jax.batch import IMAGE_TOKEN
 from emollama_jax.config import QFormerConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.layers import LayerNorm, Linear, gelu
+from emollama_jax.models.rngs import Rngs
 
 
 def content_tokens(kind: str, patches: int) -> int:
@@ -80,7 +81,7 @@ class VisualTokens(nnx.Module):
         visual_width: int,
         llm_width: int,
         dtype: str,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         if cfg.encoder_width != visual_width:
             raise UserError(

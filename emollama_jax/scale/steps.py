@@ -24,10 +24,10 @@ from emollama_jax.config import Config
 from emollama_jax.errors import UserError
 from emollama_jax.generate import decode
 from emollama_jax.generate.prompt import Prompt, embed
-from emollama_jax.generate.sampling import Sampling
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.face_info_mining import LANDMARKS
 from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.rngs import abstract
 from emollama_jax.scale.cost import OTHER
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards, replicated
 from emollama_jax.sharding.rules import param_shardings
@@ -126,7 +126,7 @@ class Abstract:
 
 def abstract_model(cfg: Config, mesh: Mesh) -> Abstract:
     """The model of a run: trainable leaves float32, frozen ones in `train.frozen_dtype`."""
-    model = nnx.eval_shape(lambda: EmoLlama(cfg.model, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs))
     leaves = named_parameters(model)
     trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
     where = param_shardings(leaves, mesh, preset=cfg.mesh.preset)
@@ -274,16 +274,14 @@ def _split(
     return nnx.split(module)
 
 
-def _fixed(mesh: Mesh) -> tuple[Sampling, decode.Ending]:
-    """How tokens are drawn and what ends an answer; one stop token."""
+def _fixed(mesh: Mesh) -> tuple[None, decode.Ending]:
+    """Greedy decoding and what ends an answer; one stop token."""
     everywhere = replicated(mesh)
 
-    def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=everywhere)
 
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
-    how = Sampling(temperature=leaf(np.float32), top_p=leaf(np.float32), key=key)
-    return how, decode.Ending(stop=leaf(np.int32, 1), pad=leaf(np.int32))
+    return None, decode.Ending(stop=leaf(1), pad=leaf())
 
 
 def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

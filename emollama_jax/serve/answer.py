@@ -1,43 +1,74 @@
-"""A question about one picture or clip: media → face priors → prompt → streamed answer."""
+"""Questions about one picture or clip: media → face → what the model sees → streamed answers.
+
+The towers run once for a picture, FaceXFormer included: what it says of the face (landmarks, age,
+gender, race) and what Face Info Mining reads come from one pass. A question then costs the Q-Former
+and the decoder.
+"""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
+import jax
 import numpy as np
+from flax import nnx
 
 from emollama_jax.config import Config, GenerateConfig
-from emollama_jax.data.elements import Encoder, Kind, stack
+from emollama_jax.data import prompts
+from emollama_jax.data.elements import Encoder, Kind
+from emollama_jax.data.instruct import category_question
 from emollama_jax.data.media import Source, is_video, read_frames, read_image
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import Detect, Prior, Reader, find_face, read_faces
+from emollama_jax.faces.reader import Detect, Prior
+from emollama_jax.faces.track import Faces, track
+from emollama_jax.generate import prompt as reading
 from emollama_jax.generate.decode import Stop, stream
 from emollama_jax.generate.flagged import of_backend
 from emollama_jax.generate.sampling import sampling
-from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.generate.score import pad_labels, score
+from emollama_jax.models.emollama import EmoLlama, Mined, Sight
 from emollama_jax.models.mtcnn import Detector
+
+NO_FACE = "No face was found in the {medium}."
+MEDIUM = {"image": "image", "clip": "video"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """A picture or clip with the face that is asked about."""
+    """A picture or clip as the model sees it, with the face that is asked about."""
 
     source: Source
     kind: Kind
+    boxes: np.ndarray  # float32 [N, 4], of all faces of the picture, or of the clip's fullest frame
+    probabilities: np.ndarray  # float32 [N]
+    face: int | None  # number of the face that is asked about; None for clips, and without a face
     prior: Prior
-    faces: int  # found in the picture, or in the clip's fullest frame
+    agr: str  # the sentence about age, gender and race; "" for none
+    mined: Mined  # on the device
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a face to ask about."""
+        return bool(self.prior.found.any())
 
 
 class Answerer:
-    """A model with what it needs to look at media; made once, asked often."""
+    """A model with what it needs to look at media; made once, asked often.
+
+    Args:
+        cfg: of the model's run.
+        model: not changed.
+        detect: finds the faces of pictures; MTCNN by default.
+    """
 
     def __init__(self, cfg: Config, model: EmoLlama, *, detect: Detect | None = None):
-        self.cfg, self.model = cfg, model
+        self.cfg = cfg
         self.encoder = Encoder(cfg)
-        self.reader = Reader(model.face, margin=cfg.data.face_margin, batch=cfg.data.clip_frames)
-        self.detect = Detector() if detect is None else detect
+        self._model, self._llama = nnx.split(model), nnx.split(model.llama)
+        self._detect = Detector().many if detect is None else detect
+        self._flags = of_backend(cfg.xla_flags)
 
     def look(self, source: Source, *, face: int | None = None) -> Media:
-        """Finds the face of a picture or clip.
+        """Finds the face of a picture or clip, and runs the towers on it.
 
         Args:
             source: a path, or the file's content.
@@ -51,75 +82,231 @@ class Answerer:
                 raise UserError(f"--face {face}: faces are chosen in pictures only, not in clips")
             return self._clip(source)
         picture = read_image(source)
-        found = self.detect(picture)
-        boxes = np.zeros((0, 4), np.float32)
-        if face is not None:
-            if not 0 <= face < len(found.boxes):
-                raise UserError(
-                    f"--face {face}: the picture has {len(found.boxes)} faces, counted from 0"
-                )
-            boxes = found.boxes[face : face + 1]
-        seen = find_face(
-            [picture],
-            boxes=boxes if len(boxes) else None,
-            detect=lambda _: found,
-            reader=self.reader,
+        (faces,) = self._detect([picture])
+        if face is not None and not 0 <= face < len(faces.boxes):
+            raise UserError(
+                f"--face {face}: the picture has {len(faces.boxes)} faces, counted from 0"
+            )
+        some = len(faces.boxes) > 0
+        chosen = face or 0
+        boxes = faces.boxes[chosen : chosen + 1] if some else np.zeros((1, 4), np.float32)
+        return self._see(
+            source,
+            kind="image",
+            pictures=[picture],
+            which=np.zeros(1, int),
+            boxes=boxes,
+            found=np.array([some]),
+            count=1,
+            faces=faces,
+            face=chosen if some else None,
         )
-        return Media(source, "image", read_faces([seen], self.reader)[0], len(found.boxes))
 
     def _clip(self, source: Source) -> Media:
         """Only the frames that the model will see are searched for faces."""
         clip = read_frames(source, lambda count, fps: self.encoder.indices(count, fps, None))
-        counts = []
-
-        def detect(frame: np.ndarray):
-            found = self.detect(frame)
-            counts.append(len(found.boxes))
-            return found
-
-        chosen, where = np.unique(clip.indices, return_index=True)
-        seen = find_face(
-            [clip.frames[i] for i in where], boxes=None, detect=detect, reader=self.reader
+        _, first, back = np.unique(clip.indices, return_index=True, return_inverse=True)
+        faces = self._detect([clip.frames[i] for i in first])
+        followed = track(faces)
+        return self._see(
+            source,
+            kind="clip",
+            pictures=clip.frames,
+            which=clip.indices,
+            boxes=followed.boxes[back],
+            found=followed.found[back],
+            count=clip.count,
+            faces=max(faces, key=lambda found: len(found.boxes)),
+            face=None,
         )
-        sampled = read_faces([seen], self.reader)[0]
-        return Media(source, "clip", _spread(sampled, chosen, clip.count), max(counts))
+
+    def _see(
+        self,
+        source: Source,
+        *,
+        kind: Kind,
+        pictures: Sequence[np.ndarray],
+        which: np.ndarray,
+        boxes: np.ndarray,
+        found: np.ndarray,
+        count: int,
+        faces: Faces,
+        face: int | None,
+    ) -> Media:
+        seen = self.encoder.cut(pictures, kind=kind, which=which, boxes=boxes, found=found)
+        look = reading.look.under(self._flags)
+        sight = look(*self._model, seen.frames, seen.faces, seen.found)
+        prior = _prior(sight, which=which, boxes=boxes, found=found, count=count)
+        return Media(
+            source=source,
+            kind=kind,
+            boxes=np.asarray(faces.boxes, np.float32),
+            probabilities=np.asarray(faces.probabilities, np.float32),
+            face=face,
+            prior=prior,
+            agr=self.encoder.agr(kind, prior),
+            mined=sight.mined,
+        )
 
     def ask(
         self, media: Media, question: str, *, how: GenerateConfig | None = None
-    ) -> Iterator[str]:
-        """Streams the answer to a question, piece by piece.
+    ) -> Generator[str, None, Stop | None]:
+        """Streams the answer to one question; see `Conversation.ask`."""
+        return Conversation(self, media).ask(question, how=how)
+
+    def scores(self, media: Media, classes: Sequence[str]) -> dict[str, float]:
+        """The log-likelihood of each class word as the answer to the category question.
+
+        Args:
+            media: of `look`.
+            classes: label words, in the order in which the question lists them.
+        """
+        tokenizer = self.encoder.llm
+        labels = [
+            [*prompts.answer_ids(name, tokenizer=tokenizer), tokenizer.eos] for name in classes
+        ]
+        question = category_question(classes, media.kind)
+        prompt, _ = self._prompt(media, question, earlier=(), seen=(), room=max(map(len, labels)))
+        rated = score.under(self._flags)(*self._llama, prompt, pad_labels(labels))
+        return dict(zip(classes, map(float, np.asarray(rated)[0]), strict=True))
+
+    def _prompt(
+        self,
+        media: Media,
+        question: str,
+        *,
+        earlier: Sequence[prompts.Turn],
+        seen: Sequence[np.ndarray],
+        room: int,
+    ) -> tuple[reading.Prompt, np.ndarray]:
+        """A prompt as the decoder reads it, and the visual tokens of its question.
+
+        Args:
+            media: that is asked about.
+            question: to be answered.
+            earlier: turns before it.
+            seen: their visual tokens.
+            room: tokens that will follow.
+        """
+        ids, mask = self.encoder.question_ids(question)
+        asked = reading.ask.under(self._flags)(*self._model, media.mined, ids, mask)
+        new = np.asarray(asked)  # [V, D]
+        encoded = self.encoder.prompt(
+            question, kind=media.kind, agr=media.agr, earlier=earlier, room=room
+        )
+        # As many places as the text has: so a conversation's length alone decides the shapes.
+        visual = np.zeros((len(encoded.ids), new.shape[1]), new.dtype)
+        tokens = np.concatenate([*seen, new])
+        visual[: len(tokens)] = tokens
+        lay = reading.lay.under(self._flags)
+        return lay(*self._llama, encoded.ids, visual, np.int32(encoded.length)), new
+
+
+class Conversation:
+    """Questions about one picture or clip, each with those before it in its prompt.
+
+    Attributes:
+        turns: questions and answers so far.
+        forgotten: how many of them no longer fit in the model's positions.
+    """
+
+    def __init__(self, answerer: Answerer, media: Media, *, without_face: bool = False):
+        """Begins one.
+
+        Args:
+            answerer: that looked at the media.
+            media: that is asked about.
+            without_face: ask the model also where no face was found. It was trained on faces and
+                may tell of one that is not there.
+        """
+        self._answerer, self.media, self._without_face = answerer, media, without_face
+        self.turns: list[prompts.Turn] = []
+        self.forgotten = 0
+        self._seen: list[np.ndarray] = []  # the visual tokens of each turn
+
+    def ask(
+        self, question: str, *, how: GenerateConfig | None = None
+    ) -> Generator[str, None, Stop | None]:
+        """Streams the answer to the next question, piece by piece.
+
+        Args:
+            question: in plain words.
+            how: temperature and length; the run's by default.
 
         Yields:
-            Text; joined, the pieces are the answer.
+            Text; joined, the pieces are the answer. Where there is no face, the answer is that.
 
         Returns:
-            Why it ended, a `Stop`.
+            Why it ended, a `Stop`; None where the model was not asked, for want of a face.
+
+        Raises:
+            UserError: a question that is too long.
         """
-        how = self.cfg.generate if how is None else how
-        look = self.encoder.look(media.source, kind=media.kind, prior=media.prior)
-        row = self.encoder.prompt_row(look, kind=media.kind, question=question, index=0)
-        batch, _ = stack([row])
-        tokenizer = self.encoder.llm
-        ended: Stop = yield from stream(
-            self.model,
-            batch,
+        if not (self.media.found or self._without_face):
+            yield NO_FACE.format(medium=MEDIUM[self.media.kind])
+            return None
+        answerer = self._answerer
+        how = answerer.cfg.generate if how is None else how
+        question = prompts.question_text(question)
+        while self.forgotten < len(self.turns) and not answerer.encoder.fits(
+            question,
+            kind=self.media.kind,
+            agr=self.media.agr,
+            earlier=self.turns[self.forgotten :],
+            room=how.max_new_tokens,
+        ):
+            self.forgotten += 1
+        prompt, seen = answerer._prompt(
+            self.media,
+            question,
+            earlier=self.turns[self.forgotten :],
+            seen=self._seen[self.forgotten :],
+            room=how.max_new_tokens,
+        )
+        tokenizer = answerer.encoder.llm
+        pieces = stream(
+            answerer._llama,
+            prompt,
             tokenizer.decode,
             how=sampling(how),
             max_new_tokens=how.max_new_tokens,
             stop=(tokenizer.eos,),
             pad=tokenizer.pad,
-            flags=of_backend(self.cfg.xla_flags),
+            flags=answerer._flags,
         )
-        return ended
+        answer = ""
+        try:
+            while True:
+                piece = next(pieces)
+                answer += piece
+                yield piece
+        except StopIteration as end:
+            self.turns.append(prompts.Turn(question, answer))
+            self._seen.append(seen)
+            return end.value
 
 
-def _spread(prior: Prior, indices: Sequence[int] | np.ndarray, count: int) -> Prior:
-    """The priors of chosen frames as those of a whole clip; the other frames have no face."""
-    whole = {
-        "boxes": np.zeros((count, 4), np.float32),
-        "found": np.zeros(count, bool),
-        "landmarks": np.zeros((count, 68, 2), np.float32),
-    }
-    for name, values in whole.items():
-        values[indices] = getattr(prior, name)
-    return dataclasses.replace(prior, **whole)
+def probabilities(scores: Mapping[str, float]) -> dict[str, float]:
+    """Log-likelihoods of classes as shares that sum to 1."""
+    values = np.array(list(scores.values()))
+    shares = np.exp(values - values.max())
+    return dict(zip(scores, (shares / shares.sum()).tolist(), strict=True))
+
+
+def _prior(
+    sight: Sight, *, which: np.ndarray, boxes: np.ndarray, found: np.ndarray, count: int
+) -> Prior:
+    """What is known of the face of a whole clip; frames that were not looked at have no face."""
+    said = jax.device_get((sight.landmarks, sight.age, sight.gender, sight.race))
+    _, first = np.unique(which, return_index=True)
+    here = first[found[first]]
+    whole_boxes, whole_found = np.zeros((count, 4), np.float32), np.zeros(count, bool)
+    landmarks = np.zeros((count, 68, 2), np.float32)
+    whole_boxes[which[here]], whole_found[which[here]] = boxes[here], True
+    landmarks[which[here]] = said[0][here]
+    agr, probability = np.zeros(3, np.int32), np.zeros(3, np.float32)
+    if len(here):
+        means = [head[here].mean(0) for head in said[1:]]
+        agr[:] = [mean.argmax() for mean in means]
+        probability[:] = [mean.max() for mean in means]
+    return Prior(whole_boxes, whole_found, landmarks, agr, probability)

@@ -228,8 +228,8 @@ def assemble(
             f"{len(where.replicated)} dimensions stay whole on every device, e.g. "
             f"{where.replicated[0]}"
         )
-    params = {name: leaves[name][...] for name in sorted(trainable)}
-    frozen = {name: leaf[...] for name, leaf in leaves.items() if name not in trainable}
+    params = {name: leaves[name].get_value() for name in sorted(trainable)}
+    frozen = {name: leaf.get_value() for name, leaf in leaves.items() if name not in trainable}
     optimizer = make_optimizer(cfg.train, leaves, trainable=trainable)
 
     def start(params: Params) -> TrainState:

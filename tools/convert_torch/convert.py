@@ -33,6 +33,7 @@ from emollama_jax.models.llama import Llama
 from emollama_jax.models.mtcnn import Mtcnn
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.models.qformer import QFormer
+from emollama_jax.models.rngs import abstract
 from emollama_jax.models.visual_tokens import VisualTokens
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
@@ -199,7 +200,7 @@ class _Parts(nnx.Module):
 @functools.lru_cache(maxsize=8)
 def _every_leaf(parts: Sequence[str], model: EmoLlamaConfig) -> dict[str, nnx.Param]:
     if parts == ("mtcnn",):
-        return named_parameters(nnx.eval_shape(lambda: Mtcnn(rngs=nnx.Rngs(0))))
+        return named_parameters(abstract(lambda rngs: Mtcnn(rngs=rngs)))
     return named_parameters(nnx.eval_shape(lambda: _Parts(parts, model, nnx.Rngs(0))))
 
 

@@ -22,6 +22,7 @@ from emollama_jax.data.media import read_image
 from emollama_jax.errors import UserError
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.mtcnn import Detector, Mtcnn, load_mtcnn
+from emollama_jax.models.rngs import abstract
 from tools.convert_torch import golden
 from tools.convert_torch.engine import extract
 from tools.convert_torch.facexformer import CHECKPOINT_KEY, unread
@@ -328,7 +329,7 @@ def _mtcnn(path: pathlib.Path, images: pathlib.Path | None) -> GoldenSet:
         source="mtcnn",
         model=config.load("tiny").model,
         state=state,
-        network=lambda: nnx.eval_shape(lambda: Mtcnn(rngs=nnx.Rngs(0))),
+        network=lambda: abstract(lambda rngs: Mtcnn(rngs=rngs)),
         compare=compare,
         file="",
     )

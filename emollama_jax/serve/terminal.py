@@ -1,0 +1,240 @@
+"""`emollama ask` in a terminal: pictures and clips, one question or a conversation, text or JSON.
+
+Everything that can be refused is refused before JAX is imported.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from emollama_jax import compile_cache
+from emollama_jax.data.media import is_video
+from emollama_jax.errors import UserError
+from emollama_jax.runs import find
+from emollama_jax.status import Status
+
+if TYPE_CHECKING:  # they import JAX
+    from emollama_jax.config import GenerateConfig
+    from emollama_jax.serve.answer import Answerer, Media
+
+PROMPT = "> "
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What is to be answered, and how."""
+
+    media: tuple[pathlib.Path, ...]
+    question: str | None
+    chat: bool  # read more questions, line by line
+    run: str
+    face: int | None
+    temperature: float | None
+    max_new_tokens: int | None
+    as_json: bool
+    without_face: bool
+
+
+def split_arguments(given: Sequence[str]) -> tuple[tuple[pathlib.Path, ...], str | None]:
+    """Media and the question behind them, if there is one.
+
+    What exists is a medium. The last argument is a question if it has a space or ends in a question
+    mark; what is neither is a path that does not exist, and `check` says so.
+    """
+    *rest, last = given
+    question = None
+    if rest and not _exists(last) and (re.search(r"\s", last.strip()) or last.endswith("?")):
+        question, given = last, rest
+    return tuple(map(pathlib.Path, given)), question
+
+
+def _exists(path: str) -> bool:
+    try:
+        return pathlib.Path(path).exists()
+    except (OSError, ValueError):  # longer than any name, or with a null character
+        return False
+
+
+def check(wish: Wish) -> None:
+    """Refuses what no model needs to be loaded for.
+
+    Raises:
+        UserError: media that are not there or cannot be read, a run that is none, bad numbers.
+    """
+    if wish.question is not None and not wish.question.strip():
+        raise UserError("the question is empty")
+    if wish.temperature is not None and not 0 <= wish.temperature < float("inf"):
+        raise UserError(f"--temperature {wish.temperature:g}: wanted 0 (greedy) or more")
+    if wish.max_new_tokens is not None and wish.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {wish.max_new_tokens}: wanted at least 1")
+    if wish.face is not None and wish.face < 0:
+        raise UserError(f"--face {wish.face}: faces are counted from 0, the largest")
+    for path in wish.media:
+        if is_video(path) and wish.face is not None:
+            raise UserError(
+                f"--face {wish.face}: {path} is a clip; faces are chosen in pictures only"
+            )
+    find(wish.run)
+
+
+def ask(wish: Wish, console: Console) -> None:
+    """Answers.
+
+    Args:
+        wish: what to answer.
+        console: where progress goes.
+
+    Raises:
+        UserError: as of `check`, and what only the model can tell.
+    """
+    check(wish)
+    began = time.monotonic()
+    with Status(console) as status:
+        status.say(f"reading the run {wish.run}")
+        answerer = _load(wish.run)
+        if compile_cache.is_cold():
+            status.say("compiling for this machine, once: it takes some seconds")
+        else:
+            status.say("looking for faces")
+        how = _how(answerer, wish)
+        loading = time.monotonic() - began
+        for path in wish.media:
+            began = time.monotonic()
+            try:
+                media = answerer.look(path, face=wish.face)
+            except UserError as error:
+                if len(wish.media) == 1:
+                    raise
+                raise UserError(f"{path}: {error}") from None
+            talk = _Talk(wish, answerer, media, path, how, began, loading)
+            if wish.question is not None:
+                talk.answer(wish.question, status)
+            if wish.chat:
+                status.clear()
+                talk.introduce()
+                for question in _questions():
+                    talk.answer(question, status)
+
+
+class _Talk:
+    """The questions about one picture or clip, and where their answers go."""
+
+    def __init__(
+        self,
+        wish: Wish,
+        answerer: "Answerer",
+        media: "Media",
+        path: pathlib.Path,
+        how: "GenerateConfig",
+        began: float,
+        loading: float,
+    ):
+        from emollama_jax.serve.answer import Conversation
+
+        self._wish, self._answerer, self._media, self._path = wish, answerer, media, path
+        self._how, self._began, self._loading = how, began, loading
+        self._conversation = Conversation(answerer, media, without_face=wish.without_face)
+        self._scores: dict[str, float] | None = None
+
+    def introduce(self) -> None:
+        """Says what was found, before questions are asked in a terminal."""
+        if self._wish.as_json or not sys.stdin.isatty():
+            return
+        count = len(self._media.boxes)
+        faces = {0: "no face found", 1: "one face found"}.get(count, f"{count} faces found")
+        print(f"{self._path}: {faces}. Ask about it; an empty line ends.", file=sys.stderr)
+
+    def answer(self, question: str, status: Status) -> None:
+        """Answers one question."""
+        pieces = self._conversation.ask(question, how=self._how)
+        if self._wish.as_json:
+            text = "".join(pieces)
+            status.clear()
+            print(json.dumps(self._record(question, text), ensure_ascii=False), flush=True)
+        else:
+            self._stream(pieces, status)
+        self._began, self._loading = time.monotonic(), 0.0
+        if forgotten := self._conversation.forgotten:
+            print(
+                f"(the model no longer sees the first {forgotten} questions)",
+                file=sys.stderr,
+            )
+
+    def _stream(self, pieces: Iterator[str], status: Status) -> None:
+        first = next(pieces, "")
+        status.clear()
+        if len(self._wish.media) > 1:
+            print(f"{self._path}: ", end="")
+        if self._wish.without_face and not self._media.found:
+            print("(no face found; about the whole picture) ", end="")
+        for piece in itertools.chain([first], pieces):
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+    def _record(self, question: str, answer: str) -> dict[str, Any]:
+        media = self._media
+        faces = [
+            {"box": [round(float(x), 1) for x in box], "probability": round(float(p), 4)}
+            for box, p in zip(media.boxes, media.probabilities, strict=True)
+        ]
+        return {
+            "media": str(self._path),
+            "kind": media.kind,
+            "question": question,
+            "answer": answer,
+            "face_found": media.found,
+            "faces": faces,
+            "face": media.face,
+            "scores": self._label_scores(),
+            "seconds": {
+                "load": round(self._loading, 2),
+                "answer": round(time.monotonic() - self._began, 2),
+            },
+        }
+
+    def _label_scores(self) -> dict[str, float] | None:
+        """The share of each class as the answer to the category question; None without a face."""
+        from emollama_jax.data.builders.registry import space_of
+        from emollama_jax.serve.answer import probabilities
+
+        if not (self._media.found or self._wish.without_face):
+            return None
+        if self._scores is None:
+            data = self._answerer.cfg.data
+            classes = space_of(data.dir, data.sources[0].name).classes
+            shares = probabilities(self._answerer.scores(self._media, classes))
+            self._scores = {name: round(share, 4) for name, share in shares.items()}
+        return self._scores
+
+
+def _load(run: str) -> "Answerer":
+    compile_cache.start()
+    from emollama_jax.checkpoint import load_for_inference
+    from emollama_jax.serve.answer import Answerer
+
+    return Answerer(*load_for_inference(run))
+
+
+def _how(answerer: "Answerer", wish: Wish) -> "GenerateConfig":
+    given = {"temperature": wish.temperature, "max_new_tokens": wish.max_new_tokens}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(answerer.cfg.generate, **changes)
+
+
+def _questions() -> Iterator[str]:
+    """Lines of the terminal or of a pipe; an empty one, or the end, ends them."""
+    while True:
+        if sys.stdin.isatty():
+            print(PROMPT, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
