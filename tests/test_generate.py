@@ -186,8 +186,10 @@ def test_second_call_compiles_nothing(model, monkeypatch):
         list(stream(model, batch_row(batch), how=warm))
 
     run(1, 0.0)
+    run(1, 0.5)  # drawing is another program than greedy decoding
     traces.clear()
-    run(2, 0.7)
+    run(2, 0.0)
+    run(3, 0.7)
     assert not traces
     generate(model, prompts(), max_new_tokens=2)
     assert traces  # the count does see a trace
