@@ -7,12 +7,13 @@ but well known (a document, a camera's raw file, an archive) is refused by name.
 Nothing heavy is imported: a path is checked in no time.
 """
 
+import io
 import os
 import pathlib
 import re
 import stat
 from collections.abc import Iterator
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from emollama_jax.errors import UserError
 
@@ -121,10 +122,10 @@ def _of_brands(source: Source, names: list[str]) -> Kind:
     major = names[0]
     if major in _AVIF or (major in _GENERIC and any(name in _AVIF for name in names)):
         return "picture"  # Pillow's, animations too
-    if major in _STILLS:
-        return "heif"
-    if major in _SEQUENCES:
-        return "heif sequence" if b"moov" in _top_boxes(source) else "heif"
+    if major in _STILLS + _SEQUENCES:
+        boxes = set(_top_boxes(source))  # pictures lie in `meta`, the tracks of sequences in `moov`
+        moves = b"moov" in boxes and (major in _SEQUENCES or b"meta" not in boxes)
+        return "heif sequence" if moves else "heif"
     return "video"
 
 
@@ -142,7 +143,7 @@ def brands(head: bytes) -> list[str]:
 
 def _top_boxes(source: Source) -> Iterator[bytes]:
     """Types of a container's outermost boxes."""
-    with _open(source) as file:
+    with open_binary(source) as file:
         start = 0
         while len(head := file.read(16)) >= 8:
             size = int.from_bytes(head[:4])
@@ -154,9 +155,8 @@ def _top_boxes(source: Source) -> Iterator[bytes]:
             file.seek(start)
 
 
-def _open(source: Source):
-    import io
-
+def open_binary(source: Source) -> BinaryIO:
+    """An open file or its content."""
     return io.BytesIO(source) if isinstance(source, bytes) else pathlib.Path(source).open("rb")
 
 
@@ -188,8 +188,9 @@ def _refuse_urls(source: str | os.PathLike) -> None:
     if text.startswith("data:") and "," in text:
         raise UserError(f"{name_of(text)}: a data URI, wanted a file: decode it into one first")
     if _URL.match(text) and not os.path.exists(text):
-        url = re.sub(r"^([^/]+:)/+", r"\1//", text)
-        raise UserError(f"{name_of(url)}: a URL, wanted a file: download it first")
+        url = re.sub(r"^([^/]+:)/(?!/)", r"\1//", text)
+        advice = "give its path alone" if url.startswith("file:") else "download it first"
+        raise UserError(f"{name_of(url)}: a URL, wanted a file: {advice}")
 
 
 def name_of(source: Source) -> str:

@@ -20,7 +20,6 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -35,6 +34,7 @@ from emollama_jax.data.file_kinds import (
     check,
     name_of,
     one_line,
+    open_binary,
 )
 from emollama_jax.data.stills import MAX_PIXELS, Picture
 from emollama_jax.errors import UserError
@@ -94,7 +94,7 @@ def is_video(source: Source) -> bool:
     if kind == "zip":
         return bool(_packed(source)[1])
     if kind == "picture":
-        with _open(source) as file:
+        with open_binary(source) as file:
             return stills.is_animation(file, name)
     if kind == "heif":
         stills.need_heif(name)
@@ -302,11 +302,12 @@ def _probe(source: Source) -> tuple[int, float | None]:
             return video.count(source, container, stream, container.demux(stream))
     if check(source) == "zip":
         return len(_packed(source)[1]), None
-    with _open(source) as file, stills.opened(file, name_of(source)) as image:
+    with open_binary(source) as file, stills.opened(file, name_of(source)) as image:
         count = stills.count_frames(image)
         if count == 1:
             raise UserError(f"{name_of(source)}: a picture, wanted a clip")
-        return count, stills.rate(image, count, name_of(source))
+        stills.check_animation(image, count, name_of(source))
+        return count, video.animation_rate(source, image.format or "")
 
 
 def _stream(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Picture | None]]:
@@ -322,7 +323,7 @@ def _stream(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Pictu
             yield index, _packed_frame(source, archive, name) if index in wanted else None
     else:
         name = name_of(source)
-        with _open(source) as file, stills.opened(file, name) as image:
+        with open_binary(source) as file, stills.opened(file, name) as image:
             for index in range(stills.count_frames(image)):
                 yield index, stills.animation_frame(image, index, name) if index in wanted else None
 
@@ -379,7 +380,3 @@ def _is_folder(source: Source) -> bool:
 
 def _read(source: Source) -> bytes:
     return source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
-
-
-def _open(source: Source) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else pathlib.Path(source).open("rb")

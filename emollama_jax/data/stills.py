@@ -30,12 +30,10 @@ from emollama_jax.errors import UserError
 Picture = UInt8[np.ndarray, "h w 3"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs; 9,459 × 9,459
-MAX_ANIMATION = 2**30  # pixels of all frames of an animation, each of which has to be decoded
+MAX_ANIMATION = 2**28  # pixels of all frames of an animation, each of which has to be decoded
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 BITS = (8, 10, 12, 14, 16)
-SHORTEST = 10  # ms; frames that claim less are shown for DEFAULT ms, as browsers do
-DEFAULT = 100
 
 _ORIENTATION = 0x0112  # EXIF
 _TURNS = {
@@ -115,6 +113,8 @@ def decode_heif(data: bytes, name: str) -> Picture:
         file = pillow_heif.open_heif(io.BytesIO(data))
         _check_size(file.size, name)
         image = file.to_pillow()
+        if image.mode.startswith("I"):  # 10 and 12 bits of grey, scaled to 16
+            return _grey(np.asarray(image), None, bits=16, name=name)
         if image.mode == "La":  # grey, multiplied by its opacity
             image = image.convert("LA")
         return _flatten(image)
@@ -160,25 +160,14 @@ def count_frames(image: Image.Image) -> int:
     return max(getattr(image, "n_frames", 1) - getattr(image, "default_image", False), 1)
 
 
-def rate(image: Image.Image, frames: int, name: str) -> float:
-    """Average frames per second of an animation, by its frames' durations.
-
-    Raises:
-        UserError: all frames together are over MAX_ANIMATION.
-    """
+def check_animation(image: Image.Image, frames: int, name: str) -> None:
+    """Raises UserError where all frames together are over MAX_ANIMATION."""
     pixels = frames * image.width * image.height
     if pixels > MAX_ANIMATION:
         raise UserError(
             f"{name}: {frames} frames of {image.width}×{image.height} are {pixels:,} pixels, "
             f"wanted at most {MAX_ANIMATION:,}; shrink it first"
         )
-    total = 0.0
-    for index in range(frames):
-        _seek(image, index)
-        image.load()
-        duration = image.info.get("duration") or 0
-        total += duration if duration > SHORTEST else DEFAULT
-    return 1000 * frames / total
 
 
 def animation_frame(image: Image.Image, index: int, name: str) -> Picture:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from emollama_jax.data.file_kinds import Source, name_of, one_line
+from emollama_jax.data.file_kinds import Source, name_of, one_line, open_binary
 from emollama_jax.data.stills import MAX_PIXELS, Picture, too_large
 from emollama_jax.errors import UserError
 
@@ -28,13 +28,22 @@ MAX_CLIP = 2**28  # pixels of all frames that are held together; 0.8 GB
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,m4v,h264,hevc,ivf,nut,mxf,dv,rm"
 
 
+ANIMATIONS = "gif,apng,mov"  # whose durations FFmpeg lists; mov is AVIF
+SHORTEST = 10  # ms; frames that claim no more are shown for USUAL ms, as browsers do
+USUAL = 100
+
+
 class NotAVideo(UserError):
     """FFmpeg finds no container that it knows, or a broken one."""
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[tuple[Any, Any]]:
+def opened(source: Source, *, formats: str = CONTAINERS) -> Iterator[tuple[Any, Any]]:
     """An open container and its video stream; FFmpeg's errors become one line.
+
+    Args:
+        source: a path, or the file's content.
+        formats: that FFmpeg may open.
 
     Raises:
         UserError: no video, no decoder for it, frames over MAX_PIXELS, broken.
@@ -47,7 +56,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any]]:
         if isinstance(source, bytes)
         else os.path.abspath(source)  # "a:b.mp4" would name a protocol
     )
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     try:
         with av.open(file, options=options) as container:
             covers = av.stream.Disposition.attached_pic
@@ -83,6 +92,37 @@ def count(
         raise UserError(no_frames(source))
     rate = stream.average_rate or stream.guessed_rate
     return frames, float(rate) if rate else None
+
+
+def animation_rate(source: Source, kind: str) -> float:
+    """Average frames per second of an animated picture by its frames' durations, without decoding.
+
+    Args:
+        source: a path, or the file's content.
+        kind: Pillow's name of its format.
+    """
+    if kind == "WEBP":
+        durations = list(_webp_durations(source))
+    else:
+        with opened(source, formats=ANIMATIONS) as (container, stream):
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            durations = [1000 * float(p.duration * p.time_base) for p in packets]
+    total = sum(duration if duration > SHORTEST else USUAL for duration in durations)
+    if not durations:
+        raise UserError(no_frames(source))
+    return 1000 * len(durations) / total
+
+
+def _webp_durations(source: Source) -> Iterator[int]:
+    """Milliseconds of each frame: the chunks `ANMF` of the RIFF file."""
+    with open_binary(source) as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[4:], "little")
+            if head[:4] == b"ANMF":
+                yield int.from_bytes(file.read(16)[12:15], "little")
+                size -= 16
+            file.seek(size + size % 2, io.SEEK_CUR)
 
 
 def held_packets(container: Any, stream: Any) -> list[Any] | None:
