@@ -360,10 +360,7 @@ def _packed(source: Source) -> tuple[zipfile.ZipFile, list[str]]:
         and info.compress_type == zipfile.ZIP_STORED
     ]
     if not names or len(names) < len(infos):
-        raise UserError(
-            f"{name_of(source)}: neither a picture nor a video (an archive): unpack it and name "
-            "what is in it"
-        )
+        raise UserError(f"{name_of(source)}: an archive: unpack it and name what is in it")
     return archive, sorted(names, key=_order)
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 from PIL import Image
 
 from emollama_jax.data.file_kinds import HOW_TO_CONVERT, one_line
@@ -234,26 +234,13 @@ def _is_deep(image: Image.Image, data: bytes) -> bool:
 def _deep_rgb(image: Image.Image, data: bytes, name: str) -> Picture:
     declared = _declared_bits(image, data)
     clear = image.info.get("transparency")
-    if image.format == "TIFF" and image.tag_v2.get(_PLANES) == 2 and image.tile[0][0] == "raw":
-        raise UserError(
-            f"{name}: 16-bit TIFF with a plane for each colour, wanted interleaved; save it as PNG"
-        )
     if image.mode.startswith("I"):
         image.load()
         levels = np.asarray(_upright(image))
         opaque = None if clear is None else levels != clear
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
         return _grey(levels, opaque, bits=declared, name=name, inverted=inverted)
-    grey_alpha = image.format == "PNG" and data[25] == 4
-    with opened(io.BytesIO(data), name) as other:
-        _swap_bytes(other, pairs=grey_alpha)
-        other.load()
-        low = np.asarray(_upright(other))
-    if grey_alpha:  # [h, w, 4]: the grey's high and low byte, the opacity's high and low byte
-        levels = low[:, :, ::2].astype(np.uint16) << 8 | low[:, :, 1::2]
-    else:
-        image.load()
-        levels = np.asarray(_upright(image)).astype(np.uint16) << 8 | low
+    levels = _deep_colours(image, data, name)
     colours, alpha = levels, None
     if levels.shape[2] in (2, 4):
         colours, alpha = levels[:, :, :-1], levels[:, :, -1]
@@ -266,6 +253,23 @@ def _deep_rgb(image: Image.Image, data: bytes, name: str) -> Picture:
         return rgb
     alpha = _eight(alpha, 16 if bits == 16 else _bits(alpha, None))
     return _flatten(Image.fromarray(np.dstack([rgb, alpha])))
+
+
+def _deep_colours(image: Image.Image, data: bytes, name: str) -> UInt16[np.ndarray, "h w c"]:
+    """All sixteen bits of colours, of which Pillow keeps eight: the file is read twice."""
+    if image.format == "TIFF" and image.tag_v2.get(_PLANES) == 2:  # Pillow mixes its bytes up
+        raise UserError(
+            f"{name}: 16-bit TIFF with a plane for each colour, wanted interleaved; save it as PNG"
+        )
+    grey_alpha = image.format == "PNG" and data[25] == 4
+    with opened(io.BytesIO(data), name) as other:
+        _swap_bytes(other, pairs=grey_alpha)
+        other.load()
+        low = np.asarray(_upright(other))
+    if grey_alpha:  # [h, w, 4]: the grey's high and low byte, the opacity's high and low byte
+        return low[:, :, ::2].astype(np.uint16) << 8 | low[:, :, 1::2]
+    image.load()
+    return np.asarray(_upright(image)).astype(np.uint16) << 8 | low
 
 
 def _swap_bytes(image: Image.Image, *, pairs: bool) -> None:

@@ -28,7 +28,7 @@ MAX_CLIP = 2**28  # pixels of all frames that are held together; 0.8 GB
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,m4v,h264,hevc,ivf,nut,mxf,dv,rm"
 
 
-ANIMATIONS = "gif,apng,mov"  # whose durations FFmpeg lists; mov is AVIF
+ANIMATIONS = "gif,mov"  # whose durations FFmpeg lists; mov is AVIF
 SHORTEST = 10  # ms; frames that claim no more are shown for USUAL ms, as browsers do
 USUAL = 100
 
@@ -103,6 +103,8 @@ def animation_rate(source: Source, kind: str) -> float:
     """
     if kind == "WEBP":
         durations = list(_webp_durations(source))
+    elif kind == "PNG":
+        durations = list(_png_durations(source))
     else:
         with opened(source, formats=ANIMATIONS) as (container, stream):
             packets = [packet for packet in container.demux(stream) if packet.size]
@@ -123,6 +125,19 @@ def _webp_durations(source: Source) -> Iterator[int]:
                 yield int.from_bytes(file.read(16)[12:15], "little")
                 size -= 16
             file.seek(size + size % 2, io.SEEK_CUR)
+
+
+def _png_durations(source: Source) -> Iterator[float]:
+    """Milliseconds of each frame: the chunks `fcTL`, a fraction of a second."""
+    with open_binary(source) as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[:4])
+            if head[4:] == b"fcTL":
+                part, whole = struct.unpack(">2H", file.read(26)[20:24])
+                yield 1000 * part / (whole or 100)
+                size -= 26
+            file.seek(size + 4, io.SEEK_CUR)
 
 
 def held_packets(container: Any, stream: Any) -> list[Any] | None:
