@@ -240,6 +240,17 @@ def _deep_rgb(image: Image.Image, data: bytes, name: str) -> Picture:
         opaque = None if clear is None else levels != clear
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
         return _grey(levels, opaque, bits=declared, name=name, inverted=inverted)
+    planes = image.format == "TIFF" and image.tag_v2.get(_PLANES) == 2
+    mixed = planes and image.tile[0][0] == "raw"  # Pillow takes both bytes for pixels
+    if clear is None and declared in (None, 16) and not mixed:
+        image.load()
+        high = _upright(image)
+        if np.asarray(high)[..., :3].max() >= 1 << BITS[-2] - 8:  # of sixteen bits: eight will do
+            return _flatten(high)
+    if planes:
+        raise UserError(
+            f"{name}: 16-bit TIFF with a plane for each colour, wanted interleaved; save it as PNG"
+        )
     levels = _deep_colours(image, data, name)
     colours, alpha = levels, None
     if levels.shape[2] in (2, 4):
@@ -257,10 +268,6 @@ def _deep_rgb(image: Image.Image, data: bytes, name: str) -> Picture:
 
 def _deep_colours(image: Image.Image, data: bytes, name: str) -> UInt16[np.ndarray, "h w c"]:
     """All sixteen bits of colours, of which Pillow keeps eight: the file is read twice."""
-    if image.format == "TIFF" and image.tag_v2.get(_PLANES) == 2:  # Pillow mixes its bytes up
-        raise UserError(
-            f"{name}: 16-bit TIFF with a plane for each colour, wanted interleaved; save it as PNG"
-        )
     grey_alpha = image.format == "PNG" and data[25] == 4
     with opened(io.BytesIO(data), name) as other:
         _swap_bytes(other, pairs=grey_alpha)
