@@ -1,15 +1,12 @@
-"""What files hold, by their content: containers, animations, orientations, depths, refusals."""
+"""What files hold, by their content: HEIF, animations, and what is refused by name."""
 
-import io
 import os
 import pathlib
 import struct
 import subprocess
 import sys
-import zipfile
 import zlib
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,89 +14,33 @@ from PIL import Image
 from emollama_jax.data import file_kinds, media, stills
 from emollama_jax.data.media import PICTURES, VIDEOS, is_video, read_frames, read_image, read_video
 from emollama_jax.errors import UserError
-
-pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
-
-
-def picture(height=48, width=64):
-    """Smooth, with no symmetry, so that every rotation shows."""
-    y, x = np.mgrid[:height, :width]
-    colours = [x * 255 // width, y * 255 // height, (x + y) * 120 // (height + width)]
-    return np.stack(colours, -1).astype(np.uint8)
-
-
-RGB = picture()
-GREYS = (10, 60, 110, 160, 210)
-
-
-def encode(image, kind, **options):
-    file = io.BytesIO()
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def heic(pixels, mode="RGB", **options):
-    file = io.BytesIO()
-    size = pixels.shape[1::-1]
-    made = pillow_heif.from_bytes(mode, size, pixels.tobytes())
-    made.save(file, quality=100, **options)
-    return file.getvalue()
-
-
-def animation(kind, greys=GREYS, durations=100, **options):
-    frames = [Image.new("RGB", (64, 48), (grey,) * 3) for grey in greys]
-    lossless = {"lossless": True} if kind == "WEBP" else {}
-    return encode(
-        frames[0], kind, save_all=True, append_images=frames[1:], duration=durations,
-        **lossless | options,
-    )  # fmt: skip
-
-
-def movie(frames, codec="libx264", container="mp4", pixels="yuv420p", **options):
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as opened:
-        stream = opened.add_stream(codec, rate=10)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt, stream.options = pixels, options
-        for frame in frames:
-            kind = "rgba" if frame.shape[2] == 4 else "rgb24"
-            opened.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format=kind)))
-        opened.mux(stream.encode())
-    return file.getvalue()
-
-
-def rebrand(data, major, *others):
-    """The same container under other brands."""
-    size = int.from_bytes(data[:4])
-    names = b"".join(name.encode() for name in (major, *others))[: size - 12]
-    rest = data[8 + len(names[4:]) + 8 : size]
-    return data[:8] + names[:4] + data[12:16] + names[4:] + rest + data[size:]
-
-
-def everything(count, fps):
-    return np.arange(count)
-
-
-def means(frames):
-    return [round(float(frame.mean())) for frame in frames]
-
-
-def close(found, wanted, within=6):
-    """The same picture but for compression."""
-    return found.shape == wanted.shape and np.abs(found.astype(int) - wanted).mean() < within
-
+from tests.media_files import (
+    GREYS,
+    RGB,
+    animation,
+    close,
+    encode,
+    everything,
+    heic,
+    means,
+    movie,
+    picture,
+    pillow_heif,
+    raw,
+    rebrand,
+    zipped,
+)
 
 # --- HEIF ---
 
 
-@pytest.mark.parametrize("tile", [None, 32])
+@pytest.mark.parametrize("tile", [None, 64])
 @pytest.mark.parametrize("brands", [None, ("mif1", "miaf"), ("heix",), ("mif1", "heic")])
 def test_heic_photographs_are_read_whole(tmp_path, monkeypatch, tile, brands):
     """A grid of tiles is one photograph, whatever the brand and the file's name."""
     size = 150
     if tile:
-        monkeypatch.setattr(pillow_heif.options, "GRID_TILE_SIZE", 64)
+        monkeypatch.setattr(pillow_heif.options, "GRID_TILE_SIZE", tile)
     whole = picture(size, 200)
     data = heic(whole)
     assert (b"grid" in data) == bool(tile)
@@ -271,218 +212,6 @@ def test_truncated_animations(kind):
         assert kind == "GIF" and found.count < 125  # what is there can be told
 
 
-# --- orientations ---
-
-
-ONE = 1 << 16
-MATRICES = {  # a, b, c, d: (x, y) → (ax + cy, bx + dy)
-    "as it is": ((ONE, 0, 0, ONE), lambda x: x),
-    "mirrored": ((-ONE, 0, 0, ONE), np.fliplr),
-    "upside down": ((-ONE, 0, 0, -ONE), lambda x: np.rot90(x, 2)),
-    "flipped": ((ONE, 0, 0, -ONE), np.flipud),
-    "transposed": ((0, ONE, ONE, 0), lambda x: x.swapaxes(0, 1)),
-    "clockwise": ((0, ONE, -ONE, 0), lambda x: np.rot90(x, 3)),
-    "transversed": ((0, -ONE, -ONE, 0), lambda x: np.rot90(x, 2).swapaxes(0, 1)),
-    "counter-clockwise": ((0, -ONE, ONE, 0), np.rot90),
-}
-
-
-@pytest.fixture(scope="module")
-def shaded():
-    """A film of three equal frames, and the place of its display matrix."""
-    data = movie([RGB] * 3, crf="8")
-    return data, data.index(b"tkhd") + 4 + 4 + 20 + 16  # version 0: flags, times, layer, volume
-
-
-@pytest.mark.parametrize("name", MATRICES)
-def test_display_matrices(shaded, name):
-    data, start = shaded
-    (a, b, c, d), turn = MATRICES[name]
-    matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    turned = data[:start] + matrix + data[start + 36 :]
-    upright = list(read_video(data))
-    assert close(upright[0], RGB)
-    for frames in (read_frames(turned, everything).frames, list(read_video(turned))):
-        for frame, wanted in zip(frames, upright, strict=True):
-            np.testing.assert_array_equal(frame, turn(wanted))
-            assert frame.flags.c_contiguous
-
-
-def test_a_matrix_of_nothing_turns_nothing(shaded):
-    data, start = shaded
-    empty = data[:start] + bytes(36) + data[start + 36 :]
-    np.testing.assert_array_equal(next(read_video(empty)), next(read_video(data)))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_of_every_format(kind, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    best = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind in "JPEG AVIF" else {}
-    found = read_image(encode(RGB, kind, exif=exif, **best))
-    wanted = Image.fromarray(RGB)
-    if orientation > 1:
-        wanted = wanted.transpose(stills._TURNS[orientation])
-    assert close(found, np.asarray(wanted), within=2)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize(
-    "exif",
-    [
-        b"Exif\0\0garbage",
-        b"Exif\0\0II*\0\xff\xff\xff\xff",
-        b"Exif\0\0II*\0\x08\0\0\0\x09\0" + struct.pack("<HHII", 0x0112, 2, 99, 9999),
-        b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", 0x0112, 3, 1, 77, 0) + bytes(4),
-        b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHI", 0x0112, 12, 1) + bytes(4),
-    ],
-    ids=["text", "no directory", "cut", "no such turn", "another type"],
-)
-def test_corrupt_exif_says_nothing(kind, exif):
-    best = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
-    assert close(read_image(encode(RGB, kind, exif=exif, **best)), RGB, within=2)
-
-
-# --- depths ---
-
-
-def png16(levels, *chunks):
-    """A 16-bit PNG; Pillow writes none in colour."""
-    kind = {1: 0, 2: 4, 3: 2, 4: 6}[levels.shape[2]]
-    rows = b"".join(b"\0" + row.tobytes() for row in levels.astype(">u2"))
-    head = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 16, kind, 0, 0, 0)
-
-    def chunk(name, data):
-        crc = struct.pack(">I", zlib.crc32(name + data))
-        return struct.pack(">I", len(data)) + name + data + crc
-
-    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
-
-
-def tiff16(levels, **options):
-    tifffile = pytest.importorskip("tifffile")
-    file = io.BytesIO()
-    grey = levels.shape[2] == 1
-    photometric = {"photometric": "minisblack" if grey else "rgb"} | options
-    tifffile.imwrite(file, levels[..., 0] if grey else levels, **photometric)
-    return file.getvalue()
-
-
-def levels(bits, channels=3):
-    """RGB's brightness in `bits` bits, with low bits of their own; the largest value is there."""
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, channels))
-    wide = np.take(RGB, [0, 1, 2, 0][:channels], axis=2).astype(np.uint16) * 256 + noise
-    wide[0, 0] = 65535
-    return (wide >> (16 - bits)).astype(np.uint16)
-
-
-def shown(channels):
-    found = np.take(RGB, [0, 1, 2][:channels], axis=2).copy()
-    found[0, 0] = 255
-    return np.repeat(found, 3, axis=2) if channels == 1 else found
-
-
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("write", [png16, tiff16])
-def test_bits_in_a_file_of_sixteen(write, bits, channels):
-    np.testing.assert_array_equal(read_image(write(levels(bits, channels))), shown(channels))
-
-
-@pytest.mark.parametrize(
-    "options", [{"byteorder": ">"}, {"compression": "zlib"}, {"tile": (16, 16)}]
-)
-def test_twelve_bits_in_tiffs_of_every_layout(options):
-    np.testing.assert_array_equal(read_image(tiff16(levels(12), **options)), shown(3))
-
-
-@pytest.mark.parametrize(
-    ("compression", "bits"), [(None, 16), (None, 12), ("zlib", 12), ("zlib", 16)]
-)
-def test_planes_that_pillow_misreads_are_refused(compression, bits):
-    planes = np.moveaxis(levels(bits), 2, 0)
-    data = tiff16(planes, planarconfig="separate", compression=compression)
-    if (compression, bits) == ("zlib", 16):
-        np.testing.assert_array_equal(read_image(data), shown(3))
-        return
-    with pytest.raises(UserError, match="16-bit TIFF with a plane for each colour"):
-        read_image(data)
-
-
-def test_white_that_is_zero():
-    grey = levels(12, 1)
-    found = read_image(tiff16(4095 - grey, photometric="miniswhite"))
-    np.testing.assert_array_equal(found, shown(1))
-
-
-DARK = np.full((8, 8, 1), 1500, np.uint16)
-DARK[0, 0] = 900
-
-
-@pytest.mark.parametrize(
-    ("data", "brightness"),
-    [
-        (png16(DARK), 1500 >> 4),
-        (png16(DARK, (b"sBIT", b"\x10")), 1500 >> 8),
-        (png16(DARK, (b"sBIT", b"\x0c")), 1500 >> 4),
-        (png16(DARK, (b"sBIT", b"\x08")), 1500 >> 8),  # scaled to 16 bits, as the standard wants
-        (png16(DARK // 257 * 257), 5),  # 8 bits, widened
-        (png16(np.repeat(DARK, 3, 2), (b"sBIT", b"\x10\x10\x10")), 1500 >> 8),
-        (png16(DARK * 0), 0),
-        (png16(DARK // 16), 93),
-        (b"P5 8 8 4095\n" + DARK.astype(">u2").tobytes(), 1500 >> 4),
-        (b"P5 8 8 65535\n" + DARK.astype(">u2").tobytes(), 1500 >> 8),
-    ],
-)
-def test_declared_depths(data, brightness):
-    assert abs(int(read_image(data)[4, 4, 0]) - brightness) <= 1
-
-
-@pytest.mark.parametrize(("largest", "brightness"), [(65535, 5), (4095, 93), (1500, 93)])
-@pytest.mark.parametrize("tag", [281, 341])
-def test_largest_value_of_a_tiff(tag, largest, brightness):
-    data = tiff16(DARK, extratags=[(tag, 3, 1, largest, False)])
-    assert read_image(data)[4, 4, 0] == brightness
-
-
-def test_opacity_of_twelve_bits():
-    """Half opaque red on white, in a range of 4095."""
-    pixels = np.zeros((8, 8, 4), np.uint16)
-    pixels[..., 0], pixels[..., 3] = 4095, 2048
-    pixels[0, 0, 3] = 4095
-    assert np.allclose(read_image(png16(pixels))[4, 4], [255, 127, 127], atol=1)
-    grey = np.full((8, 8, 2), 4095, np.uint16)
-    grey[4, 4] = 1024, 4095
-    found = read_image(png16(grey))
-    assert found[4, 4].tolist() == [64] * 3 and found[0, 0].tolist() == [255] * 3
-
-
-def test_transparent_colour_of_sixteen_bits():
-    grey, red = levels(16, 1), levels(16)
-    grey[3, 3], red[3, 3] = 777, (777, 1, 2)
-    found = read_image(png16(grey, (b"tRNS", struct.pack(">H", 777))))
-    assert found[3, 3, 0] == 255 and (found[10:] == shown(1)[10:]).all()
-    found = read_image(png16(red, (b"tRNS", struct.pack(">3H", 777, 1, 2))))
-    assert (found[3, 3] == 255).all() and (found[10:] == shown(3)[10:]).all()
-
-
-def test_deep_pictures_are_turned():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    wanted = np.rot90(shown(3), 3)
-    data = png16(levels(12), (b"eXIf", exif.tobytes()[6:]))
-    np.testing.assert_array_equal(read_image(data), wanted)
-    data = tiff16(levels(12), extratags=[(0x0112, 3, 1, 6, False)])
-    np.testing.assert_array_equal(read_image(data), wanted)
-
-
-def test_lab():
-    lab = Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (136, 208, 195)])
-    assert np.allclose(read_image(encode(lab, "TIFF")).mean((0, 1)), [255, 0, 0], atol=12)
-
-
 # --- refusals ---
 
 
@@ -521,22 +250,6 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(UserError, match=r"pipe\.jpg: a pipe or a device, wanted a file"):
         is_video(tmp_path / "pipe.jpg")
-
-
-def raw(*tags, start=b"II*\0"):
-    """A TIFF with a thumbnail, as cameras' raw files begin."""
-    file = io.BytesIO()
-    extra = {tag: value for tag, value in tags}
-    Image.new("RGB", (16, 12)).save(file, "TIFF", tiffinfo=extra)
-    return start + file.getvalue()[4:]
-
-
-def zipped(*names):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name in names:
-            archive.writestr(name, encode(RGB, "PNG"))
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -619,43 +332,6 @@ def test_codecs_without_a_decoder(tag):
         assert "\n" not in str(caught.value)
     if tag == b"zzzz":
         assert "a codec that FFmpeg cannot decode" in str(caught.value)
-
-
-# --- bounds ---
-
-
-def test_clips_have_the_bound_of_pictures(monkeypatch):
-    from emollama_jax.data import video
-
-    data = movie([RGB] * 4, "ffv1", "matroska")
-    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
-    for read in (is_video, lambda d: read_frames(d, everything), lambda d: list(read_video(d))):
-        with pytest.raises(UserError, match="frames of 64×48 pixels, wanted at most"):
-            read(data)
-
-
-@pytest.mark.parametrize("kind", ["mp4", "GIF", "folder"])
-def test_frames_held_together_are_bounded(tmp_path, monkeypatch, kind):
-    from emollama_jax.data import video
-
-    if kind == "folder":
-        source = tmp_path
-        for i in range(4):
-            (tmp_path / f"{i}.png").write_bytes(encode(RGB, "PNG"))
-    else:
-        source = movie([RGB] * 4) if kind == "mp4" else animation(kind)
-    monkeypatch.setattr(video, "MAX_CLIP", 64 * 48 * 2)
-    assert len(read_frames(source, lambda count, fps: np.array([0, 3, 3])).frames) == 3
-    with pytest.raises(UserError, match="3 frames of 3,072 pixels, wanted at most 6,144 together"):
-        read_frames(source, lambda count, fps: np.arange(3))
-
-
-def test_animations_are_bounded_as_a_whole(monkeypatch):
-    monkeypatch.setattr(stills, "MAX_ANIMATION", 64 * 48 * 4)
-    for kind in ("GIF", "WEBP"):
-        assert is_video(animation(kind))
-        with pytest.raises(UserError, match="5 frames of 64×48 are 15,360 pixels, wanted at most"):
-            read_frames(animation(kind), everything)
 
 
 # --- the rest ---

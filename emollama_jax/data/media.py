@@ -349,7 +349,7 @@ def _packed(source: Source) -> tuple[zipfile.ZipFile, list[str]]:
     """Packed frames and their names in order."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(_read(source)))
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise UserError(f"{name_of(source)}: broken packed frames ({one_line(error)})") from None
     infos = archive.infolist()
     # Stored as they are, else a small file could unpack to a large one.
@@ -367,7 +367,9 @@ def _packed(source: Source) -> tuple[zipfile.ZipFile, list[str]]:
 def _packed_frame(source: Source, archive: zipfile.ZipFile, name: str) -> Picture:
     try:
         return read_image(archive.read(name))
-    except (UserError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile raises whatever it trips over
         raise UserError(f"{name_of(source)}, frame {name}: {one_line(error)}") from None
 
 
