@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from emollama_jax.config import GenerateConfig
-from emollama_jax.errors import UserError
 
 
 @flax.struct.dataclass
@@ -24,15 +23,7 @@ class Sampling:
 
 
 def sampling(cfg: GenerateConfig) -> Sampling:
-    """The sampling that a config asks for.
-
-    Raises:
-        UserError: a negative temperature, or a top_p outside 0 … 1.
-    """
-    if cfg.temperature < 0:
-        raise UserError(f"generate.temperature: found {cfg.temperature}, wanted 0 (greedy) or more")
-    if not 0 < cfg.top_p <= 1:
-        raise UserError(f"generate.top_p: found {cfg.top_p}, wanted more than 0 and at most 1")
+    """The sampling that a config asks for."""
     return Sampling(
         temperature=jnp.float32(cfg.temperature),
         top_p=jnp.float32(cfg.top_p),
