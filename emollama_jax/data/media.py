@@ -349,7 +349,7 @@ def _packed(source: Source) -> tuple[zipfile.ZipFile, list[str]]:
     """Packed frames and their names in order."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(_read(source)))
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, RuntimeError) as error:
         raise UserError(f"{name_of(source)}: broken packed frames ({one_line(error)})") from None
     infos = archive.infolist()
     # Stored as they are, else a small file could unpack to a large one.
