@@ -1,19 +1,21 @@
 """Every setting of a run as frozen dataclasses: YAML in, typed overrides, unknown keys refused.
 
 The model sections hold no defaults: what a network computes is written out in `configs/*.yaml`.
+Every number has its bounds beside it; `fields_help` lists them.
 """
 
 import dataclasses
-import difflib
+import functools
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any, Literal, dataclass_transform
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, dataclass_transform
 
 import pydantic
-import yaml
 from pydantic import dataclasses as pydantic_dataclasses
 
+from emollama_jax import config_fields, yaml_file
+from emollama_jax.bounds import Bounds
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
 
@@ -24,21 +26,52 @@ Attention = Literal["xla", "auto", "splash", "cudnn"]  # see models/attention.py
 RUN_SECTIONS = ("mesh", "distributed", "generate")  # that a trained run may be used with others
 Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
 
+INT32 = 2**31 - 1  # what JAX counts in
+LARGEST = 1e30  # of a float that has no bound of its own, well within float32
+
+Size = Annotated[int, Bounds(1, 2**24)]  # rows or columns of an array
+Number = Annotated[int, Bounds(1, INT32)]  # of steps, examples, files
+Few = Annotated[int, Bounds(1, 1024)]
+Side = Annotated[int, Bounds(1, 8192)]  # pixels
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # JAX drops higher bits without a word
+Axis = Annotated[int, Bounds(1, 2**20, also=-1)]  # devices
+Epsilon = Annotated[float, Bounds(0.0, 1.0, above=True)]
+Rate = Annotated[float, Bounds(0.0, LARGEST, above=True)]
+Amount = Annotated[float, Bounds(0.0, LARGEST)]
+Margin = Annotated[float, Bounds(0.0, 100.0)]
+Share = Annotated[float, Bounds(0.0, 1.0)]
+Decay = Annotated[float, Bounds(0.0, 1.0, below=True)]
+Brightness = Annotated[float, Bounds(0.0, 1.0)]
+Spread = Annotated[float, Bounds(0.0, 1.0, above=True)]
+
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _config(cls):
     """A frozen dataclass whose fields are checked and that refuses unknown ones."""
     options = pydantic.ConfigDict(extra="forbid")
-    return pydantic_dataclasses.dataclass(frozen=True, kw_only=True, config=options)(cls)
+    cls = pydantic_dataclasses.dataclass(frozen=True, kw_only=True, config=options)(cls)
+    checked = cls.__init__
+
+    @functools.wraps(checked)
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            checked(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise UserError(
+                config_fields.explain(error, Config, config_fields.section_of(cls, Config))
+            ) from None
+
+    cls.__init__ = init
+    return cls
 
 
 @_config
 class LoraConfig:
     """Low-rank adapters on a network's Linear layers (Hu et al. 2021), named as PEFT names them."""
 
-    rank: int  # 0: no adapters
-    alpha: float  # the update is scaled by alpha / rank
-    dropout: float
+    rank: Annotated[int, Bounds(0, 2**16)]  # 0: no adapters
+    alpha: Amount  # the update is scaled by alpha / rank
+    dropout: Decay
     targets: tuple[str, ...]  # leaf names, e.g. ("q_proj", "v_proj")
 
 
@@ -46,18 +79,18 @@ class LoraConfig:
 class LlamaConfig:
     """LLaMA / Vicuna decoder (`transformers` `LlamaConfig`, renamed to axis words)."""
 
-    vocab_size: int  # the tokenizer's ids
-    vocab_multiple: int  # embedding and head are padded to a multiple of it, for the mesh
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: float  # positions are divided by it; 1 for none (LLaMA-VID stage 3: 16)
-    max_positions: int
+    vocab_size: Size  # the tokenizer's ids
+    vocab_multiple: Size  # embedding and head are padded to a multiple of it, for the mesh
+    width: Size
+    mlp_width: Size
+    layers: Few
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    norm_eps: Epsilon
+    rope_theta: Rate
+    rope_scaling: Rate  # positions are divided by it; 1 for none (LLaMA-VID stage 3: 16)
+    max_positions: Number
     dtype: DType
     remat: Remat
     attention: Attention
@@ -73,15 +106,15 @@ class LlamaConfig:
 class EvaVitConfig:
     """EVA-CLIP's ViT as LAVIS builds it: pre-norm, learned positions, no final norm."""
 
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    norm_eps: float
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_size: Side
+    patch_size: Side
+    width: Size
+    depth: Few
+    heads: Size
+    mlp_width: Size
+    norm_eps: Epsilon
+    image_mean: tuple[Brightness, Brightness, Brightness]
+    image_std: tuple[Spread, Spread, Spread]
     dtype: DType
     remat: Remat
     attention: Attention
@@ -95,18 +128,18 @@ class EvaVitConfig:
 class QFormerConfig:
     """BERT with learned queries and cross-attention in every n-th layer (InstructBLIP)."""
 
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    max_positions: int
-    encoder_width: int
-    encoder_norm_eps: float  # of the norm over the vision tokens (LLaMA-VID's vlm_att_ln)
-    cross_attention_every: int
-    queries: int
-    norm_eps: float
-    dropout: float
+    vocab_size: Size
+    width: Size
+    layers: Few
+    heads: Size
+    mlp_width: Size
+    max_positions: Number
+    encoder_width: Size
+    encoder_norm_eps: Epsilon  # of the norm over the vision tokens (LLaMA-VID's vlm_att_ln)
+    cross_attention_every: Few
+    queries: Size
+    norm_eps: Epsilon
+    dropout: Decay
     dtype: DType
     remat: Remat
 
@@ -115,14 +148,14 @@ class QFormerConfig:
 class SwinConfig:
     """Swin v1 (torchvision `swin_b`)."""
 
-    image_size: int
-    patch_size: int
-    width: int  # of stage 0; doubles at each stage
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    window: int
-    mlp_ratio: int
-    norm_eps: float
+    image_size: Side
+    patch_size: Side
+    width: Size  # of stage 0; doubles at each stage
+    depths: tuple[Few, ...]
+    heads: tuple[Size, ...]
+    window: Side
+    mlp_ratio: Few
+    norm_eps: Epsilon
 
 
 @_config
@@ -130,17 +163,17 @@ class FaceXFormerConfig:
     """FaceXFormer (Narayan et al. 2024): Swin, multi-scale fusion, two-way decoder, eight heads."""
 
     swin: SwinConfig
-    width: int  # of the fused face map and the task tokens
-    decoder_depth: int
-    decoder_heads: int
-    decoder_mlp_width: int
-    attention_downsample: int  # of the cross-attentions' inner width
-    upscale_widths: tuple[int, int]  # of the parsing head
-    norm_eps: float
-    parsing_norm_eps: float
+    width: Size  # of the fused face map and the task tokens
+    decoder_depth: Few
+    decoder_heads: Size
+    decoder_mlp_width: Size
+    attention_downsample: Size  # of the cross-attentions' inner width
+    upscale_widths: tuple[Size, Size]  # of the parsing head
+    norm_eps: Epsilon
+    parsing_norm_eps: Epsilon
     race_labels: Literal["measured", "as_published"]  # see docs/model.md
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_mean: tuple[Brightness, Brightness, Brightness]
+    image_std: tuple[Spread, Spread, Spread]
     dtype: DType
     remat: Remat
 
@@ -150,11 +183,11 @@ class FaceInfoMiningConfig:
     """Face Info Mining: our choice of equations (docs/model.md), each part switchable."""
 
     branches: Branches
-    heads: int
-    head_dim: int
-    pool: int  # the face map is pooled to pool × pool keys for the global branch
-    fourier_bands: int  # of a landmark's position
-    norm_eps: float
+    heads: Size
+    head_dim: Size
+    pool: Side  # the face map is pooled to pool × pool keys for the global branch
+    fourier_bands: Annotated[int, Bounds(1, 64)]  # of a landmark's position
+    norm_eps: Epsilon
 
 
 @_config
@@ -167,7 +200,7 @@ class EmoLlamaConfig:
     face: FaceXFormerConfig
     fim: FaceInfoMiningConfig
     content: str  # "all", "mean" or "grid:n": LLaMA-VID's content tokens
-    frames_at_once: int  # frames of a device that pass the frozen towers together
+    frames_at_once: Number  # frames of a device that pass the frozen towers together
     # The mesh axes over which the towers' frames are split: all of them, or "batch": those of the
     # batch alone, with the towers' heads and feed-forward over `tensor` as in the LLM.
     frames_over: Literal["mesh", "batch"]
@@ -223,7 +256,7 @@ class SourceConfig:
     name: str  # builder and its config, e.g. "actionfaces/images"
     split: str
     kind: Literal["image", "clip"]
-    weight: float
+    weight: Rate
     items: Literal["category", "conversation", "both"] = "both"
 
 
@@ -233,20 +266,20 @@ class DataConfig:
 
     dir: str
     sources: tuple[SourceConfig, ...]
-    clip_frames: int  # M of a clip batch; an image batch has M = 1
+    clip_frames: Annotated[int, Bounds(1, 2**16)]  # M of a clip batch; an image batch has M = 1
     sampling: Literal["segments", "fps"]
-    fps: float  # of "fps" sampling
+    fps: Annotated[float, Bounds(0.0, 1000.0, above=True)]  # of "fps" sampling
     pad_images: bool  # LLaMA-VID's image_aspect_ratio: pad
-    text_length: int  # T of an image batch, visual tokens included
-    clip_text_length: int  # T of a clip batch
-    rounds: int  # R: human turns of a training prompt, each with its own visual tokens
-    question_length: int  # L, tokens the Q-Former reads
+    text_length: Size  # T of an image batch, visual tokens included
+    clip_text_length: Size  # T of a clip batch
+    rounds: Few  # R: human turns of a training prompt, each with its own visual tokens
+    question_length: Size  # L, tokens the Q-Former reads
     agr: bool  # the age-gender-race sentence
-    agr_threshold: float  # attributes below this probability are left out of it
-    face_margin: float  # of the face crop, as a share of the box (FaceXFormer: 0.5)
-    workers: int  # Grain worker processes; 0 reads in the main process
-    blank_share: float  # of training examples shown black, without a face: trains "no face"
-    broken_share: float  # of media that may be unreadable before the run stops
+    agr_threshold: Share  # attributes below this probability are left out of it
+    face_margin: Margin  # of the face crop, as a share of the box (FaceXFormer: 0.5)
+    workers: Annotated[int, Bounds(0, 1024)]  # Grain worker processes; 0 reads in the main process
+    blank_share: Share  # of training examples shown black, without a face: trains "no face"
+    broken_share: Share  # of media that may be unreadable before the run stops
     llm_tokenizer: TokenizerConfig
     question_tokenizer: TokenizerConfig
 
@@ -255,10 +288,10 @@ class DataConfig:
 class MeshConfig:
     """How many devices along each axis; −1 in one of them takes all that are left."""
 
-    data: int  # copies of the parameters; over several slices, a multiple of their number
-    fsdp: int  # parts of the parameters and of the batch
-    tensor: int  # parts of heads, feed-forward and vocabulary
-    slices: int = 1  # TPU slices that the data-centre network joins
+    data: Axis  # copies of the parameters; over several slices, a multiple of their number
+    fsdp: Axis  # parts of the parameters and of the batch
+    tensor: Axis  # parts of heads, feed-forward and vocabulary
+    slices: Annotated[int, Bounds(1, 2**20)] = 1  # TPU slices that the data-centre network joins
     preset: Preset = "fsdp+tensor"
 
 
@@ -267,39 +300,39 @@ class DistributedConfig:
     """How the processes of a run on several hosts find one another; see docs/cloud_tpu.md."""
 
     coordinator: str = "auto"  # "auto": as Cloud TPU, GKE or Slurm say; "none"; or "host:port"
-    processes: int = 1  # with "host:port": how many there are,
-    process_id: int = 0  # and which of them this is
+    processes: Annotated[int, Bounds(1, 2**20)] = 1  # with "host:port": how many there are,
+    process_id: Annotated[int, Bounds(0, 2**20)] = 0  # and which of them this is
 
 
 @_config
 class TrainConfig:
-    steps: int
-    seed: int
-    image_batch: int  # examples of an image step, all hosts together
-    clip_batch: int
-    accumulation: int  # micro-batches of an optimizer step
-    loss_chunk: int  # text positions whose logits exist together
+    steps: Number
+    seed: Seed
+    image_batch: Number  # examples of an image step, all hosts together
+    clip_batch: Number
+    accumulation: Number  # micro-batches of an optimizer step
+    loss_chunk: Number  # text positions whose logits exist together
     trainable: tuple[str, ...]  # regular expressions over parameter paths, "llama/.*lora_[AB]"
-    learning_rate: float
-    projector_learning_rate: float  # of what `projector` matches
+    learning_rate: Rate
+    projector_learning_rate: Rate  # of what `projector` matches
     projector: tuple[str, ...]
-    warmup: float  # share of the steps
-    weight_decay: float
-    b1: float
-    b2: float
-    clip_norm: float
+    warmup: Share  # share of the steps
+    weight_decay: Amount
+    b1: Decay
+    b2: Decay
+    clip_norm: Rate
     frozen_dtype: DType
-    save_every: int
-    keep: int
-    log_every: int
+    save_every: Number
+    keep: Number
+    log_every: Number
 
 
 @_config
 class GenerateConfig:
-    max_new_tokens: int
-    temperature: float  # 0: greedy
-    top_p: float
-    seed: int
+    max_new_tokens: Annotated[int, Bounds(1, 2**20)]
+    temperature: Annotated[float, Bounds(0.0, 100.0)]  # 0: greedy
+    top_p: Annotated[float, Bounds(0.0, 1.0, above=True)]
+    seed: Seed
 
 
 @_config
@@ -355,18 +388,21 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         overrides: "train.steps=200"; values are read as YAML and checked against the field's type.
 
     Raises:
-        UserError: no such file, broken YAML, an unknown key, a value of the wrong type.
+        UserError: no such file, broken YAML, an unknown key, a value of the wrong type or out of
+            bounds.
     """
     path = as_path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = as_path(config_dir() / f"{name}.yaml")
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in config_dir().glob("*.yaml")))
-        raise UserError(f"{name}: no such config (known: {known}; or give a path to a .yaml file)")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        known = sorted(p.stem for p in config_dir().glob("*.yaml"))
+        near = config_fields.near(pathlib.PurePath(name).stem, known)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"{_brief(name)}: no such config ({hint}known: {', '.join(known)}; or give a path to a "
+            ".yaml file)"
+        )
+    tree = yaml_file.read(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     tree.setdefault("distributed", {})  # a section that files may leave out
@@ -390,10 +426,7 @@ def how_to_run(overrides: Sequence[str]) -> DistributedConfig:
     for change in overrides:
         if change.startswith("distributed."):
             _override(tree, change)
-    try:
-        return DistributedConfig(**tree["distributed"])
-    except pydantic.ValidationError as error:
-        raise UserError("distributed: " + "; ".join(map(_explain, error.errors()))) from None
+    return _checked(DistributedConfig, tree["distributed"], "distributed")
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -404,12 +437,12 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     return from_dict(tree, origin=config.name)
 
 
-def from_dict(tree: dict[str, Any], *, origin: str) -> Config:
+def from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
     """Checks a plain tree, e.g. of a YAML file or a checkpoint, and makes the config."""
     try:
-        return pydantic.TypeAdapter(Config).validate_python(tree)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(map(_explain, error.errors()))) from None
+        return _checked(Config, tree, "")
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -417,43 +450,36 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def fields_help() -> str:
+    """Every setting with its kind or bounds, default and meaning, as `train --help` prints it."""
+    return config_fields.table(Config)
+
+
+def _checked(cls: Any, tree: Any, section: str) -> Any:
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(tree)
+    except pydantic.ValidationError as error:
+        raise UserError(config_fields.explain(error, Config, section)) from None
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]}…"
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"{override}: an override is key=value, e.g. train.steps=200")
-    *parents, leaf = key.split(".")
+    name = _brief(override)
+    *parents, leaf = names = key.split(".")
+    if "" in names:
+        raise UserError(f"{name}: an override is key=value, e.g. train.steps=200")
     node: Any = tree
-    for part in parents:
-        node = node.get(part) if isinstance(node, dict) else None
+    for place, part in enumerate(parents):
+        if part not in node:
+            hint = config_fields.did_you_mean(parents[: place + 1], Config)
+            raise UserError(f"{name}: no section {part!r} in the config{hint}")
+        node = node[part]
         if not isinstance(node, dict):
-            raise UserError(f"{override}: no section {part!r} in the config")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{override}: {value!r} is not a YAML value") from None
-
-
-def _explain(error: Any) -> str:
-    """One pydantic error as `key: found …, wanted …`."""
-    location = [part for part in error["loc"] if isinstance(part, str)]
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "unexpected_keyword_argument":
-        names = _field_names(location[:-1])
-        near = difflib.get_close_matches(location[-1], names, n=1) or [
-            name for name in names if "".join(word[0] for word in name.split("_")) == location[-1]
-        ]
-        path = ".".join([*location[:-1], *near])
-        hint = f" (did you mean {path}?)" if near else ""
-        return f"unknown key {key}{hint}"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{key} is missing"
-    return f"{key}: {error['msg']}, found {error['input']!r}"
-
-
-def _field_names(sections: Sequence[str]) -> list[str]:
-    cls: Any = Config
-    for section in sections:
-        cls = {field.name: field.type for field in dataclasses.fields(cls)}.get(section)
-        if not dataclasses.is_dataclass(cls):
-            return []
-    return [field.name for field in dataclasses.fields(cls)]
+            raise UserError(f"{name}: {'.'.join(parents[: place + 1])} is no section; set it whole")
+    node[leaf] = yaml_file.parse(value, name=name)

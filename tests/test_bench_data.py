@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from emollama_jax.bench import data as bench
-from emollama_jax.data import media as media_module
+from emollama_jax.data import video
 from emollama_jax.data.elements import Encoder, Examples
 from emollama_jax.data.media import read_frames, read_video
 
@@ -72,7 +72,7 @@ def test_fewer_frames_are_decoded_than_a_full_decode_needs(drawn):
         stream = container.streams.video[0]
         packets = list(container.demux(stream))
         wanted = set(range(3, 120, 7))
-        assert media_module._select(Counting(stream), packets, wanted).keys() == wanted
+        assert video.select(Counting(stream), packets, wanted, name="clip").keys() == wanted
     assert len(wanted) < len(counted) < 100
 
 

@@ -23,7 +23,10 @@ MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
     "paths": {"errors"},
-    "config": {"errors", "paths"},
+    "bounds": set(),
+    "yaml_file": {"errors", "paths"},
+    "config_fields": {"bounds"},
+    "config": {"errors", "paths", "bounds", "yaml_file", "config_fields"},
     "models": BASE | {"sharding"},  # the named points
     "sharding": BASE,
     "data": BASE,

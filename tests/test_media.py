@@ -289,7 +289,7 @@ def test_frame_directory(tmp_path):
     assert numbers(read_video(tmp_path)) == list(range(12))
     assert is_video(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"without \.jpg or \.png frames"):
+    with pytest.raises(UserError, match=r"folder without frames \(found: nothing; wanted \.jpg"):
         read_frames(tmp_path / "empty", everything)
 
 

@@ -78,12 +78,12 @@ def test_one_config_moves_from_one_device_to_a_pod():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data": -1, "fsdp": -1}, "−1 in one of them"),
-        ({"data": -2}, "every size must be at least 1"),
+        ({"data": -1, "fsdp": -1}, "only one size can be −1"),
+        ({"data": -2}, r"mesh\.data: found -2, wanted -1 or 1"),
         ({"data": 3, "fsdp": -1}, "8 devices cannot be divided by 3"),
         ({"data": 2, "fsdp": 8}, "data 2 × fsdp 8 × tensor 1 is 16 devices, found 8"),
         ({"data": 3, "slices": 2}, "data 3, slices 2: data crosses the slices"),
-        ({"slices": 0}, "slices 0"),
+        ({"slices": 0}, r"mesh\.slices: found 0, wanted 1"),
         ({"fsdp": 4, "tensor": 2, "preset": "fsdp"}, "preset fsdp splits nothing over tensor 2"),
     ],
 )

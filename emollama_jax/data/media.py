@@ -6,14 +6,10 @@ that of dynamic FER code. What differs: EXIF and video rotation are applied, tra
 on white, 16-bit pictures are scaled instead of clipped, a clip slower than the wanted rate gives
 all its frames instead of an error, and every unreadable file raises one `UserError`.
 
-A directory of frames may be packed into one file (`pack_frames`): an uncompressed zip, whose frames
-are read as those of the directory, one by one.
-
-A clip's frames are counted without decoding. Of H.264 and HEVC in MP4 or Matroska, frames that are
-neither wanted nor referred to are not decoded at all, which changes no pixel of the others; all
-else is decoded frame by frame. Only wanted frames become pictures. FFmpeg may open containers that
-hold video and nothing else: a playlist or a text file could make it read other files or the
-network.
+What a file holds is judged by its content (`file_kinds`): pictures and animations are Pillow's and
+pillow-heif's (`stills`), videos FFmpeg's (`video`). A directory of frames is a clip; it may be
+packed into one file (`pack_frames`): an uncompressed zip, whose frames are read as those of the
+directory, one by one.
 """
 
 import dataclasses
@@ -22,28 +18,35 @@ import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
+from emollama_jax.data import stills, video
+from emollama_jax.data.file_kinds import (
+    PICTURES,
+    VIDEOS,
+    Source,
+    beginning,
+    check,
+    name_of,
+    one_line,
+    open_binary,
+)
+from emollama_jax.data.stills import MAX_PIXELS, Picture
 from emollama_jax.errors import UserError
 
-Source = str | os.PathLike | bytes  # a path, or the file's content
-Picture = UInt8[np.ndarray, "h w 3"]
+__all__ = ["MAX_PIXELS", "PICTURES", "VIDEOS", "Picture", "Source"]  # from the modules below
+
 Pick = Callable[[int, float | None], Int[np.ndarray, " m"]]  # (frames, frames per second) → indices
 
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean as LLaVA rounds it
-MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs; 9,459 × 9,459
 MAX_SIDE = 8192  # of what is resized; longer pictures are shrunk or cut first
 MAX_ASPECT = 16
-MAX_HELD = 2**26  # bytes of a video file whose packets are held between counting and decoding
-FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
-_ZIP = b"PK\x03\x04"  # how packed frames begin
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,m4v,h264,hevc,mjpeg,ivf,nut,mxf,dv"
+FRAME_ENDINGS = PICTURES  # of the frames in a directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,105 +62,103 @@ class Clip:
 def read_image(source: Source) -> Picture:
     """Reads a picture as RGB, upright; the first frame of an animation.
 
-    Grey, palette, CMYK and 16-bit pictures are converted (16 bits lose the lower eight), and what
-    is transparent is shown on white.
+    Grey, palette, CMYK, LAB and 16-bit pictures are converted (`stills` says how), and what is
+    transparent is shown on white.
 
     Raises:
         UserError: missing, a directory, empty, not a picture, broken, or over MAX_PIXELS.
     """
-    name = _name(source)
-    data = _read(source)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(_too_large(name, f"{image.width}×{image.height}"))
-            return _rgb(ImageOps.exif_transpose(image), name)
-    except UserError:
-        raise
-    except Image.UnidentifiedImageError:
-        start = data[:16].decode("ascii", "replace").encode("ascii", "backslashreplace").decode()
-        raise UserError(
-            f"{name}: not a picture (begins with {start!r}; wanted JPEG, PNG, WebP, BMP, GIF, TIFF)"
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(_too_large(name, "more")) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # a broken file makes Pillow's plugins raise whatever they trip over
-        raise UserError(f"{name}: broken picture ({_one_line(error)})") from None
+    name, kind = name_of(source), check(source)
+    if kind == "picture":
+        return stills.decode(_read(source), name)
+    if kind == "heif":
+        return stills.decode_heif(_read(source), name)
+    found = "a video" if kind in ("video", "heif sequence") else f"begins with {beginning(source)}"
+    raise UserError(
+        f"{name}: not a picture ({found}; wanted JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF, TIFF, "
+        "JPEG 2000)"
+    )
 
 
 def is_video(source: Source) -> bool:
     """Whether a file holds a clip rather than a picture, by its content; directories are clips.
 
-    An animated GIF or PNG is a clip.
+    Animated pictures (GIF, PNG, WebP, AVIF, HEIF sequences) are clips.
 
     Raises:
-        UserError: neither of the two, missing or empty.
+        UserError: neither of the two, missing, empty, a URL, or of a kind that is not supported.
     """
     if _is_folder(source):
         return bool(_frame_files(source))
-    data = _read(source)
-    if data.startswith(_ZIP):
+    name, kind = name_of(source), check(source)
+    if kind == "zip":
         return bool(_packed(source)[1])
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.format in ("GIF", "PNG") and getattr(image, "n_frames", 1) > 1
-    except Image.UnidentifiedImageError:
-        pass
-    except Exception:  # a picture, if a broken one: `read_image` says what is wrong with it
+    if kind == "picture":
+        with open_binary(source) as file:
+            return stills.is_animation(file, name)
+    if kind == "heif":
+        stills.need_heif(name)
         return False
     try:
-        with _open(source):
+        with video.opened(source):
             return True
-    except UserError:
-        raise UserError(f"{_name(source)}: neither a picture nor a video") from None
+    except video.NotAVideo:
+        if kind != "unknown":
+            raise
+        raise UserError(
+            f"{name}: neither a picture nor a video (begins with {beginning(source)})"
+        ) from None
 
 
 def read_frames(source: Source, pick: Pick) -> Clip:
     """Reads the wanted frames of a clip.
 
     Args:
-        source: a video file, its bytes, or a directory of .jpg or .png frames (in the order of the
+        source: a video or animation, its bytes, or a directory of pictures (in the order of the
             numbers in their names).
         pick: given the number of frames and the average frames per second (None for a directory),
             returns the indices of the wanted frames, in any order and repeated at will.
 
     Raises:
-        UserError: missing, not a video, truncated, broken, without frames.
+        UserError: missing, not a video, truncated, broken, without frames, more than
+            `video.MAX_CLIP` pixels wanted.
         IndexError: `pick` asked for a frame that the clip does not have.
     """
 
     def choose(count: int, fps: float | None) -> Int[np.ndarray, " m"]:
         indices = np.asarray(pick(count, fps))
         if indices.size and not 0 <= indices.min() <= indices.max() < count:
-            raise IndexError(f"{_name(source)}: frames {indices} of a clip of {count}")
+            raise IndexError(f"{name_of(source)}: frames {indices} of a clip of {count}")
         return indices
 
-    if _is_folder(source) or _is_packed(source):
-        count, fps = _probe(source)
-        indices = choose(count, fps)
-    else:
-        with _open(source) as (container, stream):
-            held = container.size <= MAX_HELD and _skips(container, stream)
-            packets = container.demux(stream)
-            packets = list(packets) if held else packets
-            count, fps = _count(source, container, stream, packets)
+    if _is_video_file(source):
+        with video.opened(source) as (container, stream):
+            held = video.held_packets(container, stream)
+            packets = container.demux(stream) if held is None else held
+            count, fps = video.count(source, container, stream, packets)
             indices = choose(count, fps)
-            found = _select(stream, packets, set(indices.tolist())) if held else None
+            wanted = set(indices.tolist())
+            size = stream.codec_context.width * stream.codec_context.height
+            _check_total(source, len(wanted), size)
+            found = video.select(stream, held, wanted, name=name_of(source)) if held else None
         if found is not None:
             return Clip([found[i] for i in indices.tolist()], indices, count, fps)
+    else:
+        count, fps = _probe(source)
+        indices = choose(count, fps)
     while True:
         wanted = set(indices.tolist())
         kept, decoded = {}, 0
         for index, picture in _stream(source, wanted):
             decoded = index + 1
             if picture is not None:
+                if not kept:
+                    _check_total(source, len(wanted), picture.shape[0] * picture.shape[1])
                 kept[index] = picture
             if len(kept) == len(wanted):
                 return Clip([kept[i] for i in indices.tolist()], indices, count, fps)
         if decoded == 0:
-            raise UserError(_no_frames(source))
+            raise UserError(video.no_frames(source))
         # Fewer frames decode than the container lists, e.g. after a cut before a key frame: what
         # decodes is the clip.
         count = decoded
@@ -173,7 +174,7 @@ def read_video(source: Source) -> Iterator[Picture]:
             decoded += 1
             yield picture
     if decoded == 0:
-        raise UserError(_no_frames(source))
+        raise UserError(video.no_frames(source))
 
 
 def pack_frames(folder: str | os.PathLike) -> bytes:
@@ -270,80 +271,43 @@ def _square(image: Image.Image) -> Image.Image:
     return square
 
 
-def _rgb(image: Image.Image, name: str) -> Picture:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise UserError(f"{name}: grey values {grey.min()} … {grey.max()}, wanted 8 or 16 bits")
-        return np.repeat((grey >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise UserError(f"{name}: floating-point picture without a range, wanted 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+def _check_total(source: Source, frames: int, size: int) -> None:
+    if frames * size > video.MAX_CLIP:
+        raise UserError(
+            f"{name_of(source)}: {frames} frames of {size:,} pixels, wanted at most "
+            f"{video.MAX_CLIP:,} together; scale the clip down first"
+        )
+
+
+def _is_video_file(source: Source) -> bool:
+    """Whether FFmpeg reads it; Pillow reads animations.
+
+    Raises:
+        UserError: missing, empty, or a picture.
+    """
+    if _is_folder(source):
+        return False
+    kind = check(source)
+    if kind == "heif":
+        raise UserError(f"{name_of(source)}: a picture, wanted a clip")
+    return kind not in ("zip", "picture")
 
 
 def _probe(source: Source) -> tuple[int, float | None]:
-    """Frames of a clip and their average rate, without decoding."""
+    """Frames of a clip and their average rate."""
     if _is_folder(source):
         return len(_frame_files(source)), None
-    if _is_packed(source):
+    if _is_video_file(source):
+        with video.opened(source) as (container, stream):
+            return video.count(source, container, stream, container.demux(stream))
+    if check(source) == "zip":
         return len(_packed(source)[1]), None
-    with _open(source) as (container, stream):
-        return _count(source, container, stream, container.demux(stream))
-
-
-def _count(
-    source: Source, container: Any, stream: Any, packets: Iterable[Any]
-) -> tuple[int, float | None]:
-    """`_probe` of an open container's packets."""
-    discarded = [packet.is_discard for packet in packets if packet.size]
-    count = discarded.count(False)
-    # Only MP4's table counts what the file should hold; other headers are often estimates.
-    if "mov" in container.format.name and len(discarded) < stream.frames:
-        raise UserError(
-            f"{_name(source)}: truncated video ({len(discarded)} of {stream.frames} frames)"
-        )
-    if count == 0:
-        raise UserError(_no_frames(source))
-    rate = stream.average_rate or stream.guessed_rate
-    return count, float(rate) if rate else None
-
-
-def _skips(container: Any, stream: Any) -> bool:
-    """Whether frames can be left out: packets are frames, and the decoder knows references."""
-    boxed = any(name in container.format.name for name in ("mov", "matroska"))
-    return boxed and stream.codec.name in ("h264", "hevc")
-
-
-def _select(stream: Any, packets: Sequence[Any], wanted: set[int]) -> dict[int, Picture] | None:
-    """The wanted frames by index; of the others only those that later ones refer to are decoded.
-
-    None where packets and frames cannot be matched, or a wanted frame does not decode: then frames
-    have to be counted as they come out.
-    """
-    times = sorted(p.pts for p in packets if p.size and not p.is_discard and p.pts is not None)
-    frames = [p for p in packets if p.size]
-    if len(set(times)) < sum(not p.is_discard for p in frames) or not frames[0].is_keyframe:
-        return None
-    from av.video.reformatter import VideoReformatter
-
-    converter = VideoReformatter()
-    places = {times[index]: index for index in wanted}
-    found: dict[int, Picture] = {}
-    stream.codec_context.thread_count = 1  # slices are few, and threads for them cost a tenth
-    skip = ""
-    for packet in packets:
-        needed = "DEFAULT" if packet.pts in places or not packet.size else "NONREF"
-        if needed != skip:
-            stream.codec_context.skip_frame = skip = needed
-        for frame in stream.decode(packet):
-            if frame.pts in places:
-                found[places[frame.pts]] = _picture(converter, frame)
-        if len(found) == len(wanted):
-            return found
-    return None
+    with open_binary(source) as file, stills.opened(file, name_of(source)) as image:
+        count = stills.count_frames(image)
+        if count == 1:
+            raise UserError(f"{name_of(source)}: a picture, wanted a clip")
+        stills.check_animation(image, count, name_of(source))
+        return count, video.animation_rate(source, image.format or "")
 
 
 def _stream(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Picture | None]]:
@@ -351,101 +315,62 @@ def _stream(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Pictu
     if _is_folder(source):
         for index, path in enumerate(_frame_files(source)):
             yield index, read_image(path) if index in wanted else None
-        return
-    if _is_packed(source):
+    elif _is_video_file(source):
+        yield from video.decoded(source, wanted)
+    elif check(source) == "zip":
         archive, names = _packed(source)
         for index, name in enumerate(names):
             yield index, _packed_frame(source, archive, name) if index in wanted else None
-        return
-    from av.video.reformatter import VideoReformatter
-
-    # One converter for all frames, on this thread: setting it up costs more than a small frame.
-    converter = VideoReformatter()
-    with _open(source) as (container, stream):
-        for index, frame in enumerate(container.decode(stream)):
-            if index not in wanted:
-                yield index, None
-                continue
-            yield index, _picture(converter, frame)
-
-
-def _picture(converter: Any, frame: Any) -> Picture:
-    picture = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    # A copy: the array would keep FFmpeg's padded buffer alive.
-    return np.array(np.rot90(picture, round(frame.rotation / 90)), order="C")
-
-
-@contextmanager
-def _open(source: Source) -> Iterator[tuple[Any, Any]]:
-    """An open container and its video stream; FFmpeg's errors become one line."""
-    import av  # imported here: FFmpeg's libraries are large and most commands need none
-
-    name = _name(source)
-    _check(source)
-    file = (
-        io.BytesIO(source)
-        if isinstance(source, bytes)
-        else os.path.abspath(source)  # "a:b.mp4" would name a protocol
-    )
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    try:
-        with av.open(file, options=options) as container:
-            covers = av.stream.Disposition.attached_pic
-            streams = [s for s in container.streams.video if not s.disposition & covers]
-            if not streams:
-                kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-                raise UserError(f"{name}: no video stream (found: {kinds})")
-            yield container, streams[0]
-    except (av.error.FFmpegError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: not a readable video ({_one_line(error)})") from None
+    else:
+        name = name_of(source)
+        with open_binary(source) as file, stills.opened(file, name) as image:
+            for index in range(stills.count_frames(image)):
+                yield index, stills.animation_frame(image, index, name) if index in wanted else None
 
 
 def _frame_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     """Frames of a directory; 2.jpg comes before 10.jpg."""
-    files = [p for p in pathlib.Path(folder).iterdir() if p.suffix.lower() in FRAME_ENDINGS]
-    files = [p for p in files if not p.name.startswith(".")]
-    if not files:
-        raise UserError(f"{folder}: directory without .jpg or .png frames")
-    return sorted(files, key=lambda path: _order(path.name))
+    files = [p for p in pathlib.Path(folder).iterdir() if not p.name.startswith(".")]
+    frames = [p for p in files if p.suffix.lower() in FRAME_ENDINGS]
+    if not frames:
+        kinds = Counter(
+            p.suffix.lower() or ("folder" if p.is_dir() else "no ending") for p in files
+        )
+        found = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(4)) or "nothing"
+        raise UserError(f"{folder}: folder without frames (found: {found}; wanted .jpg, .png, …)")
+    return sorted(frames, key=lambda path: _order(path.name))
 
 
 def _order(name: str) -> list:
     return [int(s) if s.isdigit() else s for s in re.split(r"([0-9]+)", name)]
 
 
-def _is_packed(source: Source) -> bool:
-    if isinstance(source, bytes):
-        return source.startswith(_ZIP)
-    path = pathlib.Path(source)
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_ZIP)) == _ZIP
-
-
 def _packed(source: Source) -> tuple[zipfile.ZipFile, list[str]]:
     """Packed frames and their names in order."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(_read(source)))
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{_name(source)}: broken packed frames ({_one_line(error)})") from None
+    except (zipfile.BadZipFile, ValueError, RuntimeError) as error:
+        raise UserError(f"{name_of(source)}: broken packed frames ({one_line(error)})") from None
+    infos = archive.infolist()
     # Stored as they are, else a small file could unpack to a large one.
     names = [
         info.filename
-        for info in archive.infolist()
+        for info in infos
         if info.filename.lower().endswith(FRAME_ENDINGS)
         and info.compress_type == zipfile.ZIP_STORED
     ]
-    if not names:
-        raise UserError(f"{_name(source)}: neither a picture nor a video (a zip without frames)")
+    if not names or len(names) < len(infos):
+        raise UserError(f"{name_of(source)}: an archive: unpack it and name what is in it")
     return archive, sorted(names, key=_order)
 
 
 def _packed_frame(source: Source, archive: zipfile.ZipFile, name: str) -> Picture:
     try:
         return read_image(archive.read(name))
-    except (UserError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise UserError(f"{_name(source)}, frame {name}: {_one_line(error)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile raises whatever it trips over
+        raise UserError(f"{name_of(source)}, frame {name}: {one_line(error)}") from None
 
 
 def _is_folder(source: Source) -> bool:
@@ -453,43 +378,4 @@ def _is_folder(source: Source) -> bool:
 
 
 def _read(source: Source) -> bytes:
-    _check(source)
     return source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
-
-
-def _check(source: Source) -> None:
-    """Raises UserError for what cannot be read at all."""
-    if isinstance(source, bytes):
-        size = len(source)
-    else:
-        path = pathlib.Path(source)
-        if _is_folder(path):
-            raise UserError(f"{path}: is a directory, wanted a file")
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
-    if size == 0:
-        raise UserError(f"{_name(source)}: is empty (0 bytes)")
-
-
-def _name(source: Source) -> str:
-    if isinstance(source, bytes):
-        return f"media of {len(source)} bytes"
-    return os.fspath(source)
-
-
-def _no_frames(source: Source) -> str:
-    return f"{_name(source)}: video without frames"
-
-
-def _too_large(name: str, found: str) -> str:
-    return f"{name}: picture of {found} pixels, wanted at most {MAX_PIXELS:,}; shrink it first"
-
-
-def _one_line(error: BaseException) -> str:
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(words.split())

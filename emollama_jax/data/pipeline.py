@@ -228,8 +228,6 @@ def _drawn(
     each, weights = [], []
     for number in numbers:
         source = sources[number].source
-        if source.weight <= 0:
-            raise UserError(f"{source.name}: weight {source.weight}, wanted more than 0")
         count = len(sources[number])
         usable = drawable(folder, source.name, source.split, source.items, count)
         if not usable:

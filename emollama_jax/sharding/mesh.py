@@ -30,7 +30,7 @@ def make_mesh(cfg: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -
         devices: to choose from; all by default. A single host may use fewer than it has.
 
     Raises:
-        UserError: a size of 0, two of −1, more devices asked for than there are, slices that
+        UserError: two sizes of −1, more devices asked for than there are, slices that
             `data` does not hold, a mesh that the preset leaves no use for, or one that leaves
             devices of a multi-host run idle (their hosts would wait for ever).
     """
@@ -67,11 +67,8 @@ def mesh_sizes(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
         UserError: as of `make_mesh`.
     """
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(
-            f"mesh: {_layout(sizes)}: every size must be at least 1, or −1 in one of them for "
-            "all devices that are left"
-        )
+    if sizes.count(-1) > 1:
+        raise UserError(f"mesh: {_layout(sizes)}: only one size can be −1, all that are left")
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         if devices % rest:
@@ -82,7 +79,7 @@ def mesh_sizes(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
         sizes[sizes.index(-1)] = devices // rest
     if math.prod(sizes) > devices:
         raise UserError(_misfit(sizes, devices))
-    if cfg.slices < 1 or sizes[0] % cfg.slices:
+    if sizes[0] % cfg.slices:
         raise UserError(
             f"mesh: data {sizes[0]}, slices {cfg.slices}: data crosses the slices, so it must be "
             "a multiple of their number"

@@ -1,0 +1,60 @@
+"""Bounds of a number in a config, declared beside its field: `Annotated[int, Bounds(1, 1024)]`."""
+
+import dataclasses
+from typing import Annotated, Any
+
+import pydantic
+
+
+class OutOfBounds(ValueError):
+    """A number outside its bounds."""
+
+
+class NotANumber(ValueError):
+    """A truth value, of which pydantic would make 0 or 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The numbers from `low` to `high`, finite ones; what pydantic checks, and what is said."""
+
+    low: float
+    high: float
+    above: bool = False  # `low` itself is outside
+    below: bool = False  # `high` itself is outside
+    also: int | None = None  # one number outside that is allowed
+
+    def __contains__(self, value: float) -> bool:
+        if value == self.also:
+            return True
+        low = self.low < value if self.above else self.low <= value
+        return low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low, high = _digits(self.low), _digits(self.high)
+        if not self.above and not self.below:
+            text = f"{low} … {high}"
+        else:
+            text = f"{'>' if self.above else '≥'} {low} and {'<' if self.below else '≤'} {high}"
+        return text if self.also is None else f"{_digits(self.also)} or {text}"
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: pydantic.GetCoreSchemaHandler
+    ) -> Any:
+        checks = (pydantic.AfterValidator(self._check), pydantic.BeforeValidator(_no_truth_value))
+        return handler.generate_schema(Annotated[source, *checks])
+
+    def _check(self, value: float) -> float:
+        if value not in self:
+            raise OutOfBounds
+        return value
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise NotANumber
+    return value
+
+
+def _digits(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
