@@ -17,12 +17,13 @@ from emollama_jax.sharding.rules import FSDP
 
 # Which part of the package may import which other. `models` and `data` do not know each other;
 # they meet in `batch`. Nothing imports `cli`.
-BASE = {"errors", "config", "batch", "paths"}
+BASE = {"errors", "config", "batch", "paths", "tables"}
 LOWER = BASE | {"models", "data", "sharding", "weights", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
     "paths": {"errors"},
+    "tables": {"errors"},
     "config": {"errors", "paths"},
     "models": BASE | {"sharding"},  # the named points
     "sharding": BASE,
