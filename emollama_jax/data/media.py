@@ -41,6 +41,12 @@ MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs; 9,459
 MAX_SIDE = 8192  # of what is resized; longer pictures are shrunk or cut first
 MAX_ASPECT = 16
 MAX_HELD = 2**26  # bytes of a video file whose packets are held between counting and decoding
+# The one list of endings, for folders, tables and `ask`; which file is what, its content says.
+PICTURES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".avif", ".jp2", ".heic", ".heif"),
+)
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv")
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
 _ZIP = b"PK\x03\x04"  # how packed frames begin
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,m4v,h264,hevc,mjpeg,ivf,nut,mxf,dv"

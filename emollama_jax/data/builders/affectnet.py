@@ -13,6 +13,7 @@ import numpy as np
 
 from emollama_jax.data.builders import listing, store
 from emollama_jax.data.emotions import LabelSpace, label_space
+from emollama_jax.data.media import PICTURES
 from emollama_jax.errors import UserError
 
 LISTS = {"train": "training", "test": "validation"}
@@ -110,7 +111,7 @@ def _newer(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing
 
     def find(i: str) -> pathlib.Path | None:
         folder, _, name = i.partition("/")
-        return tree.find_any(root, f"{folder}/images/{name}", listing.PICTURE_ENDINGS)
+        return tree.find_any(root, f"{folder}/images/{name}", PICTURES)
 
     found = listing.list_splits("affectnet", space, "image", splits, {"*.jpg in images/": find})
     found.dropped = dropped

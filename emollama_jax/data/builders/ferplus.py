@@ -10,6 +10,7 @@ import re
 
 from emollama_jax.data.builders import listing, store
 from emollama_jax.data.emotions import label_space
+from emollama_jax.data.media import PICTURES
 from emollama_jax.errors import UserError
 
 SPLITS = {"train": "FER2013Train", "validation": "FER2013Valid", "test": "FER2013Test"}
@@ -57,7 +58,7 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         space,
         "image",
         splits,
-        {"FER2013*/*.png": lambda i: tree.find_any(homes[i], i, listing.PICTURE_ENDINGS)},
+        {"FER2013*/*.png": lambda i: tree.find_any(homes[i], i, PICTURES)},
     )
     found.dropped = {"no vote for any of the eight classes": dropped} if dropped else {}
     return found

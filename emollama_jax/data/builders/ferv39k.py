@@ -9,6 +9,7 @@ import re
 
 from emollama_jax.data.builders import listing, store
 from emollama_jax.data.emotions import label_space
+from emollama_jax.data.media import VIDEOS
 from emollama_jax.errors import UserError
 
 LISTS = {"train": "train_All.csv", "test": "test_All.csv"}
@@ -51,6 +52,6 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         splits,
         {
             f"{CLIPS}/*/": lambda i: tree.frames(clips, i),
-            f"{CLIPS}/*.mp4": lambda i: tree.find_any(clips, i, listing.VIDEO_ENDINGS),
+            f"{CLIPS}/*.mp4": lambda i: tree.find_any(clips, i, VIDEOS),
         },
     )

@@ -11,6 +11,7 @@ import pathlib
 
 from emollama_jax.data.builders import listing, store
 from emollama_jax.data.emotions import label_space
+from emollama_jax.data.media import VIDEOS
 from emollama_jax.errors import UserError
 
 FOLDS = 5
@@ -62,7 +63,7 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         space,
         folds,
         {
-            "data/clips/*.mp4": lambda i: tree.find_any(data, f"clips/{i}", listing.VIDEO_ENDINGS),
+            "data/clips/*.mp4": lambda i: tree.find_any(data, f"clips/{i}", VIDEOS),
             "data/frames/*/": lambda i: tree.frames(data, f"frames/{i}"),
         },
     )
