@@ -54,11 +54,6 @@ def iterate_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from _named(path, text)
 
 
-def is_json(path: pathlib.Path) -> bool:
-    """Whether a table's rows are objects of JSON."""
-    return read_text(path).lstrip()[:1] in ("{", "[")
-
-
 def read_text(path: pathlib.Path, *, fallback: Sequence[str] = ()) -> str:
     """The text of a file: UTF-8 with or without a mark, UTF-16 and UTF-32 with one.
 

@@ -41,7 +41,6 @@ MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs; 9,459
 MAX_SIDE = 8192  # of what is resized; longer pictures are shrunk or cut first
 MAX_ASPECT = 16
 MAX_HELD = 2**26  # bytes of a video file whose packets are held between counting and decoding
-# The one list of endings, for folders, tables and `ask`; which file is what, its content says.
 PICTURES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".avif", ".jp2", ".heic", ".heif"),

@@ -13,6 +13,7 @@ from emollama_jax.data.media import VIDEOS
 from emollama_jax.errors import UserError
 
 LISTS = {"train": "train_All.csv", "test": "test_All.csv"}
+_LINE = r"(.+/[^/]+/[^/\s,]+)(?:\s+|\s*,\s*)([^\s,]+)"  # scenes may hold a space
 SETUP, CLIPS = "4_setups/All_scenes", "2_ClipsforFaceCrop"
 
 
@@ -35,9 +36,11 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         splits[split] = []
         for number, line in listing.read_lines(path):
             where = f"{path}, line {number}"
-            match = re.fullmatch(r"(.+/[^/]+/[^/\s,]+)[\s,]+([^\s,]+)", line.replace("\\", "/"))
+            match = re.fullmatch(_LINE, line.strip().replace("\\", "/"))
             if match is None:
-                raise UserError(f"{where}: {line!r}, wanted e.g. 'Action/Sad/0010 Sad'")
+                raise UserError(
+                    f"{where}: {line!r}, wanted e.g. 'Action/Sad/0010 Sad', two columns"
+                )
             clip, written = match[1].strip("/ "), match[2]
             label = listing.named_label(space, written, where)
             emotion = clip.split("/")[-2]

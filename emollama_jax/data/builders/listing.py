@@ -87,13 +87,14 @@ def read_cells(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_columns(
-    path: pathlib.Path, columns: Sequence[str]
+    path: pathlib.Path, columns: Sequence[str], *, row: str
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(number, cells by name) of each row of an official table, which has exactly these columns.
 
     Args:
         path: of the table.
         columns: in lower case, in any order.
+        row: what a row holds, in words, for messages.
 
     Raises:
         UserError: another header, or a row of another length; the line is named.
@@ -101,19 +102,22 @@ def read_columns(
     lines = read_cells(path)
     first, written = next(lines, (1, []))
     header = [cell.lower() for cell in written]
-    tables.check_names(header, f"{path}, line {first}")
-    if sorted(header) != sorted(columns):
+    if set(header) >= set(columns):
+        tables.check_names(header, f"{path}, line {first}")
+    absent = [f"no column {column}" for column in columns if column not in header]
+    others = [f"column {name!r} is not among them" for name in header if name not in columns]
+    if absent or others:
         raise UserError(
-            f"{path}: first line {','.join(written)!r}, wanted {','.join(columns)!r}: exactly "
-            f"these {len(columns)} columns"
+            f"{path}: first line {','.join(written)!r}, wanted {','.join(columns)!r}: "
+            f"{(absent + others)[0]}"
         )
-    for number, row in lines:
-        if len(row) != len(header):
+    for number, cells in lines:
+        if len(cells) != len(header):
             raise UserError(
-                f"{path}, line {number}: {len(row)} columns, wanted {len(header)} "
-                f"({', '.join(header)}): {','.join(row)[:80]!r}"
+                f"{path}, line {number}: {len(cells)} columns, wanted {len(header)} ({row}): "
+                f"{','.join(cells)[:80]!r}"
             )
-        yield number, dict(zip(header, row, strict=True))
+        yield number, dict(zip(header, cells, strict=True))
 
 
 def named_label(space: LabelSpace, written: str, where: str) -> int:
@@ -197,8 +201,17 @@ def has_frames(folder: pathlib.Path) -> bool:
         return any(entry.name.lower().endswith(FRAME_ENDINGS) for entry in entries)
 
 
-def find_root(source: pathlib.Path, tree: Tree, markers: Sequence[str], *, title: str):
+def find_root(
+    source: pathlib.Path, tree: Tree, markers: Sequence[str], *, title: str, wanted: str = ""
+) -> pathlib.Path:
     """The folder under `source` that holds one of the markers (relative paths).
+
+    Args:
+        source: where to look, and in the folders below.
+        tree: looks them up.
+        markers: any of them will do.
+        title: of the set, for messages.
+        wanted: the markers in words; "" names each.
 
     Raises:
         UserError: no such folder, or several.
@@ -214,7 +227,8 @@ def find_root(source: pathlib.Path, tree: Tree, markers: Sequence[str], *, title
             raise UserError(f"{source}: several trees of {title}: {brief(found)}; name one of them")
         level = [p for f in level for n in tree.names(f).values() if (p := f / n).is_dir()]
     raise UserError(
-        f"{source}: no {title} in its official layout (wanted {' or '.join(markers)} in it)"
+        f"{source}: no {title} in its official layout "
+        f"(wanted {wanted or ' or '.join(markers)} in it)"
     )
 
 
@@ -283,9 +297,7 @@ def list_splits(
     check_labels(rows, space.classes, title=space.title)
     layout, media, missing = best_layout(layouts, (row.id for row in rows))
     stored = {
-        split: [
-            Item(r.id, r.label, media[r.id], r.box, r.subject) for r in rows if r.id in media
-        ]
+        split: [Item(r.id, r.label, media[r.id], r.box, r.subject) for r in rows if r.id in media]
         for split, rows in splits.items()
     }
     return Listing(
