@@ -233,18 +233,17 @@ def _fer_label(written: Any, where: str) -> str:
 
 def _picture(written: Any, where: str) -> bytes:
     """The PNG of a cell of grey values."""
-    try:
-        values = np.array([int(value) for value in str(written).split()])
-    except ValueError:
-        raise UserError(f"{where}: pixels that are no whole numbers") from None
-    if len(values) != SIDE * SIDE or values.min() < 0 or values.max() > 255:
-        found = f"{values.min()} … {values.max()}" if len(values) else "none"
+    text = str(written)
+    if not re.fullmatch(r"\s*[0-9][0-9\s]*", text):
+        raise UserError(f"{where}: pixels that are no whole numbers from 0 to 255")
+    values = np.fromstring(text, np.int64, sep=" ")  # ten times as fast as int() of each
+    if len(values) != SIDE * SIDE or values.max() > 255:
         raise UserError(
-            f"{where}: {len(values)} pixels ({found}), wanted FER2013's {SIDE} × {SIDE} = "
+            f"{where}: {len(values)} pixels up to {values.max()}, wanted FER2013's {SIDE} × {SIDE} = "
             f"{SIDE * SIDE} from 0 to 255"
         )
     file = io.BytesIO()
-    Image.fromarray(values.astype(np.uint8).reshape(SIDE, SIDE)).save(file, "PNG")
+    Image.fromarray(values.astype(np.uint8).reshape(SIDE, SIDE)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 

@@ -158,8 +158,11 @@ def _listed(
     root: pathlib.Path, home: pathlib.Path, split: str, tree: listing.Tree, space: LabelSpace
 ) -> dict[str, int] | None:
     """Picture → class, as `<split>_labels.csv` has them; None if there is none."""
-    places = [tree.find(folder, f"{split}_labels.csv") for folder in (root, home, root.parent)]
-    path = next((place for place in places if place is not None), None)
+    name = f"{split}_labels.csv"
+    path = tree.find(root, name) or tree.find(home, name)
+    above = root.parent / name  # where --source names DATASET itself
+    if path is None and root.name.lower() == KAGGLE.lower() and above.is_file():
+        path = above
     if path is None:
         return None
     labels: dict[str, int] = {}
