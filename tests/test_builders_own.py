@@ -256,14 +256,14 @@ def test_what_is_skipped_is_counted_and_named(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "angry").mkdir()
     told = own.read(tmp_path, "own/t").told
-    assert "skipped 4 hidden files and files of the operating system" in told
+    assert "skipped 4 hidden files, or of the operating system" in told
     for line in (
         "skipped 1 file, no picture or clip (.csv): list.csv",
         "skipped 1 file, no picture or clip (.txt): happy/notes.txt",
         "skipped 1 file, no picture or clip (.docx): happy/b.docx",
         "skipped 1 file, no picture or clip (.cr2): sad/raw.cr2",
         "skipped 1 file, no picture or clip (no ending): sad/README",
-        "skipped 1 file, a folder without examples: angry",
+        "classes without examples: angry",
     ):
         assert line in told
     _, found = prepare("own/t", tmp_path, tmp_path.with_name("data"))

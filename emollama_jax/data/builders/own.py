@@ -111,6 +111,7 @@ class _Skipped:
     def __init__(self) -> None:
         self.named: dict[str, list[str]] = defaultdict(list)  # why → names
         self.litter = 0
+        self.empty: list[str] = []  # folders of classes
 
     def add(self, path: pathlib.Path, source: pathlib.Path) -> None:
         if _hidden(path):
@@ -126,7 +127,10 @@ class _Skipped:
             for why, names in sorted(self.named.items())
         ]
         if self.litter:
-            lines.append(f"skipped {self.litter} hidden files and files of the operating system")
+            what = "file" if self.litter == 1 else "files"
+            lines.append(f"skipped {self.litter} hidden {what}, or of the operating system")
+        if self.empty:
+            lines.append(f"classes without examples: {listing.brief(self.empty)}")
         return lines
 
 
@@ -192,7 +196,7 @@ def _of_class(
         count += 1
         yield Example(path.relative_to(source).as_posix(), label, split, str(path))
     if not count:
-        skipped.named["a folder without examples"].append(kind.relative_to(source).as_posix())
+        skipped.empty.append(kind.relative_to(source).as_posix())
 
 
 # ---- media
@@ -260,7 +264,7 @@ def _trouble(file: pathlib.Path) -> str:
     try:
         read_image(file)
     except UserError as error:
-        return str(error)
+        return str(error).removeprefix(f"{file}: ")
     return ""
 
 
