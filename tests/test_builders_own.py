@@ -297,6 +297,15 @@ def test_what_cannot_be_decoded_is_named_with_the_reason(tmp_path, monkeypatch):
     assert list(found_in(rows)) == ["happy/1.jpg"] and "sad/2.heic" in " ".join(rows.told)
 
 
+def test_one_broken_animation_stops_nothing(tmp_path):
+    for label in ("happy", "sad"):
+        picture(tmp_path / label / "1.jpg")
+        for ending in ("webp", "gif"):
+            (tmp_path / label / f"2.{ending}").write_bytes(b"RIFF")
+    found = own.read(tmp_path, "own/t")
+    assert found.kind == "image" and sum(map(len, found.splits.values())) == 6
+
+
 def test_a_folder_without_classes_names_its_table(tmp_path):
     (tmp_path / "list.csv").write_text("path,label\n")
     with pytest.raises(UserError, match=r"for its table, --source .*list\.csv"):

@@ -226,7 +226,10 @@ def _kind(source: pathlib.Path, media: dict[str, pathlib.Path | None]) -> listin
         elif file is None:
             continue  # reported as missing
         else:
-            kind = "clip" if file.is_dir() or is_video(file) else "image"
+            try:
+                kind = "clip" if file.is_dir() or is_video(file) else "image"
+            except UserError:
+                continue  # broken: found, counted and named when its faces are read
         first.setdefault(kind, path)
     if len(first) > 1:
         raise UserError(
