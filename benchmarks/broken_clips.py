@@ -108,7 +108,7 @@ KINDS: dict[str, tuple[str, Callable[[int], bytes], int]] = {
 
 
 def write_set(folder: pathlib.Path, *, clips: int, every: int) -> dict[str, str]:
-    """Writes a folder per class, all of the split train; returns the path below it → kind of the odd ones."""
+    """Writes a folder per class of the split train; returns the path → kind of the odd ones."""
     sound, kinds, odd = [encode(frames(n)) for n in range(8)], list(KINDS), {}
     for number in range(clips):
         home = f"train/{CLASSES[number % len(CLASSES)]}"
