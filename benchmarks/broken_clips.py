@@ -108,10 +108,10 @@ KINDS: dict[str, tuple[str, Callable[[int], bytes], int]] = {
 
 
 def write_set(folder: pathlib.Path, *, clips: int, every: int) -> dict[str, str]:
-    """Writes a folder per class; returns the path below it → kind of the odd ones."""
+    """Writes a folder per class of the split train; returns the path → kind of the odd ones."""
     sound, kinds, odd = [encode(frames(n)) for n in range(8)], list(KINDS), {}
     for number in range(clips):
-        home = CLASSES[number % len(CLASSES)]
+        home = f"train/{CLASSES[number % len(CLASSES)]}"
         (folder / home).mkdir(parents=True, exist_ok=True)
         ending, data = ".mp4", sound[number % 8]
         if number % every == every // 2:

@@ -175,6 +175,7 @@ def pretrain(
 def train(
     config: Positional[str],
     overrides: Positional[tuple[str, ...]] = (),
+    data: tuple[str, ...] = (),
     out: str = "runs/train",
 ) -> None:
     """Trains a run, or continues it. Ctrl-C or SIGTERM saves; the same command goes on.
@@ -185,6 +186,8 @@ def train(
     Args:
         config: a name in configs/ or a .yaml file.
         overrides: key=value, e.g. train.steps=200 model.fim.branches=global.
+        data: prepared sets in place of the config's sources, e.g. own/mine; kind and split are
+            found.
         out: folder of the run: checkpoints, metrics.jsonl, tensorboard; gs:// too.
     """
     from emollama_jax.sharding import distributed
@@ -192,6 +195,12 @@ def train(
 
     cfg = _load(config, overrides)
     distributed.start(cfg.distributed, saves_on_notice=True)
+    if data:
+        from emollama_jax.train import sources
+
+        cfg, told = sources.use(cfg, data)
+        if distributed.leads():
+            print("\n".join(told), file=sys.stderr)
     result = fit(cfg, out, console=_console())
     if result.exit_status:
         sys.exit(result.exit_status)

@@ -17,7 +17,7 @@ from emollama_jax.sharding.rules import FSDP
 
 # Which part of the package may import which other. `models` and `data` do not know each other;
 # they meet in `batch`. Nothing imports `cli`.
-BASE = {"errors", "config", "batch", "paths"}
+BASE = {"errors", "config", "batch", "paths", "tables"}
 LOWER = BASE | {"models", "data", "sharding", "weights", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "yaml_file": {"errors", "paths"},
     "config_fields": {"bounds"},
     "config": {"errors", "paths", "bounds", "yaml_file", "config_fields"},
+    "tables": {"errors"},
     "models": BASE | {"sharding"},  # the named points
     "sharding": BASE,
     "data": BASE,

@@ -63,7 +63,7 @@ class Inspection:
     """What `inspect` found."""
 
     splits: tuple[SplitCounts, ...]
-    notes: tuple[str, ...]  # what preparation left out
+    notes: tuple[str, ...]  # how it was read, and what preparation left out
     faults: tuple[str, ...]
 
     @property
@@ -102,7 +102,8 @@ def inspect(folder: str | os.PathLike, name: str, split: str | None = None) -> I
         _count(space, view, s, index) for (view, s), index in indexed.items() if split in (None, s)
     )
     metadata = store.read_metadata(folder, registry.place_of(name)) or {}
-    notes = [f"dropped {rows}: {why}" for why, rows in dict(metadata.get("dropped", {})).items()]
+    notes = list(metadata.get("told", ()))
+    notes += [f"dropped {rows}: {why}" for why, rows in dict(metadata.get("dropped", {})).items()]
     if metadata.get("missing"):
         notes.append(f"missing files, left out: {metadata['missing']}")
     return Inspection(counted, tuple(notes), tuple(_faults(views, indexed)))

@@ -8,23 +8,19 @@ Without a named set the classes are the seven basic emotions; with contempt, or 
 eleven, where a truth needs them. They bear the truth column's own words.
 """
 
-import csv
 import difflib
-import io
-import json
 import math
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.answers import parse_ranked, vocabulary
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, read_predictions
-
-Rows = list[tuple[int, dict[str, Any]]]  # line number, cells
+from emollama_jax.tables import Rows, read_rows
 
 _ALL = LABEL_SPACES["mafw"].classes  # the seven basic ones first, then contempt, then three more
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
@@ -41,7 +37,7 @@ def read_foreign(
     """Reads a predictions file of any origin.
 
     Args:
-        path: CSV (comma, semicolon or tab) with a header, JSON lines, or a JSON list of objects.
+        path: CSV (comma, semicolon, tab or |) with a header, JSON lines, or a JSON list of objects.
         truth_column: the column or key of the true label.
         prediction_column: of the answer: a label, a ranked list of labels, or free text; empty
             for none.
@@ -55,7 +51,9 @@ def read_foreign(
     Raises:
         UserError: no such file or column, a broken line, a truth that is no class, numeric labels.
     """
-    rows = _read(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such predictions file")
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: no predictions: nothing to evaluate")
     own = {"label", "predicted", "parsed", "source"} <= rows[0][1].keys()
@@ -113,72 +111,6 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "unparsed": evaluation.unparsed,
         "recall": {name: value for name, value in recall if not math.isnan(value)},
     }
-
-
-# ---- files
-
-
-def _read(path: pathlib.Path) -> Rows:
-    if not path.is_file():
-        raise UserError(f"{path}: no such predictions file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
-        ) from None
-    start = text.lstrip()[:1]
-    if start == "{":
-        return list(_json_lines(path, text))
-    if start == "[":
-        return _json_list(path, text)
-    return list(_csv(path, text))
-
-
-def _json_lines(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, piece in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028
-        if piece.strip():
-            try:
-                yield line, _object(json.loads(piece))
-            except ValueError as error:
-                raise UserError(f"{path}, line {line}: no JSON object ({error})") from None
-
-
-def _json_list(path: pathlib.Path, text: str) -> Rows:
-    try:
-        return [(n, _object(row)) for n, row in enumerate(json.loads(text), 1)]
-    except ValueError as error:
-        raise UserError(f"{path}: no list of JSON objects ({error})") from None
-
-
-def _object(tree: Any) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        raise ValueError(f"found a {type(tree).__name__}")
-    return tree
-
-
-def _csv(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    header = text.lstrip().partition("\n")[0]
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True
-    )
-    names: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                if names is None:
-                    names = [cell.strip() for cell in cells]
-                elif len(cells) != len(names):
-                    raise UserError(
-                        f"{path}, line {line}: {len(cells)} cells under a header of {len(names)}; "
-                        "put text that holds the separator into quotes"
-                    )
-                else:
-                    yield line, dict(zip(names, cells, strict=True))
-            line = reader.line_num + 1  # of the next row's start: quoted cells may span lines
-    except csv.Error as error:
-        raise UserError(f"{path}, line {line}: broken CSV ({error})") from None
 
 
 def _check_column(path: pathlib.Path, rows: Rows, column: str) -> None:

@@ -175,7 +175,8 @@ def _told(found: Listing) -> list[str]:
     """What the user should know of a tree, a line each."""
     dropped = [f"dropped {rows} rows: {reason}" for reason, rows in found.dropped.items()]
     missing = [f"{len(found.missing)} files are missing and left out: {brief(found.missing)}"]
-    return [f"media: {found.layout}", *dropped, *(missing if found.missing else []), *found.notes]
+    layout = [f"media: {found.layout}"] if found.layout != "*" else []
+    return [*layout, *found.told, *dropped, *(missing if found.missing else []), *found.notes]
 
 
 def _counted(summary: Summary) -> str:

@@ -13,12 +13,17 @@ import numpy as np
 
 from emollama_jax.data.builders import listing, store
 from emollama_jax.data.emotions import LabelSpace, label_space
+from emollama_jax.data.media import PICTURES
 from emollama_jax.errors import UserError
 
 LISTS = {"train": "training", "test": "validation"}
 FOLDERS = {"train": "train_set", "test": "val_set"}
 OLDER, NEWER = "Manually_Annotated_file_lists", "annotations"
-COLUMNS = ("subdirectory_filepath", "face_x", "face_y", "face_width", "face_height", "expression")
+COLUMNS = (
+    *("subdirectory_filepath", "face_x", "face_y", "face_width", "face_height"),
+    *("facial_landmarks", "expression", "valence", "arousal"),
+)
+NUMBERS = ("face_x", "face_y", "face_width", "face_height", "expression")
 DROPPED = {8: "none", 9: "uncertain", 10: "no face"}
 
 
@@ -53,17 +58,10 @@ def _older(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing
         path = tree.find(root, f"{OLDER}/{name}.csv")
         if path is None:
             raise UserError(f"{root}/{OLDER}: {name}.csv is missing")
-        lines = listing.read_cells(path)
-        header = [cell.lower() for cell in next(lines, (0, []))[1]]
-        if absent := [column for column in COLUMNS if column not in header]:
-            raise UserError(f"{path}: no column {absent[0]} (its first line: {','.join(header)})")
-        columns = [header.index(column) for column in COLUMNS]
         splits[split] = []
-        for number, cells in lines:
+        for number, cells in listing.read_columns(path, COLUMNS, row="as its first line says"):
             where = f"{path}, line {number}"
-            if len(cells) < len(header):
-                raise UserError(f"{where}: {len(cells)} columns, wanted {len(header)}")
-            name, *numbers = (cells[column] for column in columns)
+            name, numbers = cells["subdirectory_filepath"], [cells[column] for column in NUMBERS]
             try:
                 x, y, width, height, label = (float(value) for value in numbers)
             except ValueError:
@@ -110,7 +108,7 @@ def _newer(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing
 
     def find(i: str) -> pathlib.Path | None:
         folder, _, name = i.partition("/")
-        return tree.find_any(root, f"{folder}/images/{name}", listing.PICTURE_ENDINGS)
+        return tree.find_any(root, f"{folder}/images/{name}", PICTURES)
 
     found = listing.list_splits("affectnet", space, "image", splits, {"*.jpg in images/": find})
     found.dropped = dropped

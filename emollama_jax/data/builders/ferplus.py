@@ -10,6 +10,7 @@ import re
 
 from emollama_jax.data.builders import listing, store
 from emollama_jax.data.emotions import label_space
+from emollama_jax.data.media import PICTURES
 from emollama_jax.errors import UserError
 
 SPLITS = {"train": "FER2013Train", "validation": "FER2013Valid", "test": "FER2013Test"}
@@ -57,20 +58,22 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         space,
         "image",
         splits,
-        {"FER2013*/*.png": lambda i: tree.find_any(homes[i], i, listing.PICTURE_ENDINGS)},
+        {"FER2013*/*.png": lambda i: tree.find_any(homes[i], i, PICTURES)},
     )
     found.dropped = {"no vote for any of the eight classes": dropped} if dropped else {}
     return found
 
 
 def _row(cells: list[str], where: str) -> listing.Row | None:
-    box = re.findall(r"-?\d+", cells[1]) if len(cells) == COLUMNS else []
-    votes = [float(v) for v in cells[2:] if re.fullmatch(r"\d+(\.\d*)?", v)]
-    if len(box) != 4 or len(votes) != COLUMNS - 2:
-        raise UserError(
-            f"{where}: {len(cells)} columns, wanted {COLUMNS}: name, box, eight vote counts, "
-            "unknown, NF"
-        )
+    wanted = "name, box, eight vote counts, unknown, NF"
+    if len(cells) != COLUMNS:
+        raise UserError(f"{where}: {len(cells)} columns, wanted {COLUMNS}: {wanted}")
+    box = re.findall(r"-?\d+", cells[1])
+    if len(box) != 4:
+        raise UserError(f"{where}: box {cells[1]!r}, wanted '(0, 0, 48, 48)'")
+    if strange := [v for v in cells[2:] if not re.fullmatch(r"\d+(\.\d*)?", v)]:
+        raise UserError(f"{where}: vote count {strange[0]!r} is no number; wanted {wanted}")
+    votes = [float(v) for v in cells[2:]]
     best = max(votes[:CLASSES])
     if best == 0:
         return None

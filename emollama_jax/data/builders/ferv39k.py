@@ -9,9 +9,11 @@ import re
 
 from emollama_jax.data.builders import listing, store
 from emollama_jax.data.emotions import label_space
+from emollama_jax.data.media import VIDEOS
 from emollama_jax.errors import UserError
 
 LISTS = {"train": "train_All.csv", "test": "test_All.csv"}
+_LINE = r"(.+/[^/]+/[^/\s,]+)(?:\s+|\s*,\s*)([^\s,]+)"  # scenes may hold a space
 SETUP, CLIPS = "4_setups/All_scenes", "2_ClipsforFaceCrop"
 
 
@@ -34,9 +36,11 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         splits[split] = []
         for number, line in listing.read_lines(path):
             where = f"{path}, line {number}"
-            match = re.fullmatch(r"(.+/[^/]+/[^/\s,]+)[\s,]+([^\s,]+)", line.replace("\\", "/"))
+            match = re.fullmatch(_LINE, line.strip().replace("\\", "/"))
             if match is None:
-                raise UserError(f"{where}: {line!r}, wanted e.g. 'Action/Sad/0010 Sad'")
+                raise UserError(
+                    f"{where}: {line!r}, wanted e.g. 'Action/Sad/0010 Sad', two columns"
+                )
             clip, written = match[1].strip("/ "), match[2]
             label = listing.named_label(space, written, where)
             emotion = clip.split("/")[-2]
@@ -51,6 +55,6 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         splits,
         {
             f"{CLIPS}/*/": lambda i: tree.frames(clips, i),
-            f"{CLIPS}/*.mp4": lambda i: tree.find_any(clips, i, listing.VIDEO_ENDINGS),
+            f"{CLIPS}/*.mp4": lambda i: tree.find_any(clips, i, VIDEOS),
         },
     )

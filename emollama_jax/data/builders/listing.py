@@ -5,7 +5,6 @@ marks, line ends, case of endings, spaces, the folder above the named one) and s
 could be wrong: then it names the trap.
 """
 
-import csv
 import dataclasses
 import os
 import pathlib
@@ -14,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
+from emollama_jax import tables
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.media import FRAME_ENDINGS
 from emollama_jax.errors import UserError
@@ -21,8 +21,7 @@ from emollama_jax.errors import UserError
 Kind = Literal["image", "clip"]
 Finder = Callable[[str], pathlib.Path | None]  # an id → its file or folder of frames
 
-VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv")
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+FALLBACK = ("gb18030",)  # where a list is not UTF-8: some of MAFW's are in GBK
 NAMED = 3  # examples that a message names
 DEPTH = 2  # folders below --source in which a set may begin
 
@@ -35,6 +34,8 @@ class Item:
     label: int  # in the set's native order
     media: pathlib.Path  # a file, or a folder of frames
     box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels
+    subject: int = -1  # the person's number; -1 where unknown
+    content: bytes | None = None  # an encoded picture that lies in no file of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Row:
     id: str
     label: int
     box: tuple[float, float, float, float] | None = None
+    subject: int = -1
 
 
 @dataclasses.dataclass
@@ -58,6 +60,7 @@ class Listing:
     missing: list[str] = dataclasses.field(default_factory=list)  # files that lists name
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # reason → rows
     notes: list[str] = dataclasses.field(default_factory=list)  # what to look at
+    told: list[str] = dataclasses.field(default_factory=list)  # how it was read, what was skipped
     layout: str = ""  # where the media were taken from
 
 
@@ -67,33 +70,54 @@ class Listing:
 def read_lines(path: pathlib.Path) -> list[tuple[int, str]]:
     """(number, line) of the lines of a text file that are not blank, without spaces at the ends.
 
-    UTF-8 with or without a mark, UTF-16 with one; else GBK, in which some MAFW lists are.
+    Raises:
+        UserError: unreadable, or in no known encoding.
+    """
+    lines = re.split(r"\r\n|\n|\r", tables.read_text(path, fallback=FALLBACK))
+    return [(number, line.strip(" ")) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_cells(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+    """(number, cells without spaces around them) of each row of a table."""
+    text = tables.read_text(path, fallback=FALLBACK)
+    start = text.lstrip()
+    separator = tables.separator_of(re.split(r"[\r\n]", start, maxsplit=1)[0])
+    for number, row in tables.cells(path, text, separator):
+        yield number, [cell.strip() for cell in row]
+
+
+def read_columns(
+    path: pathlib.Path, columns: Sequence[str], *, row: str
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number, cells by name) of each row of an official table, which has exactly these columns.
+
+    Args:
+        path: of the table.
+        columns: in lower case, in any order.
+        row: what a row holds, in words, for messages.
 
     Raises:
-        UserError: unreadable, or in none of them.
+        UserError: another header, or a row of another length; the line is named.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "gb18030"]
-    for encoding in encodings:
-        try:
-            text = data.decode(encoding)
-            break
-        except UnicodeDecodeError:
-            continue
-    else:
-        raise UserError(f"{path}: neither UTF-8 nor GBK text")
-    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
-    return [(number, line) for number, line in enumerate(lines, 1) if line]
-
-
-def read_cells(path: pathlib.Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """(number, cells without spaces around them) of each line of a table."""
-    for number, line in read_lines(path):
-        cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
-        yield number, [cell.strip() for cell in cells]
+    lines = read_cells(path)
+    first, written = next(lines, (1, []))
+    header = [cell.lower() for cell in written]
+    if set(header) >= set(columns):
+        tables.check_names(header, f"{path}, line {first}")
+    absent = [f"no column {column}" for column in columns if column not in header]
+    others = [f"column {name!r} is not among them" for name in header if name not in columns]
+    if absent or others:
+        raise UserError(
+            f"{path}: first line {','.join(written)!r}, wanted {','.join(columns)!r}: "
+            f"{(absent + others)[0]}"
+        )
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise UserError(
+                f"{path}, line {number}: {len(cells)} columns, wanted {len(header)} ({row}): "
+                f"{','.join(cells)[:80]!r}"
+            )
+        yield number, dict(zip(header, cells, strict=True))
 
 
 def named_label(space: LabelSpace, written: str, where: str) -> int:
@@ -177,8 +201,17 @@ def has_frames(folder: pathlib.Path) -> bool:
         return any(entry.name.lower().endswith(FRAME_ENDINGS) for entry in entries)
 
 
-def find_root(source: pathlib.Path, tree: Tree, markers: Sequence[str], *, title: str):
+def find_root(
+    source: pathlib.Path, tree: Tree, markers: Sequence[str], *, title: str, wanted: str = ""
+) -> pathlib.Path:
     """The folder under `source` that holds one of the markers (relative paths).
+
+    Args:
+        source: where to look, and in the folders below.
+        tree: looks them up.
+        markers: any of them will do.
+        title: of the set, for messages.
+        wanted: the markers in words; "" names each.
 
     Raises:
         UserError: no such folder, or several.
@@ -194,7 +227,8 @@ def find_root(source: pathlib.Path, tree: Tree, markers: Sequence[str], *, title
             raise UserError(f"{source}: several trees of {title}: {brief(found)}; name one of them")
         level = [p for f in level for n in tree.names(f).values() if (p := f / n).is_dir()]
     raise UserError(
-        f"{source}: no {title} in its official layout (wanted {' or '.join(markers)} in it)"
+        f"{source}: no {title} in its official layout "
+        f"(wanted {wanted or ' or '.join(markers)} in it)"
     )
 
 
@@ -263,7 +297,7 @@ def list_splits(
     check_labels(rows, space.classes, title=space.title)
     layout, media, missing = best_layout(layouts, (row.id for row in rows))
     stored = {
-        split: [Item(r.id, r.label, media[r.id], r.box) for r in rows if r.id in media]
+        split: [Item(r.id, r.label, media[r.id], r.box, r.subject) for r in rows if r.id in media]
         for split, rows in splits.items()
     }
     return Listing(

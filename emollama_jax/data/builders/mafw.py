@@ -11,6 +11,7 @@ import pathlib
 
 from emollama_jax.data.builders import listing, store
 from emollama_jax.data.emotions import label_space
+from emollama_jax.data.media import VIDEOS
 from emollama_jax.errors import UserError
 
 FOLDS = 5
@@ -62,7 +63,7 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         space,
         folds,
         {
-            "data/clips/*.mp4": lambda i: tree.find_any(data, f"clips/{i}", listing.VIDEO_ENDINGS),
+            "data/clips/*.mp4": lambda i: tree.find_any(data, f"clips/{i}", VIDEOS),
             "data/frames/*/": lambda i: tree.frames(data, f"frames/{i}"),
         },
     )
@@ -81,11 +82,15 @@ def _single(source: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
 
 def _rows(path: pathlib.Path) -> list[listing.Row]:
     space, rows = label_space("mafw"), []
+    captioned = path.parent.parent.name.lower() == CAPTIONED
+    wanted, example = (4, "00025.mp4⇥anger⇥…⇥…") if captioned else (2, "00025.mp4 anger")
     for number, line in listing.read_lines(path):
         where = f"{path}, line {number}"
-        cells = line.split("\t") if "\t" in line else line.split()
-        if len(cells) < 2 or ("\t" not in line and len(cells) > 2):
-            raise UserError(f"{where}: {line!r}, wanted e.g. '00025.mp4 anger'")
+        cells = line.split("\t") if captioned else line.split()
+        if len(cells) != wanted:
+            raise UserError(
+                f"{where}: {len(cells)} columns, wanted {wanted}, e.g. {example!r}: {line[:80]!r}"
+            )
         label = listing.named_label(space, cells[1].strip(), where)
         rows.append(listing.Row(pathlib.PurePosixPath(cells[0].strip()).stem, label))
     return rows

@@ -1,44 +1,34 @@
 """A user's own data: a folder per class, or a table of paths and labels.
 
-    DIR/happy/1.jpg …                  everything is the split "train"
+    DIR/happy/1.jpg …                  no splits: divided by the rule of `divide`
     DIR/train/happy/… DIR/test/happy/… splits by folder
-    list.csv, list.jsonl               columns (or keys) path, label and, if there are splits, split
+    list.csv, .tsv, .jsonl, .json      see `own_table`
 
 A file is an example; so is a folder of frames. Class names are lower-cased. Labels that are numbers
-are refused: which number is which class is nowhere written.
+are refused: which number is which class is nowhere written. What is no example is counted and told.
 """
 
-import json
+import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 
-from emollama_jax.data.builders import listing, store
-from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.media import is_video
+from emollama_jax.data.builders import listing, own_table, store
+from emollama_jax.data.builders.divide import divide
+from emollama_jax.data.builders.own_table import SPLITS, TABLES, Example, label_of
+from emollama_jax.data.emotions import SYNONYMS, LabelSpace
+from emollama_jax.data.media import FRAME_ENDINGS, PICTURES, VIDEOS, is_video, read_image
 from emollama_jax.errors import UserError
 
 NAME = "own"
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
-COLUMNS = {
-    "path": ("path", "file", "filename", "image", "video", "media"),
-    "label": ("label", "emotion", "class", "expression"),
-    "split": ("split", "set", "partition"),
-}
-TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
-MEDIA = listing.PICTURE_ENDINGS + listing.VIDEO_ENDINGS
+MOVING = (".gif", ".apng", ".webp", ".avif")  # pictures or clips: their content says which
+# Every installation reads these; of others a file is tried.
+PLAIN = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", *MOVING[:3])
+LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini")  # beside names that begin with . or __
 
 
 class Own(store.Builder):
@@ -68,27 +58,43 @@ def read(source: pathlib.Path, name: str) -> listing.Listing:
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; --source names your data")
     if source.is_dir():
-        rows = list(_from_folders(source))
+        skipped = _Skipped()
+        examples = list(_from_folders(source, skipped))
+        told = skipped.lines()
     elif source.suffix.lower() in TABLES:
-        rows = list(_from_table(source))
+        examples, told = own_table.read(source)
     else:
         raise UserError(f"{source}: wanted a folder, or a table {', '.join(TABLES)}")
-    if not rows:
-        raise UserError(f"{source}: no pictures and no clips in it")
-    classes = tuple(sorted({label for _, label, _, _ in rows}))
+    if not examples:
+        raise UserError("; ".join([f"{source}: no pictures and no clips in it", *told]))
     tree = listing.Tree()
     root = source if source.is_dir() else source.parent
+    contents = {e.path: e.content for e in examples if e.content is not None}
+    media = {e.path: source if e.path in contents else _media(root, e.path, tree) for e in examples}
+    if not any(media.values()):
+        raise UserError(
+            f"{source}: none of its {len(media)} files is there, e.g. {examples[0].path}: paths "
+            f"are relative to {root}"
+        )
+    kind: listing.Kind = "image" if contents else _kind(source, media)
+    if kind == "image" and not contents:
+        examples, lost = _readable(examples, media)
+        told += lost
+    examples, divided = _with_splits(examples)
+    classes = tuple(sorted({e.label for e in examples}))
+    people = {s: n for n, s in enumerate(sorted({e.subject for e in examples} - {""}))}
     splits: dict[str, list[listing.Row]] = {}
-    for path, label, split, _ in rows:
-        splits.setdefault(split, []).append(listing.Row(path, classes.index(label)))
-    order = [split for split in ("train", "validation", "test") if split in splits]
-    return listing.list_splits(
-        name,
-        space(name, classes),
-        _kind(root, rows, tree),
-        {split: splits[split] for split in order},
-        {"*": lambda path: _media(root, path, tree)},
-    )
+    for e in sorted(examples, key=lambda e: ("train", "validation", "test").index(str(e.split))):
+        row = listing.Row(e.path, classes.index(e.label), subject=people.get(e.subject, -1))
+        splits.setdefault(str(e.split), []).append(row)
+    found = listing.list_splits(name, space(name, classes), kind, splits, {"*": media.get})
+    if contents:
+        for split, items in found.splits.items():
+            found.splits[split] = [
+                dataclasses.replace(item, content=contents[item.id]) for item in items
+            ]
+    found.told = [*told, *divided, *_alike(classes)]
+    return found
 
 
 def space(name: str, classes: tuple[str, ...]) -> LabelSpace:
@@ -96,11 +102,58 @@ def space(name: str, classes: tuple[str, ...]) -> LabelSpace:
     return LabelSpace(title=name, classes=classes, written=classes, splits={}, support={})
 
 
-_Row = tuple[str, str, str, str]  # path, label, split, where it is written
+# ---- folders
 
 
-def _from_folders(source: pathlib.Path) -> Iterator[_Row]:
-    homes = [p for p in sorted(source.iterdir()) if p.is_dir() and not _hidden(p)]
+class _Skipped:
+    """What is no example."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, list[str]] = defaultdict(list)  # why → names
+        self.litter = 0
+        self.empty: list[str] = []  # folders of classes
+
+    def add(self, path: pathlib.Path, source: pathlib.Path) -> None:
+        if _hidden(path):
+            self.litter += 1
+            return
+        ending = path.suffix.lower() or "no ending"
+        self.named[f"no picture or clip ({ending})"].append(path.relative_to(source).as_posix())
+
+    def lines(self) -> list[str]:
+        """A line for each reason."""
+        lines = [
+            f"skipped {len(names)} {_files(names)}, {why}: {listing.brief(names)}"
+            for why, names in sorted(self.named.items())
+        ]
+        if self.litter:
+            what = "file" if self.litter == 1 else "files"
+            lines.append(f"skipped {self.litter} hidden {what}, or of the operating system")
+        if self.empty:
+            lines.append(f"classes without examples: {listing.brief(self.empty)}")
+        return lines
+
+
+def _files(names: Sequence[str]) -> str:
+    return "file" if len(names) == 1 else "files"
+
+
+def _hidden(path: pathlib.Path) -> bool:
+    return path.name.startswith((".", "__")) or path.name.lower() in LITTER
+
+
+def _from_folders(source: pathlib.Path, skipped: _Skipped) -> Iterator[Example]:
+    homes = []
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and not _hidden(path):
+            homes.append(path)
+        else:
+            skipped.add(path, source)
+    lists = [p.name for p in sorted(source.iterdir()) if p.suffix.lower() in TABLES]
+    if not homes and lists:
+        raise UserError(
+            f"{source}: no folders of classes; for its table, --source {source / lists[0]}"
+        )
     named = {home.name.lower() for home in homes} & SPLITS.keys()
     if named and len(named) < len(homes):
         other = next(home.name for home in homes if home.name.lower() not in SPLITS)
@@ -109,73 +162,44 @@ def _from_folders(source: pathlib.Path) -> Iterator[_Row]:
             "folders of classes in them, or folders of classes alone"
         )
     for home in homes:
-        split = SPLITS[home.name.lower()] if named else "train"
-        kinds = [p for p in sorted(home.iterdir()) if p.is_dir()] if named else [home]
-        for kind in (p for p in kinds if not _hidden(p)):
-            label = _label(kind.name, str(kind))
-            for path in sorted(kind.iterdir()):
-                if not _hidden(path) and (path.suffix.lower() in MEDIA or path.is_dir()):
-                    if path.is_dir() and not listing.has_frames(path):
-                        raise UserError(
-                            f"{path}: a folder without .jpg or .png frames among the examples of "
-                            f"{label}: wanted files or folders of frames"
-                        )
-                    yield path.relative_to(source).as_posix(), label, split, str(path)
-
-
-def _from_table(path: pathlib.Path) -> Iterator[_Row]:
-    for where, row in _records(path):
-        known = {key.strip().lower(): value for key, value in row.items()}
-        cells = {}
-        for column, names in COLUMNS.items():
-            found = [name for name in names if name in known]
-            if not found and column != "split":
-                raise UserError(
-                    f"{where}: no column {column} (found: {', '.join(known) or 'nothing'})"
-                )
-            cells[column] = str(known[found[0]]).strip() if found else "train"
-        split = SPLITS.get(cells["split"].lower())
-        if split is None:
-            raise UserError(f"{where}: split {cells['split']!r}, wanted train, validation or test")
-        if not cells["path"]:
-            raise UserError(f"{where}: the path is empty")
-        yield cells["path"].replace("\\", "/"), _label(cells["label"], where), split, where
-
-
-def _records(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
-    if path.suffix.lower() == ".jsonl":
-        for number, line in listing.read_lines(path):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: wanted an object with path and label")
-            yield where, row
-        return
-    lines = listing.read_cells(path, TABLES[path.suffix.lower()])
-    _, header = next(lines, (0, []))
-    for number, cells in lines:
-        where = f"{path}, line {number}"
-        if len(cells) != len(header):
-            raise UserError(
-                f"{where}: {len(cells)} columns, and the first line names {len(header)}: "
-                f"{', '.join(header)}"
+        kinds = [home]
+        if named:
+            kinds = []
+            for path in sorted(home.iterdir()):
+                if path.is_dir() and not _hidden(path):
+                    kinds.append(path)
+                else:
+                    skipped.add(path, source)
+        for kind in kinds:
+            yield from _of_class(
+                kind, SPLITS[home.name.lower()] if named else None, source, skipped
             )
-        yield where, dict(zip(header, cells, strict=True))
 
 
-def _label(written: str, where: str) -> str:
-    label = " ".join(written.split()).lower()
-    if not label:
-        raise UserError(f"{where}: the label is empty")
-    if label.replace(".", "").lstrip("+-").isdigit():
-        raise UserError(
-            f"{where}: label {written!r} is a number: write the class's name, since several number "
-            "orders are in use"
-        )
-    return label
+def _of_class(
+    kind: pathlib.Path, split: str | None, source: pathlib.Path, skipped: _Skipped
+) -> Iterator[Example]:
+    label, count = label_of(kind.name, str(kind)), 0
+    for path in sorted(kind.iterdir()):
+        if _hidden(path) or not (path.is_dir() or path.suffix.lower() in PICTURES + VIDEOS):
+            skipped.add(path, source)
+            continue
+        if path.is_dir():
+            if not listing.has_frames(path):
+                raise UserError(
+                    f"{path}: a folder without frames ({', '.join(FRAME_ENDINGS)}) among the "
+                    f"examples of {label}: wanted files or folders of frames"
+                )
+            for inner in sorted(path.iterdir()):
+                if inner.suffix.lower() not in FRAME_ENDINGS:
+                    skipped.add(inner, source)
+        count += 1
+        yield Example(path.relative_to(source).as_posix(), label, split, str(path))
+    if not count:
+        skipped.empty.append(kind.relative_to(source).as_posix())
+
+
+# ---- media
 
 
 def _media(root: pathlib.Path, path: str, tree: listing.Tree) -> pathlib.Path | None:
@@ -190,28 +214,83 @@ def _media(root: pathlib.Path, path: str, tree: listing.Tree) -> pathlib.Path | 
     return found if usable else None
 
 
-def _kind(root: pathlib.Path, rows: list[_Row], tree: listing.Tree) -> listing.Kind:
+def _kind(source: pathlib.Path, media: dict[str, pathlib.Path | None]) -> listing.Kind:
     """Pictures or clips: by the ending, or by the content where the ending says nothing."""
     first: dict[listing.Kind, str] = {}
-    for path, _, _, _ in rows:
+    for path, file in media.items():
         ending = pathlib.PurePosixPath(path).suffix.lower()
-        if ending in listing.VIDEO_ENDINGS:
+        if ending in VIDEOS:
             kind: listing.Kind = "clip"
-        elif ending in listing.PICTURE_ENDINGS and ending != ".gif":
+        elif ending in PICTURES and ending not in MOVING:
             kind = "image"
+        elif file is None:
+            continue  # reported as missing
         else:
-            media = _media(root, path, tree)
-            if media is None:
-                continue  # reported as missing
-            kind = "clip" if media.is_dir() or is_video(media) else "image"
+            try:
+                kind = "clip" if file.is_dir() or is_video(file) else "image"
+            except UserError:
+                continue  # broken: found, counted and named when its faces are read
         first.setdefault(kind, path)
     if len(first) > 1:
         raise UserError(
-            f"{root}: pictures ({first['image']}) and clips ({first['clip']}) in one set: prepare "
-            "them as two, each with its own name"
+            f"{source}: pictures ({first['image']}) and clips ({first['clip']}) in one set: "
+            "prepare them as two, each with its own name"
         )
     return next(iter(first), "image")
 
 
-def _hidden(path: pathlib.Path) -> bool:
-    return path.name.startswith((".", "__"))
+def _readable(
+    examples: Sequence[Example], media: dict[str, pathlib.Path | None]
+) -> tuple[list[Example], list[str]]:
+    """Without pictures that this installation cannot read, whose ending is not an everyday one."""
+    rare: dict[str, list[pathlib.Path]] = defaultdict(list)
+    for file in media.values():
+        if file is not None and file.suffix.lower() not in PLAIN:
+            rare[file.suffix.lower()].append(file)
+    bad: dict[pathlib.Path, str] = {}
+    for files in rare.values():
+        if _trouble(files[0]):  # else there is a decoder; broken files are found with the faces
+            bad |= {file: why for file in files if (why := _trouble(file))}
+    lost = [path for path, file in media.items() if file in bad]
+    kept = [e for e in examples if media[e.path] not in bad]
+    if not lost:
+        return kept, []
+    why = next(iter(bad.values()))
+    what = f"{len(lost)} {_files(lost)} that cannot be read here"
+    line = f"skipped {what}: {listing.brief(lost)} ({why})"
+    if not kept:
+        raise UserError(line)
+    return kept, [line]
+
+
+def _trouble(file: pathlib.Path) -> str:
+    try:
+        read_image(file)
+    except UserError as error:
+        return str(error).removeprefix(f"{file}: ")
+    return ""
+
+
+# ---- splits and classes
+
+
+def _with_splits(examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
+    """The examples with their splits, divided here where the data name none."""
+    if all(e.split is not None for e in examples):
+        return list(examples), []
+    splits, line = divide(
+        [e.path for e in examples], [e.label for e in examples], [e.subject for e in examples]
+    )
+    return [dataclasses.replace(e, split=s) for e, s in zip(examples, splits, strict=True)], [line]
+
+
+def _alike(classes: Sequence[str]) -> list[str]:
+    """Classes that are two words for one emotion."""
+    words: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        words[SYNONYMS.get(name, name)].append(name)
+    return [
+        f"{' and '.join(names)} are two classes, and usually one emotion: rename one to join them"
+        for names in words.values()
+        if len(names) > 1
+    ]

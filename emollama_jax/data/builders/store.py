@@ -77,6 +77,7 @@ class Builder(schema.Builder, skip_registration=True):
                 missing=len(found.missing),
                 dropped=found.dropped,
                 notes=found.notes,
+                told=found.told,
             ),
             disable_shuffling=True,  # readers shuffle; the order on disk is the list's
         )
@@ -207,8 +208,11 @@ def make_example(item: Item, kind: Kind, classes: Sequence[str]) -> dict[str, An
         UserError: the file cannot be read at all; what is in it is not looked at.
     """
     try:
-        folder = item.media.is_dir()
-        media = pack_frames(item.media) if folder else item.media.read_bytes()
+        if item.content is not None:
+            media = item.content
+        else:
+            folder = item.media.is_dir()
+            media = pack_frames(item.media) if folder else item.media.read_bytes()
     except OSError as error:
         raise UserError(f"{item.media}: cannot be read ({error.strerror})") from None
     boxes = np.array([item.box] if item.box else [], np.float32).reshape(-1, 4)
@@ -217,7 +221,7 @@ def make_example(item: Item, kind: Kind, classes: Sequence[str]) -> dict[str, An
         "kind": kind,
         "media": media,
         "label": item.label,
-        "subject": -1,
+        "subject": item.subject,
         "boxes": boxes,
         "landmarks": np.zeros((0, 68, 2), np.float32),
         "pose": np.zeros((0, 3), np.float32),
@@ -234,11 +238,18 @@ def fingerprint(found: Listing) -> str:
     for split, items in found.splits.items():
         digest.update(split.encode())
         for item in items:
-            # Of a folder, the number of its frames: a look at each would take minutes.
-            folder = item.media.is_dir()
-            size = len(os.listdir(item.media)) if folder else item.media.stat().st_size
-            digest.update(repr((item.id, item.label, item.box, size)).encode())
+            digest.update(repr((item.id, item.label, item.box, _size(item))).encode())
+            if item.subject >= 0:
+                digest.update(repr(item.subject).encode())
     return digest.hexdigest()
+
+
+def _size(item: Item) -> int | str:
+    """Of an example's media; what is in no file is known by its content."""
+    if item.content is not None:
+        return hashlib.blake2b(item.content, digest_size=_DIGEST).hexdigest()
+    # Of a folder, the number of its frames: a look at each would take minutes.
+    return len(os.listdir(item.media)) if item.media.is_dir() else item.media.stat().st_size
 
 
 def prepare(
