@@ -127,6 +127,7 @@ _MARKS = [
     )
     for keys in _KEYS
 ]
+_OTHER = re.compile(r"\W*(?!(?:yes|sure|well|okay)\b)[^\W\d_]{3,}\W*", re.IGNORECASE)
 _OPTION = re.compile(r"\W*(?:option\s+)?[a-z0-9]\W*", re.IGNORECASE)
 
 
@@ -155,7 +156,8 @@ class _Reader:
         pieces = [piece for piece in text.split(",") if piece.strip()]
         words = [re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", piece) for piece in pieces]
         low = [[word.casefold() for word in found] for found in words]
-        if len(pieces) < 2 or any(_NO_LIST.intersection(found) for found in low):
+        shares = structured.read_shares(text, self._is_label)
+        if len(pieces) < 2 or shares or any(_NO_LIST.intersection(found) for found in low):
             return None
         single = all(len(found) == 1 for found in low)
         degrees = all(
@@ -234,7 +236,7 @@ class _Reader:
                     how = "exact" if bare in self.names else "synonym"
                     label = self.known[bare]
                     return Parsed(label, how) if label else Parsed(None, "foreign")
-        if _OPTION.fullmatch(line):
+        if _OPTION.fullmatch(line) or (len(first) < len(line) and _OTHER.fullmatch(first)):
             return Parsed(None, "none")
         parsed = self.read_data(line) or self._said(line)
         if parsed.how == "none" and len(line.split()) > 2 and more.strip():
@@ -260,6 +262,8 @@ class _Reader:
     def _heaviest(self, said: Sayings) -> Parsed:
         for weight in (Weight.STRONG, Weight.PLAIN, Weight.MINOR):
             found = [m for m in said.mentions if m.weight == weight]
+            if weight == Weight.MINOR and said.contrasts:
+                break
             named = [m for m in found if m.label is not None]
             labels = {m.label for m in named}
             if len(labels) > 1:

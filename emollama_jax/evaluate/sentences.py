@@ -44,13 +44,14 @@ class Sayings:
     """What a text says."""
 
     mentions: tuple[Mention, ...]
+    contrasts: bool  # something is set against something else: what is slight is no answer then
     refuses: bool  # "I cannot identify emotions"
 
 
 # ---- the parts of a pattern; E, LIST and so on stand for these
 
 _STOPS = (
-    r"but|and|rather|instead|however|although|though|while|whereas|because|since|then|which|who|so"
+    r"but|and|rather|instead|however|although|though|while|whereas|because|since|then|which|who|so(?! much\b)"
     r"|yet|suggesting|indicating|showing|conveying|making|hence|therefore|thus"
 )
 _PERSON = r"he|she|they|it|i|we|you|there|this"
@@ -70,7 +71,7 @@ _PARTS = {
 }
 # After an emotion: what "or" ties to it, or a list that ends in "and", "or", or in "other emotion".
 _MORE = (
-    r"(?: *(?:,? +(?:or|nor|and/or)|/) *(?:WORD){0,3}?E| +and +(?:DET){0,3}E)*"
+    r"(?: *(?:,? +(?:or|nor|and/or)|/) *(?:WORD){0,3}?E| +and +(?:(?:an?|the|any|of|some) +){0,2}E)*"
     r"(?:(?: *, *(?:DET){0,3}E)+ *,? +(?:or|and|nor) +(?:DET){0,3}(?:E|other\b|anything\b))?"
     r"(?: *, *(?:or|nor) +(?:DET){0,3}E)?"
 )
@@ -95,7 +96,7 @@ _IDIOMS = re.compile(
     r"|\bcould(?:n't| not) (?:be|look|seem|appear)(?: any)?(?: more)?\b"
     r"|\bnever (?:been|looked|seemed|felt)(?: so| more| this)?\b"
     r"|\b(?:nothing|none|no one|no other(?: \w+)?) (?:but|except|(?:other|less|short|else) (?:than|of))"
-    r"|\bnot (?:to mention|least)\b|\bno wonder\b|\bmore than(?= E)|\bif anything\b"
+    r"|\bnot (?:to mention|least)\b|\bno wonder\b|\b(?:is|are|be|looks?|seems?|appears?) more than(?= E)|\bif anything\b"
     .replace("E", _SIGN)
 )
 _COURTESY = (  # before emotion words are looked for
@@ -112,10 +113,11 @@ _COURTESY = (  # before emotion words are looked for
 )
 _NO_EMOTION = re.compile(
     r"(?:\b(?:no|without(?: any)?|devoid of(?: any)?|absence of(?: any)?|lack(?:s|ing)?(?: of)?"
-    r"(?: any)?|(?:n't|not|never) (?:really )?(?:show|display|express|exhibit|convey|have)\w* any)"
-    r"(?: (?:visible|particular|strong|specific|discernible|obvious|apparent|real|noticeable"
+    r"(?: any)?)|(?:n't|\bnot|\bnever) (?:really )?(?:show|display|express|exhibit|convey|have)\w*"
+    r" any)(?:"
+    r" (?:visible|particular|strong|specific|discernible|obvious|apparent|real|noticeable"
     r"|evident|facial|significant|distinct|overt|pronounced|observable))?"
-    r" (?:emotions?|expressions?|feelings?)\b)(?! (?:can|could|cannot|to be|is (?:given|listed)"
+    r" (?:emotions?|expressions?|feelings?)\b(?! (?:can|could|cannot|to be|is (?:given|listed)"
     r"|other|besides|except|label|recognition|such|like)\b)"
 )
 
@@ -124,7 +126,7 @@ _NO_EMOTION = re.compile(
 _N = (  # what denies the rest of its clause
     r"not|no|never|none|nor|neither|nothing|nobody|cannot|hardly|barely|scarcely|rarely|seldom"
     r"|non|[a-z]+n't|doubt(?:s|ed|ful|fully)?|unlikely|refus(?:es|ed) to|fail(?:s|ed)? to"
-    r"|ceas(?:es|ed)|far from|anything but|impossible|unable"
+    r"|ceas(?:es|ed)|far from|anything but|impossible|unable|(?:hard|difficult) to \w+|stop(?:s|ped)? (?:being|looking|feeling)"
 )
 _OF = r"lack of|absence of|without|lacking|lacks|free of|devoid of|minus"
 _THAN = (  # what denies the next phrase
@@ -139,18 +141,21 @@ _THAN = (  # what denies the next phrase
     r"|fak(?:es?|ed|ing)|feign(?:s|ed|ing)?|pretend(?:s|ed|ing)?|simulat(?:es?|ed|ing)"
     r"|supposed(?: to be)?|so-called|pseudo|mimic(?:s|ked|king)?|mocks?|mocking"
     r"|(?:hid(?:es?|ing)|mask(?:s|ing|ed)?|suppress(?:es|ing|ed)?|conceal(?:s|ing|ed)?)"
-    r"|expected|no longer"
+    r"|expected|expecting|no longer|more than|forget|ignor(?:e|es|ed|ing)|disregard(?:s|ed|ing)?|never mind"
+    r"|(?:wins?|won|prevails?|dominates?|triumphs?) over|(?:beat|outweigh|overrid|trump|overshadow"
+    r"|exceed)(?:s|es|ing)?"
 )
 _ABSENT = (  # what an emotion "is", if it is not there
     r"(?:\w+ +){0,2}?(?:not|never|no longer|nowhere|absent|missing|unlikely|improbable"
     r"|implausible|impossible|excluded|ruled out|rejected|eliminated|dismissed|wrong|incorrect"
     r"|false|out of|less|merely|only|just an?|a mistake|a misreading|an illusion|inaccurate"
     r"|unsuitable|inappropriate|hardly|barely|lacking|too (?:strong|much|weak)|neither|negligible"
-    r"|doubtful|no)\b"
+    r"|doubtful|no|off the table|weak(?:er)?|secondary|second|third|far-fetched|a distractor"
+    r"|a (?:wrong|poor|bad|false|weak)|unconvincing|gone|over|outweighed|overshadowed|dominated|overridden)\b"
 )
 _SPEAKER = (
     r"(?:question|prompt|user|you|options?|instructions?|captions?|text|titles?|labels?|shirt|sign"
-    r"|poster|watermark|banner|file ?name|subtitles?|choices|list|annotation|task|note|words?)"
+    r"|poster|watermark|banner|file ?name|subtitles?|choices|list|annotat(?:ion|ors?)|raters?|colleagues?|task|note|words?)"
 )
 _SAYS = (
     r"(?:mention|ask|sa[iy]|suggest|list|nam|offer|includ|read|refer|propos|stat|assum|giv|contain"
@@ -165,7 +170,7 @@ _DENIED = [
         rf"(?:(?:and|or|nor) +(?:NOUN){{0,4}}?)?LIST",
         rf"(?<![\w'])(?:{_OF}) +(?:NOUN){{0,7}}?(?:(?:and|or|nor) +(?:NOUN){{0,4}}?)?LIST",
         rf"(?<![\w'])(?:{_THAN}) +(?:NOUN){{0,5}}?LIST",
-        rf"E *,? *(?:over|more than|above) +(?:NOUN){{0,2}}?(?=E)LIST",
+        r"(?<=E) *,? *(?:over|more than|above) +(?:NOUN){0,2}?LIST",
         # "mistaken for fear"
         r"\b(?:mistak\w+|mistook|taken?|took|confus\w+|misread|mis\w+ed|confounded|passe?d?s?(?: off)?)"
         r" +(?:ANY){0,4}?(?:for|with|as|by) +(?:WORD){0,3}?LIST",
@@ -209,20 +214,45 @@ _DENIED = [
         rf"|pressed|any|so)\b)(?:(?!\bthen\b){_TO_COMMA})*",
         rf"E{_MORE},?(?: +(?:on the other hand|by contrast|in contrast|however|itself|alone|also"
         rf"|typically|usually|normally|often),?)? +(?:would|should|ought|tends?|requires?|involves?"
-        rf"|needs|calls for)\b[^.!?\n]*",
+        rf"|needs|calls for)\b[^.;!?\n]*",
         r"\b(?:would|should) (?:\w+ ){0,2}?(?:expect|require|need|involve|call for|demand|have to)"
-        r"\b[^.!?\n]*",
-        rf"\b(?:for|with|in|under) +LIST,? +(?:one|you|we|i) +(?:would|might|should|could)\b[^.!?\n]*",
+        r"\b[^.,;!?\n]*",
+        rf"\b(?:for|with|in|under) +LIST,? +(?:one|you|we|i) +(?:would|might|should|could)\b[^.;!?\n]*",
         # "the question mentions anger"
         rf"\b{_SPEAKER}\b(?: +(?!E)[\w']+){{0,3}}? +{_SAYS}(?: +(?!(?:{_STOPS})\b)[\w']+){{0,5}}?"
         r"[ :,(]*LIST(?: *, *LIST)*",
         r"\b(?:options|choices|categories|labels|classes|candidates|alternatives|possibilities"
         rf"|emotions)\b[^.!?\n:]*?[ :(]+E(?: *(?:,|/|;|\|)? *(?:or|and)? *(?:DET)?E)+",
-        r"\b(?:between|among|from|of|either|out of|choos\w+|decid\w+) +(?:ANY){0,2}?E(?: *, *E)* *,?"
-        r" +(?:and|or) +E(?= *,? +(?:E|the|i|it|this|he|she|my)\b)",
+        r"\bbetween\b[^.,;!?\n]*",
+        rf"E +(?:is +|are +|can +)?(?:usually|typically|often|normally|commonly|generally)\b",
+        r"E +(?:\w+ +)?(?:turn|chang|shift|fad|morph|transition|transform|evolv|develop)\w* +(?:in)?to"
+        r" +(?!(?:NOUN){0,3}E)",
+        r"\b(?:tr(?:ies|ied|ying)|attempt(?:s|ed|ing)?|want(?:s|ed|ing)?) to +(?:WORD){0,4}?LIST",
+        rf"\b(?:suggest|hint|indicat|point|impl)\w* +(?:WORD){{0,6}}?E{_MORE}(?:(?!\b(?:but|yet)\b)"
+        rf"{_CLAUSE})*(?=\b(?:but|yet|however)\b)",
+        r"\b(?:among|from|of|either|out of|choos\w+|decid\w+) +(?:ANY){0,2}?E(?: *, *E)* *,?"
+        r" +(?:and|or) +E(?= *[,;]? +(?:E|the|i|it|this|he|she|my)\b)",
         # "happy … no, wait"
         r"E *[,;.…!—-]* *(?:no,? wait|no[,;]|wait[,.;]|i mean|or rather|scratch that|correction"
         r"|make that|sorry,|hmm)",
+        rf"\bwas +(?:WORD){{0,3}}?E{_MORE} +(?:before|earlier|previously|once|at first|initially)\b",
+        rf"(?:(?!\b(?:but|yet)\b){_CLAUSE})*\b(?:at first|initially|originally|before|earlier)\b,?"
+        r" *(?=(?:but|yet|however)\b)",
+        r"\b(?:wrong|incorrect|mistake|inaccurate|misleading|error|premature|unfair|exaggerated) to"
+        r" +(?:WORD){1,4}?LIST",
+        r"\b(?:incorrect|wrong|false|not|excluded|rejected|ruled out|unlikely)(?: \w+)? *: *LIST",
+        r"\b(?:second|third|fourth|fifth|runner-?up|followed by|next|alternatives?|alternatively"
+        r"|another possibility|secondary)\b(?! (?:thought|look|glance|inspection))"
+        r"(?: +(?!E)[\w'-]+){0,5}? *[:,]? *LIST",
+        r"\b(?:masquerad\w+|disguis\w+|posing|dressed up) +as +(?:NOUN){0,2}?LIST",
+        r"\b(?:beside|next to|opposite|in the background|the other|another|others)\b"
+        rf"(?: +(?!E)[\w']+){{0,5}}? +(?:{_VERBS})(?: +[\w']+){{0,2}}? +LIST",
+        rf"E{_MORE} +(?:hypothesis|theory|interpretation|reading|option|guess|idea)? *(?:fails|failed"
+        r"|collapses|comes? to mind|springs? to mind|(?:gives?|gave|has given|have given) way)\b",
+        r"E +(?:music|soundtrack|context|caption|title|scene|song|story|situation|word)\b",
+        rf"E{_MORE} +by (?:others?|some|many|people)\b",
+        rf"\b(?:word|term)s? +E{_MORE}",
+        rf"E{_MORE} +has +(?:\w+ +){{0,2}}?(?:weaker|less|little|no)\b",
         r"[^.!?\n]*\?",  # a question
     )
 ]
@@ -277,12 +307,21 @@ _STRONG = [
         rf"E{_MORE} +(?:(?:is|seems|appears|remains|looks|being|to be|clearly|still|the|by far|a|an"
         rf"|as|much|far) +)*(?:dominant|dominates|prevails|predominates|predominant|primary|main"
         r"|strongest|most \w+|best|more (?:likely|plausible|fitting|prominent|evident|apparent)"
-        r"|better|closest|right|correct|likeliest|outweighs|wins)\b",
+        r"|better|closest|right|correct|likeliest|outweighs|wins|beats|(?:fits|suits|matches)"
+        r" (?:\w+ )?(?:best|better))\b",
+        r"\blean(?:s|ing)? (?:more )?(?:towards?|to) +LIST",
         r"(?:✓|✔|✅|☑|\[x\]) *E",
         r"^[^\w\ue000]*E[^\w\ue000]*?(?:[.!;]|\n|$)",  # the first sentence alone
         r"\n[^\w\ue000]*E[^\w\ue000]*$",  # the last line alone
     )
 ]
+_CONTRAST = re.compile(
+    r"\b(?:but|yet|however|still|mostly|mainly|primarily|predominantly|chiefly|outweighed|main"
+    r"|primary|dominant)\b"
+    r"|\bwith (?:(?:an?|some|perhaps|maybe|just|possibly|only|very) )*(?:hint|touch|trace|tinge|bit"
+    r"|undertone|shade|element|slight|subtle|faint|mild|dash|flicker|glimmer|note)"
+    r"|, *(?:possibly|perhaps|maybe|slightly|somewhat|a (?:little|bit|touch|hint))\b"
+)
 _FRAMED = _pattern(  # what counts beside a refusal
     r"(?:\b(?:he|she|they|it|this|person|man|woman|boy|girl|child|baby|individual|subject|face"
     r"|expression|emotion|people|guess|lady|guy|mood|features?|eyes|mouth|smile|brows?|i'd)\b"
@@ -337,6 +376,12 @@ def read_sentences(text: str, words: Mapping[str, str | None]) -> Sayings:
     refuses = _REFUSAL.search(plain) is not None
     plain = _REFUSED.sub(lambda match: match[0].replace(_SIGN, "\ue003"), plain)
     plain = re.sub(rf"\b(less\b(?: +[\w']+){{0,3}}? +{_SIGN} *,? +)than\b", r"\1but", plain)
+    plain = re.sub(r"\bless(?= \w+ than\b)( \w+) than\b", r"less\1 but", plain)
+    plain = re.sub(
+        rf"({_SIGN}?)(?:\W\([a-h]\)|(?<!\w)\(?[a-h][).:]) *(?={_SIGN})",
+        lambda match: f"{match[1]}, " if match[1] else " ",
+        plain,
+    )
     plain = re.sub(r" +", " ", plain)
     places = [n for n, letter in enumerate(plain) if letter in (_SIGN, "\ue003")]
     weights = _weigh(plain, places)
@@ -363,7 +408,7 @@ def read_sentences(text: str, words: Mapping[str, str | None]) -> Sayings:
         Mention(word, words[word], weight, lies)
         for word, weight, lies in zip(found, weights, listed, strict=True)
     )
-    return Sayings(mentions, refuses)
+    return Sayings(mentions, _CONTRAST.search(plain) is not None, refuses)
 
 
 def _plain(text: str) -> str:

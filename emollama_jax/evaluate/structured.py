@@ -248,10 +248,18 @@ def read_pairs(text: str, is_label: Callable[[str], bool]) -> Scores | None:
     Returns:
         The scores; None for any other text.
     """
-    inner = re.sub(r"^[\s`{\[(]+|[\s`}\])]+$", "", re.sub(r"\*\*|`", "", text))
+    inner = re.sub(r"^[\s`{\[(]+|[\s`}\])]+$", "", re.sub(r"\*\*|`", "", _unruled(text)))
     pieces = [piece for piece in _SPLIT.split(inner) if piece.strip(" \t.:-|*`#")]
     pieces = [piece for piece in pieces if not re.fullmatch(r"[^:]*:\s*", piece)]  # headings
     return _all(pieces, _PIECE, is_label) or _all(pieces, _REVERSED, is_label)
+
+
+def _unruled(text: str) -> str:
+    """A Markdown table of two columns as "name: value" lines."""
+    text = re.sub(r"^[^\n]*\n[ \t]*\|?(?: *:?-{2,}:? *\|?)+[ \t]*$", "", text, flags=re.MULTILINE)
+    return re.sub(
+        r"^[ \t]*\|([^|\n]+)\|([^|\n]+)\|[ \t]*$", r"\1: \2", text, flags=re.MULTILINE
+    )
 
 
 def _all(pieces: list[str], pattern: re.Pattern, is_label: Callable) -> Scores | None:
