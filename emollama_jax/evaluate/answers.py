@@ -103,7 +103,7 @@ def vocabulary(space: LabelSpace) -> dict[str, str]:
 
 # ---- reading
 
-_ENDS = re.compile(r"^\W+|\W+$")
+_SHORT = 200  # characters of an answer that may be a name and nothing else
 _DEGREES = frozenset(
     "a an the of mild mildly slight slightly strong strongly moderate some very high low intense"
     " faint subtle extreme extremely little bit likely most mostly probably primary".split()
@@ -121,7 +121,7 @@ _KEYS = (
 )
 _MARKS = [
     re.compile(
-        rf"(?:^|(?<=[\n.;!?*#(\[{{\"'>|,-]))[\s*#_\"'>|-]*(?:(?:the|my|so|thus|therefore|person's)"
+        rf"(?:^|(?<=[\n.;!?*#(\[{{\"'>|,-]))[\s*#_\"'>|-]{{0,9}}(?:(?:the|my|so|thus|therefore|person's)"
         rf",? )*(?:{keys})[\s\"'*_]*(?:is\s*)?(?::|=(?!=))[\s*_:]*",
         re.IGNORECASE,
     )
@@ -129,6 +129,10 @@ _MARKS = [
 ]
 _OTHER = re.compile(r"\W*(?!(?:yes|sure|well|okay)\b)[^\W\d_]{3,}\W*", re.IGNORECASE)
 _OPTION = re.compile(r"\W*(?:option\s+)?[a-z0-9]\W*", re.IGNORECASE)
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"^\W+|\W+$", "", text).casefold()
 
 
 class _Reader:
@@ -142,7 +146,7 @@ class _Reader:
 
     def read(self, text: str) -> Parsed:
         """A text without reasoning."""
-        if (bare := _ENDS.sub("", text).casefold()) in self.names:
+        if len(text) < _SHORT and (bare := _bare(text)) in self.names:
             return Parsed(self.names[bare], "exact")
         return self.read_data(text) or self._marked(text) or self._said(text)
 
@@ -226,7 +230,7 @@ class _Reader:
         if not line.strip():
             return None
         first = re.split(r"[.;\n(–—]|\s-\s|,\s*(?=[\"']?\w+[\"']?\s*:)", line, maxsplit=1)[0]
-        if (bare := _ENDS.sub("", first).casefold()) in self.known:
+        if (bare := _bare(first[:_SHORT])) in self.known:
             if structured.read_shares(rest, self._is_label) is None:
                 said = self._said(rest)
                 if said.label is not None and said.label == self.known[bare]:

@@ -55,7 +55,7 @@ _STOP = re.compile(
     re.IGNORECASE,
 )
 # A model without a chat's end makes up the next question.
-_NEXT = re.compile(r"\n\s*(?:#+ *)?(?:question|user|human|q)\s*:", re.IGNORECASE)
+_NEXT = re.compile(r"\n[ \t]{0,9}(?:#{1,6} *)?(?:question|user|human|q)\s*:", re.IGNORECASE)
 
 
 def final_answer(text: str) -> str | None:
@@ -68,7 +68,7 @@ def final_answer(text: str) -> str | None:
     text = _channel(text)
     if text is None:
         return None
-    text = _ended(text)
+    text = re.sub(r"\s{9,}", lambda found: found[0][:9], _ended(text))
     for pattern, tag in _OTHER:
         text = re.sub(pattern, tag, text, flags=re.IGNORECASE)
     kept = _without_reasoning(text)

@@ -30,7 +30,7 @@ _LABEL_KEYS = (
     ("emotion", "expression", "facial expression", "result", "response", "output", "text")
     + ("name", "type", "content", "sentiment", "feeling", "value"),
     ("emotions", "labels", "predictions", "results", "scores", "probabilities", "probs")
-    + ("emotion scores", "emotion probabilities", "expressions", "all"),
+    + ("top emotions", "emotion scores", "emotion probabilities", "expressions", "all"),
 )
 _NAME_KEYS = ("label", "emotion", "name", "type", "class", "category", "expression")
 _SCORE_KEYS = ("score", "confidence", "probability", "prob", "value", "percentage", "likelihood")
@@ -235,7 +235,7 @@ _REVERSED = re.compile(
     r"(?P<name>[^\W\d][\w' /-]*?)[\s\"'*_`)\]}.]*",
     re.IGNORECASE,
 )
-_SPLIT = re.compile(r"[,;\n|•]|\band\b|(?<=%)\s+(?=[^\W\d])|(?:(?<=\bno)|(?<=yes))\s+(?=\w+\s*:)")
+_SPLIT = re.compile(r"[,;\n|•]|\band\b|(?<=[%✓✔✅✗✘❌])\s+(?=[^\W\d])|(?:(?<=\bno)|(?<=yes))\s+(?=\w+\s*:)")
 
 
 def read_pairs(text: str, is_label: Callable[[str], bool]) -> Scores | None:
@@ -248,6 +248,8 @@ def read_pairs(text: str, is_label: Callable[[str], bool]) -> Scores | None:
     Returns:
         The scores; None for any other text.
     """
+    if len(text) > _LONGEST:
+        return None
     inner = re.sub(r"^[\s`{\[(]+|[\s`}\])]+$", "", re.sub(r"\*\*|`", "", _unruled(text)))
     pieces = [piece for piece in _SPLIT.split(inner) if piece.strip(" \t.:-|*`#")]
     pieces = [piece for piece in pieces if not re.fullmatch(r"[^:]*:\s*", piece)]  # headings
@@ -257,9 +259,7 @@ def read_pairs(text: str, is_label: Callable[[str], bool]) -> Scores | None:
 def _unruled(text: str) -> str:
     """A Markdown table of two columns as "name: value" lines."""
     text = re.sub(r"^[^\n]*\n[ \t]*\|?(?: *:?-{2,}:? *\|?)+[ \t]*$", "", text, flags=re.MULTILINE)
-    return re.sub(
-        r"^[ \t]*\|([^|\n]+)\|([^|\n]+)\|[ \t]*$", r"\1: \2", text, flags=re.MULTILINE
-    )
+    return re.sub(r"^[ \t]*\|([^|\n]+)\|([^|\n]+)\|[ \t]*$", r"\1: \2", text, flags=re.MULTILINE)
 
 
 def _all(pieces: list[str], pattern: re.Pattern, is_label: Callable) -> Scores | None:
@@ -284,14 +284,15 @@ def _all(pieces: list[str], pattern: re.Pattern, is_label: Callable) -> Scores |
     return Scores(tuple(found)) if len(labels) > 1 else None
 
 
+_LONGEST = 5000  # characters of a list of scores
 _INLINE = re.compile(
-    r"(?P<name>[^\W\d]+)[\"'*_]*\s*(?::|=|\(|->|→|–|-|\bis\b|\bat\b|\babout\b|\bwith\b|,)?\s*"
+    r"(?<![^\W\d])(?P<name>[^\W\d]+)[\"'*_]*\s*(?::|=|\(|->|→|–|-|\bis\b|\bat\b|\babout\b|\bwith\b|,)?\s*"
     r"(?:(?:a |an )?(?:probability|likelihood|confidence|score)(?: of)?\s*|(?:at|about|around)\s+)?"
     r"[~(]?\s*(?P<number>\d+(?:\.\d+)?)\s*(?:%|percent\b|per cent\b)",
     re.IGNORECASE,
 )
 _INLINE_REVERSED = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?)\s*(?:%|percent\b|per cent\b)\s*"
+    r"(?<!\d)(?P<number>\d+(?:\.\d+)?)\s*(?:%|percent\b|per cent\b)\s*"
     r"(?:(?:chance|probability|likelihood|confidence)\s+)?(?:(?:of|for|in)\s+)?[\"'*_]*"
     r"(?P<name>[^\W\d]+)",
     re.IGNORECASE,
@@ -301,6 +302,8 @@ _INLINE_REVERSED = re.compile(
 def read_shares(text: str, is_label: Callable[[str], bool]) -> Scores | None:
     """The per cents of at least two labels in a sentence; None for any other text."""
     numbers = len(re.findall(r"\d\s*(?:%|percent\b|per cent\b)", text))
+    if numbers < 2:
+        return None
     for pattern in (_INLINE, _INLINE_REVERSED):
         found = [(n["name"].casefold(), float(n["number"])) for n in pattern.finditer(text)]
         if len(found) == numbers and sum(is_label(name) for name, _ in found) > 1:
