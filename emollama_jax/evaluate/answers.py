@@ -161,7 +161,8 @@ class _Reader:
         words = [re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", piece) for piece in pieces]
         low = [[word.casefold() for word in found] for found in words]
         shares = structured.read_shares(text, self._is_label)
-        if len(pieces) < 2 or shares or any(_NO_LIST.intersection(found) for found in low):
+        graded = any(re.match(r"[\W\d_]*[^\W\d_]\D*\d", piece) for piece in pieces)
+        if len(pieces) < 2 or shares or graded or any(_NO_LIST.intersection(found) for found in low):
             return None
         single = all(len(found) == 1 for found in low)
         degrees = all(

@@ -14,7 +14,7 @@ SIGN = "\ue000"
 
 _STOPS = (
     r"but|and|rather|instead|however|although|though|while|whereas|because|since|then|which|who"
-    r"|so(?! much\b)|yet|suggesting|indicating|showing|conveying|making|hence|therefore|thus"
+    r"|so(?! (?:much|far)\b)|yet|suggesting|indicating|showing|conveying|making|hence|therefore|thus"
 )
 _PERSON = r"he|she|they|it|i|we|you|there|this"
 _VERBS = (
@@ -70,7 +70,11 @@ _THAN = (  # the next phrase
     r"|(?:dismiss|reject|discard|discount|disregard|forget|ignor|eliminat)(?:e?s|e|ed|ing)?"
     r"|(?:fak|feign|pretend|simulat)(?:e?s|e|ed|ing)?|supposed(?: to be)?|so-called|pseudo"
     r"|mimic(?:s|ked|king)?|mocks?|mocking|hid(?:es?|ing)|(?:mask|suppress|conceal)(?:e?s|ing|ed)?"
-    r"|expected|expecting|never mind|(?:wins?|won|prevails?|dominates?|triumphs?) over"
+    r"|expected|expecting|never mind|far cry from|miles (?:away )?from|nothing like"
+    r"|(?:would|could|might) have (?:been|said|guessed|answered|picked)|going to (?:say|answer|pick)"
+    r"|after (?:being|looking|feeling)|(?<!at )once|formerly|previously"
+    r"|(?:scene|movie|film|story|song|article|talk) about"
+    r"|(?:wins?|won|prevails?|dominates?|triumphs?) over"
     r"|(?:beat|outweigh|overrid|trump|overshadow|exceed)(?:s|es|ing)?"
 )
 _ABSENT = (  # what an emotion "is" then
@@ -79,7 +83,7 @@ _ABSENT = (  # what an emotion "is" then
     r"|false|out of|less|merely|only|just an?|a mistake|a misreading|an illusion|inaccurate"
     r"|unsuitable|inappropriate|hardly|barely|lacking|too (?:strong|much|weak)|neither|negligible"
     r"|doubtful|no|off the table|weak(?:er)?|secondary|second|third|far-fetched|a distractor"
-    r"|a (?:wrong|poor|bad|false|weak)|unconvincing|gone|over|outweighed|overshadowed|dominated"
+    r"|a (?:wrong|poor|bad|false|weak)|my (?:first|initial)|unconvincing|gone|over|outweighed|overshadowed|dominated"
     r"|overridden)\b"
 )
 _GLANCE = (
@@ -89,7 +93,7 @@ _GLANCE = (
 _SPEAKER = (  # who names an emotion without asserting it
     r"(?:question|prompt|user|you|options?|instructions?|captions?|text|titles?|labels?|shirt|sign"
     r"|poster|watermark|banner|file ?name|subtitles?|choices|list|annotat(?:ion|ors?)|raters?"
-    r"|colleagues?|task|note|words?)"
+    r"|colleagues?|classifiers?|networks?|algorithms?|detectors?|task|note|words?)"
 )
 _SAYS = (
     r"(?:mention|ask|sa[iy]|suggest|list|nam|offer|includ|read|refer|propos|stat|assum|giv|contain"
@@ -120,9 +124,19 @@ _DENIED = (
     r"EMORE +(?:hypothesis|theory|interpretation|reading|option|guess|idea)? *(?:fails|failed"
     r"|collapses|disappears?|vanish(?:es|ed)|subsides?|fades?|(?:comes?|springs?) to mind"
     r"|(?:gives?|gave|has given|have given) way)\b",
-    r"E *[:=(–-]+ *(?:no|false|0(?:·0+)?%?|absent|none|n/a|not \w+|✗|✘|❌)(?!\w)",
-    r"^\W*?(?:✗|✘|❌|☐|\[ *\]) *E",
-    r"\b(?:incorrect|wrong|false|not|excluded|rejected|ruled out|unlikely)(?: \w+)? *: *LIST",
+    r"E\)? *[:=(–-]+ *(?:very )?(?:no|false|absent|none|n/a|not \w+|low|weak|unlikely|minimal"
+    r"|negligible|missing|✗|✘|❌)(?!\w)",
+    r"E *; *(?:no|ruled out|excluded|rejected|absent|unlikely|incorrect|wrong|not \w+)(?= *(?:[,;.!)]|$))",
+    r"EMORE +(?:not (?:detected|present|found|visible|seen|shown)|undetected|excluded|absent"
+    r"|missing|ruled out)\b",
+    r"E\)? *[:=(]* *(?:0(?:·[0-4]\d*)?(?!\d|·|%)|[0-4]?\d(?:·\d+)? ?%|[0-4]/10\b)",
+    r"(?<![\d·])[0-4]?\d(?:·\d+)? ?%(?: +(?:sure|confident|chance|probability|likelihood|it's|it is"
+    r"|of|for|that))* +(?:DET)?E",
+    r"^\W*?(?:✗|✘|❌|☐|\[ *\]|\( *\)) *E",
+    r"(?:\[ *\]|\( +\)) *E",
+    r"(?<![✗✘❌✓✔✅] )E *(?:✗|✘|❌)",
+    r"\b(?:incorrect|wrong|false|not|excluded|rejected|ruled out|unlikely|absent|missing"
+    r"|least likely|ground truth|true label|gt|reference)(?: \w+)? *: *LIST(?: *, *LIST)*",
     r"\b(?:wrong|incorrect|mistake|inaccurate|misleading|error|premature|unfair|exaggerated) to"
     r" +(?:WORD){1,4}?LIST",
     r"\b(?:tempt\w+|easy|easily|prone) to (?:WORD){1,4}?LIST",
@@ -148,9 +162,20 @@ _DENIED = (
     # "I thought fear", "some would say anger"
     r"\b(?:thought|assumed|believed|guessed|suspected|expected|hoped|feared) +(?:WORD){0,5}?LIST",
     r"\b(?:some|others?|many|people|one|someone|observers?|viewers?|you|they) (?:people |\w+ )?"
-    r"(?:might|may|could|would|will|can|tend to|often|say|think|see|call|claim|argue)\b"
+    r"(?:might|may|could|would|will|can|tend to|often|say|think|see|call|claim|argue"
+    r"|answer|guess|label)\b"
     r" *(?:WORD){0,6}?LIST",
     r"EMORE +by (?:others?|some|many|people)\b",
+    r"\byou'd (?:think|say|expect|guess|believe) +(?:WORD){0,5}?LIST",
+    r"\bto (?:an? |the )?(?:untrained|casual|inattentive|careless)\b[^.;!?]*",
+    r"EMORE +(?:(?:might|could|would) have been|an? (?:moment|second|while|minute) ago|just now"
+    r"|until recently)\b",
+    r"\b(?:looks?|seems?|appears?) +(?:WORD){0,3}?EMORE[^.;:!?()]{0,60}\b(?:but|yet) +(?:(?:he|she|it"
+    r"|they|the \w+) +)?(?:is|are|was)\b(?![^.!?]*E)",
+    r"(?:^|[,;] *)(?:were|should) (?:he|she|it|they|the \w+)\b[^.,;!?]*",
+    r"\b(?:supposing|imagine)\b[^.,;!?]*",
+    r"\b(?:emoji|icon|sticker|logo) +(?:is|looks|shows)\b[^.,;!?]*",
+    r"\bplay(?:s|ed|ing)? (?:an?|the) +(?:NOUN){0,2}?LIST",
     # "although sad", "if he were angry", "sadness would …"
     r"(?<!as )(?<!even )\b(?:although|though|even though|even if|albeit|admittedly|granted)\b,?"
     r"(?:(?!E)[^.,;:!?()]){0,200}LIST",
@@ -177,7 +202,7 @@ _DENIED = (
     # another person, another rank
     r"\b(?:beside|next to|opposite|in the background|the other|another|others)\b"
     rf"(?: +(?!E)[\w']+){{0,5}}? +(?:{_VERBS})(?: +[\w']+){{0,2}}? +LIST",
-    r"\b(?:second|third|fourth|fifth|runner-?up|followed by|next|alternatives?|alternatively"
+    r"\b(?:second|third|fourth|fifth|2nd|3rd|top-?[2-9]|runner-?up|followed by|next|alternatives?|alternatively"
     r"|another possibility|secondary)\b(?! (?:thought|look|glance|inspection))"
     r"(?: +(?!E)[\w'-]+){0,5}? *[:,]? *LIST",
     r"^[^?]*\?",  # a question
@@ -189,7 +214,7 @@ _MINOR = (
     r"\b(?:hints?|touch|traces?|tinge|undertones?|shades?|elements?|dash|flicker|glimmer|bit"
     r"|suggestion|pinch|note|underlying|mild|mildly|slight|slightly|subtle|subtly|faint"
     r"|faintly|minor|secondary|second|some|possibly|perhaps|maybe|potentially|possible|partly"
-    r"|somewhat|a little|almost|nearly|bordering on|verging on|close to|similar to|akin to"
+    r"|somewhat|a little|almost|nearly|border(?:s|ing) on|verg(?:es|ing) on|close to|similar to|akin to"
     r"|reminiscent of|resembl\w+|(?:may|might|could|can) also be) +(?:NOUN){0,3}?LIST",
     r"\b(?:may|might|could|can)\b +(?:also +)?(?:suggest|indicate|mean|signal|hint|imply|reflect"
     r"|point|convey|express|accompany|look like|be (?:an? |the )?(?:sign|seen as|interpreted|read"
@@ -260,6 +285,9 @@ def strong() -> tuple[re.Pattern, ...]:
 WITHDRAWN = pattern(
     r"E[ ,;.…!—-]{0,10}(?:no,? wait|no[,;]|wait[,.;]|i mean|or rather|scratch that|correction"
     r"|make that|sorry,|hmm)"
+)
+AFFIRMED = pattern(  # "is the person sad? yes"
+    r"(?<!\bnot )E[^.!?\nE]{0,60}\? *\n?(?: *a(?:nswer)?:)? *(?:yes|correct|true|right)\b(?!,? (?:no|but)\b)"
 )
 ALONE = pattern(r"\A[^\wE]{0,20}E[^\wE]{0,20}?(?:[.!;]|\n|\Z)|\n[^\wE\n]{0,20}E[^\wE\n]{0,20}\Z")
 TIED = pattern(r"(?=(E *,? *(?:(?:and/)?or|to|/) +(?:WORD){0,3}?E))")  # "sad or perhaps neutral"

@@ -34,7 +34,7 @@ _OTHER = (  # other spellings of a start and an end → tags
     (r"<\|end_response\|>", "</answer>"),
     (r"\[(/?)(think|thinking|reasoning)\]", r"<\1\2>"),
     (r"^\s*here(?: is|'s) my thought process:", "<think>"),
-    (r"^\s*here(?: is|'s) my response:", "</think>"),
+    (r"(?<=[\s.])here(?: is|'s) my response:", "</think>"),
 )
 _TAG = re.compile(
     rf"<\s*{_NAME % 'start'}(?:\s[^<>]*)?>|<\s*/\s*{_NAME % 'end'}\s*>|<\s*{_NAME % 'empty'}\s*/>",

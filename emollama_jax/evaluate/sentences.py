@@ -195,6 +195,8 @@ def _weigh(plain: str) -> dict[int, Weight]:
         for place in range(*match.span()):
             if weight.get(place, Weight.DENIED) > Weight.DENIED:
                 weight[place] = Weight.STRONG
+    for match in phrases.AFFIRMED.finditer(plain):
+        give(Weight.STRONG, *match.span())
     for match in phrases.WITHDRAWN.finditer(plain):
         give(Weight.DENIED, *match.span())
     return weight

@@ -32,6 +32,8 @@ _LABEL_KEYS = (
     ("emotions", "labels", "predictions", "results", "scores", "probabilities", "probs")
     + ("top emotions", "emotion scores", "emotion probabilities", "expressions", "all"),
 )
+_NAMES = ("labels", "emotions", "classes")  # of a record of two lists
+_SHARES = ("scores", "probabilities", "probs", "confidences")
 _NAME_KEYS = ("label", "emotion", "name", "type", "class", "category", "expression")
 _SCORE_KEYS = ("score", "confidence", "probability", "prob", "value", "percentage", "likelihood")
 
@@ -110,7 +112,8 @@ def _record(tree: Mapping[str, Any]) -> Data:
         if name and (score := _score(value)) is not None
     ]
     scored = [(name, score) for name, score in pairs if name not in _META]
-    names, scores = tree.get("labels"), tree.get("scores")
+    names = next((tree[key] for key in _NAMES if key in tree), None)
+    scores = next((tree[key] for key in _SHARES if key in tree), None)
     if isinstance(names, list) and isinstance(scores, list) and len(names) == len(scores):
         return holds(list(zip(names, scores, strict=True)))
     for keys in _LABEL_KEYS:
@@ -221,7 +224,7 @@ def _bracketed(text: str) -> list[str]:
 # ---- pairs in a text
 
 _VALUE = (
-    rf"(?P<number>{_NUMBER})\s*(?P<percent>%|percent\b|per cent\b)?"
+    rf"(?P<number>{_NUMBER})\s*(?P<percent>%|percent\b|per cent\b|/\s*\d+)?"
     rf"|(?P<word>{'|'.join(map(re.escape, sorted(_WORDS, key=len, reverse=True)))})"
 )
 _PIECE = re.compile(
@@ -235,7 +238,8 @@ _REVERSED = re.compile(
     r"(?P<name>[^\W\d][\w' /-]*?)[\s\"'*_`)\]}.]*",
     re.IGNORECASE,
 )
-_SPLIT = re.compile(r"[,;\n|•]|\band\b|(?<=[%✓✔✅✗✘❌])\s+(?=[^\W\d])|(?:(?<=\bno)|(?<=yes))\s+(?=\w+\s*:)")
+_SPLIT = re.compile(r"[,;\n|•]|\band\b|(?<=[%✓✔✅✗✘❌])\s+(?=[^\W\d])|(?:(?<=\bno)|(?<=yes)|(?<=\d))\s+(?=[^\W\d]+\s*[:=])"
+)
 
 
 def read_pairs(text: str, is_label: Callable[[str], bool]) -> Scores | None:
@@ -250,6 +254,7 @@ def read_pairs(text: str, is_label: Callable[[str], bool]) -> Scores | None:
     """
     if len(text) > _LONGEST:
         return None
+    text = re.sub(r"\bp\(([^()]*)\)", r"\1", text, flags=re.IGNORECASE)
     inner = re.sub(r"^[\s`{\[(]+|[\s`}\])]+$", "", re.sub(r"\*\*|`", "", _unruled(text)))
     pieces = [piece for piece in _SPLIT.split(inner) if piece.strip(" \t.:-|*`#")]
     pieces = [piece for piece in pieces if not re.fullmatch(r"[^:]*:\s*", piece)]  # headings
@@ -272,7 +277,7 @@ def _all(pieces: list[str], pattern: re.Pattern, is_label: Callable) -> Scores |
         if match is None:
             return None
         groups = match.groupdict()
-        name = _key(groups["name"])
+        name = re.sub(r"^(?:the )?(?:prob\w*|likelihood|chance|score) (?:of|for) ", "", _key(groups["name"]))
         share = groups["percent"] or "." in (groups["number"] or "")
         if pattern is _REVERSED and not share:
             return None  # "1 fear, 2 anger" numbers its entries
