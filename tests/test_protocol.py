@@ -22,7 +22,7 @@ RAF_DB, DFEW, MAFW = (LABEL_SPACES[name] for name in ("raf_db", "dfew", "mafw"))
         ("The expression is sadness.", "sadness", "word"),
         ("The brows are raised, the mouth is open. This looks like surprise.", "surprise", "word"),
         ("Anger, clear anger!", "anger", "word"),
-        ("A joyful surprise.", "surprise", "word"),  # a class name before a synonym
+        ("A joyful surprise.", None, "ambiguous"),  # a class name and a synonym count alike
         ("She looks happy", "happiness", "synonym"),
         ("He is furious and angry.", "anger", "synonym"),
         ("scared", "fear", "synonym"),

@@ -142,32 +142,116 @@ LABEL_SPACES: Mapping[str, LabelSpace] = {
     ),
 }
 
-# Words that answers use → the word that all sets share. Words that fit two classes ("upset",
-# "horrified") and words for what a face does ("smiling", "crying") are not here.
+# Words that answers use → the word that all sets share. Each text lists the forms of one word; the
+# first are those of the shared word itself. Words that fit two classes ("upset", "horrified") and
+# words for what a face does ("smiling", "crying") are not here.
 _WORDS = {
     "happiness": (
-        "happy happily joy joyful joyous cheerful cheerfulness delight delighted glad gladness "
-        "pleased amused amusement contented"
+        "happy happily happier happiest",
+        "joy joyful joyfully joyous",
+        "cheerful cheerfully cheerfulness",
+        "delight delighted delightedly",
+        "glad gladly gladness",
+        "pleased",
+        "amused amusement",
+        "contented contentment",
+        "elated elation",
+        "ecstatic ecstasy",
+        "jubilant jubilation",
+        "overjoyed",
+        "gleeful gleefully glee",
     ),
     "sadness": (
-        "sad sadly unhappy unhappiness sorrow sorrowful grief grieving mournful gloomy melancholy "
-        "melancholic miserable dejected downcast"
+        "sad sadly sadder saddest saddened",
+        "unhappy unhappily unhappiness",
+        "sorrow sorrowful sorrowfully",
+        "grief grieving",
+        "mournful mournfully mourning",
+        "gloomy gloomily",
+        "melancholy melancholic",
+        "miserable miserably misery",
+        "dejected dejection",
+        "downcast",
+        "despondent",
+        "heartbroken",
+        "depressed",
     ),
-    "anger": "angry angrily mad furious fury rage enraged irate annoyed annoyance irritated",
-    "fear": "fearful afraid scared frightened terrified terror fright",
-    "disgust": "disgusted disgusting revulsion repulsed revolted grossed",
+    "anger": (
+        "angry angrily angrier angriest angered",
+        "mad",
+        "furious furiously fury",
+        "rage raging enraged",
+        "irate",
+        "annoyed annoyance",
+        "irritated irritation",
+        "outraged outrage",
+        "infuriated",
+        "livid",
+        "wrath wrathful",
+    ),
+    "fear": (
+        "fearful fearfully",
+        "afraid",
+        "scared",
+        "frightened fright",
+        "terrified terror",
+        "petrified",
+        "panicked",
+    ),
+    "disgust": (
+        "disgusted disgusting disgustedly",
+        "revulsion revolted",
+        "repulsed repulsion",
+        "grossed",
+    ),
     "surprise": (
-        "surprised surprising astonished astonishment amazed amazement startled shock shocked"
+        "surprised surprising",
+        "astonished astonishment",
+        "amazed amazement",
+        "startled",
+        "shock shocked",
+        "astounded",
+        "stunned",
     ),
-    "neutral": "neutrality expressionless emotionless impassive unemotional calm blank",
-    "contempt": "contemptuous scorn scornful disdain disdainful",
-    "anxiety": "anxious anxiously nervous nervousness worried worry apprehensive uneasy",
-    "helplessness": "helpless helplessly powerless hopeless hopelessness",
-    "disappointment": "disappointed disappointing letdown",
+    "neutral": (
+        "neutrality neutrally",
+        "expressionless",
+        "emotionless",
+        "impassive",
+        "unemotional",
+        "calm calmly calmness",
+        "blank blankly",
+        "deadpan",
+    ),
+    "contempt": (
+        "contemptuous contemptuously",
+        "scorn scornful scornfully",
+        "disdain disdainful disdainfully",
+    ),
+    "anxiety": (
+        "anxious anxiously",
+        "nervous nervously nervousness",
+        "worried worry",
+        "apprehensive apprehension",
+        "uneasy",
+    ),
+    "helplessness": ("helpless helplessly", "powerless", "hopeless hopelessness"),
+    "disappointment": ("disappointed disappointing", "letdown"),
 }
 SYNONYMS: Mapping[str, str] = {
-    word: emotion for emotion, words in _WORDS.items() for word in words.split()
+    word: emotion for emotion, forms in _WORDS.items() for word in " ".join(forms).split()
 }
+_STEMS = {
+    word: emotion if number == 0 else forms.split()[0]
+    for emotion, words in _WORDS.items()
+    for number, forms in enumerate(words)
+    for word in forms.split()
+}
+
+
+def stem(word: str) -> str:
+    """One word for all forms of it: "happy" → "happiness", "joyous" → "joy"."""
+    return _STEMS.get(word, word)
 
 
 def label_space(name: str) -> LabelSpace:

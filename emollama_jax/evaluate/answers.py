@@ -1,12 +1,16 @@
 """Reading an answer: which class a text names, or which label scored best.
 
-Reading a free-text answer goes in stages, and the first that names a class decides:
-  exact    the answer is a class name and nothing else;
-  word     class names are searched as whole words;
-  synonym  the synonym table is searched ("joyful" → happiness).
-If a stage names two classes, the answer is ambiguous; if none names one, it says nothing. Both are
-unparsed: they count as wrong, and their rate is reported. A mention under a negation ("not happy",
-"no sign of fear or anger") names nothing; its reach ends with the clause.
+Reasoning goes first (`reasoning.py`). What is left is read as the first of these that it is:
+  exact    a class name and nothing else;
+  score    data, or pairs of labels with numbers or yes and no: the best label (`structured.py`);
+  word     sentences that assert one class (`sentences.py`), by its name;
+  synonym  or by another word for it ("joyful" → happiness). Both are judged together.
+All else is unparsed; it counts as wrong, and its rate is reported:
+  ambiguous   two classes are named, or two scores are alike;
+  none        no class is;
+  foreign     the best label is no class of the set;
+  refusal     the model declines to answer;
+  unfinished  the reasoning was cut off.
 
 A ranked list ("sadness, neutral, fear") is no free text: its first label is the answer.
 """
@@ -14,12 +18,17 @@ A ranked list ("sadness, neutral, fear") is no free text: its first label is the
 import dataclasses
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
-from emollama_jax.data.emotions import SYNONYMS, LabelSpace
+from emollama_jax.data.emotions import SYNONYMS, LabelSpace, stem
 from emollama_jax.errors import UserError
+from emollama_jax.evaluate import structured
+from emollama_jax.evaluate.reasoning import final_answer
+from emollama_jax.evaluate.sentences import Sayings, Weight, read_sentences
 
-How = Literal["exact", "word", "synonym", "score", "ambiguous", "none", "foreign"]
+How = Literal[
+    "exact", "word", "synonym", "score", "ambiguous", "none", "foreign", "refusal", "unfinished"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +41,34 @@ class Parsed:
 
 def parse_answer(text: str, space: LabelSpace) -> Parsed:
     """Reads the class that an answer names."""
-    bare = re.sub(r"^\W+|\W+$", "", text).casefold()
-    names = {name.casefold(): name for name in space.classes}
-    if bare in names:
-        return Parsed(names[bare], "exact")
-    mentions = _mentions(text, names, vocabulary(space))
-    for how in ("word", "synonym"):
-        found = {mention.label for mention in mentions if mention.how == how}
-        if found:
-            return Parsed(found.pop(), how) if len(found) == 1 else Parsed(None, "ambiguous")
-    return Parsed(None, "none")
+    final = final_answer(text)
+    return Parsed(None, "unfinished") if final is None else _Reader(space).read(final)
+
+
+def parse_ranked(text: str, space: LabelSpace) -> Parsed:
+    """Reads an answer that may be a ranked, comma-separated list of labels.
+
+    A list is what has only single words between its commas ("pain, fear, sadness"), or only a
+    class with words of degree ("mild fear, slight surprise"). Its first entry is the answer, also
+    where that names no class of the set. All else is read as free text.
+    """
+    final = final_answer(text)
+    if final is None:
+        return Parsed(None, "unfinished")
+    reader = _Reader(space)
+    return reader.read_data(final) or reader.read_ranked(final) or reader.read(final)
+
+
+def parse_tree(tree: Any, space: LabelSpace, *, samples: bool) -> Parsed:
+    """Reads an answer that a file holds as data: scores, records, lists.
+
+    Args:
+        tree: of JSON.
+        space: the classes.
+        samples: a list of texts has several answers to one question, which must agree; else its
+            short texts are ranked labels.
+    """
+    return _Reader(space).decide(structured.holds(tree, samples=samples))
 
 
 def best_label(scores: dict[str, float]) -> Parsed:
@@ -55,80 +82,203 @@ def best_label(scores: dict[str, float]) -> Parsed:
     return Parsed(max(scores, key=scores.__getitem__), "score")
 
 
-def parse_ranked(text: str, space: LabelSpace) -> Parsed:
-    """Reads an answer that may be a ranked, comma-separated list of labels.
-
-    A list is what has only single words between its commas ("pain, fear, sadness"), or only short
-    phrases of which each names a class ("mild fear, slight surprise"). Its first entry is the
-    answer, also where that names no class of the set. All else is read as free text.
-    """
-    pieces = [piece for piece in text.split(",") if piece.strip()]
-    if len(pieces) > 1:
-        words = [re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", piece) for piece in pieces]
-        first = parse_answer(" ".join(words[0]), space)
-        if all(len(found) == 1 for found in words):
-            return first
-        if all(
-            len(found) <= 3
-            and found[:1] not in (["and"], ["or"])
-            and parse_answer(piece, space).label
-            for piece, found in zip(pieces, words, strict=True)
-        ):
-            return first
-    return parse_answer(text, space)
-
-
-# ---- mentions and negations
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mention:
-    label: str
-    how: How
-
-
-_EMPHASIS = (  # "not only sad", "no doubt fear": they deny nothing
-    r"not (?:only|just|merely|simply|sure|certain)|nothing but"
-    r"|(?:no|without(?: a)?|beyond) (?:doubt|question)"
-)
-_DENIAL = (
-    r"rather than|instead of|lack(?:s|ing)? of|absence of|free of|devoid of|far from|opposed to"
-    r"|not|no|never|none|nor|neither|nothing|without|cannot|hardly|barely|unlike|lacks?|lacking"
-    r"|\w+n['’]t"
-)
-_CLAUSE_END = r"but|and|rather|instead|however|although|though|while|whereas|because|since|then"
-# What a denial covers: the next emotion, those that "or" ties to it, and a list that ends in "or".
-_DENIED = re.compile(r"N[WON]{0,6}E(?:W{0,3}OW{0,3}E)*(?:(?:CE)*C?OE)?")
-
-
-def _mentions(text: str, names: dict[str, str], synonyms: dict[str, str]) -> list[_Mention]:
-    """Every mention of a class that no negation covers.
-
-    The text is spelled with one letter a word (the groups' names: E emotion, N negation, O "or",
-    C comma, B end of a clause, W and P any other word), and `_DENIED` is searched in that spelling.
-    """
-    emotions = "|".join(map(re.escape, sorted({*names, *synonyms}, key=len, reverse=True)))
-    pattern = (
-        rf"\b(?:(?P<P>{_EMPHASIS})|(?P<E>{emotions})|(?P<N>{_DENIAL})|(?P<O>or)"
-        rf"|(?P<B>{_CLAUSE_END}))\b|(?P<C>,)|(?P<D>[.;:!?()\n—–])|(?P<W>\w+)"
-    )
-    tokens = list(re.finditer(pattern, text.casefold()))
-    spelling = "".join(token.lastgroup or "" for token in tokens).replace("P", "W")
-    for i, token in enumerate(tokens):  # "no fear and anger": "and" ties two emotions
-        if token[0] == "and" and spelling[i - 1 : i + 2] == "EBE":
-            spelling = f"{spelling[:i]}O{spelling[i + 1 :]}"
-    denied = {i for scope in _DENIED.finditer(spelling) for i in range(*scope.span())}
-    return [
-        _Mention(names[token[0]], "word")
-        if token[0] in names
-        else _Mention(synonyms[token[0]], "synonym")
-        for i, token in enumerate(tokens)
-        if spelling[i] == "E" and i not in denied
-    ]
-
-
 def vocabulary(space: LabelSpace) -> dict[str, str]:
-    """Words → the classes of a space, whatever name the space gives them ("happy", "happiness")."""
-    classes = dict(zip(space.canonical, space.classes, strict=True))
-    table = {word: classes[common] for word, common in SYNONYMS.items() if common in classes}
-    return table | classes
+    """Words → the classes of a space, whatever name the space gives them ("happy", "happiness").
+
+    Where two classes mean the same to other sets ("calm" and "neutral"), a word goes to the class
+    that it is a form of; others go to the class of the shared name, if there is one.
+    """
+    own = {stem(name.casefold()): name for name in space.classes}
+    alike: dict[str, list[str]] = {}
+    for name, common in zip(space.classes, space.canonical, strict=True):
+        alike.setdefault(common, []).append(name)
+    table = {}
+    for word, common in {**SYNONYMS, **{name: name for name in alike}}.items():
+        if len(alike.get(common, ())) == 1:
+            table[word] = alike[common][0]
+        elif common in alike and (found := own.get(stem(word)) or own.get(common)):
+            table[word] = found
+    return table | {name.casefold(): name for name in space.classes}
+
+
+# ---- reading
+
+_SHORT = 200  # characters of an answer that may be a name and nothing else
+_DEGREES = frozenset(
+    "a an the of mild mildly slight slightly strong strongly moderate some very high low intense"
+    " faint subtle extreme extremely little bit likely most mostly probably primary".split()
+)
+_NO_LIST = frozenset("no not wait actually sorry rather never none neither nor but yes".split())
+
+# "Answer: …" on a line of its own or in a sentence; the surer keys first.
+_KEYS = (
+    r"final (?:answer|label|emotion|prediction|classification|choice|verdict|decision)",
+    r"(?:correct |best )?(?:answer|conclusion|verdict|prediction|label|classification)"
+    r"|predicted (?:emotion|label|class|expression)",
+    r"(?:(?:primary|dominant|main|overall|detected|most likely|basic|facial) )?"
+    r"(?:emotion|class|category)(?: label| category| class)?",
+    r"(?:facial )?expression|mood|feeling|sentiment|response|output|result",
+)
+_MARKS = [
+    re.compile(
+        rf"(?:^|(?<=[\n.;!?*#(\[{{\"'>|,-]))[\s*#_\"'>|-]{{0,9}}(?:(?:the|my|so|thus|therefore|person's)"
+        rf",? )*(?:{keys})[\s\"'*_]*(?:is\s*)?(?::|=(?!=))[\s*_:]*",
+        re.IGNORECASE,
+    )
+    for keys in _KEYS
+]
+_OTHER = re.compile(r"\W*(?!(?:yes|sure|well|okay)\b)[^\W\d_]{3,}\W*", re.IGNORECASE)
+_OPTION = re.compile(r"\W*(?:option\s+)?[a-z0-9]\W*", re.IGNORECASE)
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"^\W+|\W+$", "", text).casefold()
+
+
+class _Reader:
+    """Reads answers in the words of one space."""
+
+    def __init__(self, space: LabelSpace):
+        self.names = {name.casefold(): name for name in space.classes}
+        self.words = vocabulary(space)
+        known = {**SYNONYMS, **dict.fromkeys(SYNONYMS.values(), "")}
+        self.known: dict[str, str | None] = {**dict.fromkeys(known), **self.words}
+
+    def read(self, text: str) -> Parsed:
+        """A text without reasoning."""
+        if len(text) < _SHORT and (bare := _bare(text)) in self.names:
+            return Parsed(self.names[bare], "exact")
+        return self.read_data(text) or self._marked(text) or self._said(text)
+
+    def read_data(self, text: str) -> Parsed | None:
+        """A text that is data or a list of scores; None for other texts."""
+        data = structured.read_data(text) or structured.read_pairs(text, self._is_label)
+        return None if data is None else self.decide(data)
+
+    def read_ranked(self, text: str) -> Parsed | None:
+        """A ranked list of labels; None for other texts."""
+        pieces = [piece for piece in text.split(",") if piece.strip()]
+        words = [re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", piece) for piece in pieces]
+        low = [[word.casefold() for word in found] for found in words]
+        shares = structured.read_shares(text, self._is_label)
+        graded = any(re.match(r"[\W\d_]*[^\W\d_]\D*\d", piece) for piece in pieces)
+        if len(pieces) < 2 or shares or graded or any(_NO_LIST.intersection(found) for found in low):
+            return None
+        single = all(len(found) == 1 for found in low)
+        degrees = all(
+            found and found[-1] in self.known and _DEGREES.issuperset(found[:-1]) for found in low
+        )
+        return self.read(" ".join(words[0])) if single or degrees else None
+
+    def decide(self, data: structured.Data) -> Parsed:
+        """The class of data."""
+        if isinstance(data, structured.Ranked):
+            return self.read(data.labels[0])
+        if isinstance(data, structured.Texts):
+            return self._agreed([self._again(text) for text in data.texts])
+        if len(data.pairs) == 1:
+            return self.read(data.pairs[0][0])
+        if not all(math.isfinite(value) for _, value in data.pairs):
+            return Parsed(None, "none")
+        name = structured.best(data)
+        if name is None:
+            return Parsed(None, "ambiguous")
+        label = self._label(name)
+        return Parsed(label, "score" if label else "foreign")
+
+    def _again(self, text: str) -> Parsed:
+        final = final_answer(text)
+        return Parsed(None, "unfinished") if final is None else self.read(final)
+
+    def _agreed(self, found: list[Parsed]) -> Parsed:
+        labels = {parsed.label for parsed in found}
+        if len(labels) == 1:
+            return found[0]
+        return Parsed(None, "ambiguous" if labels else "none")
+
+    def _label(self, name: str) -> str | None:
+        """The class of a key such as "happy", "prob_happy" or "Happiness score"."""
+        words = [
+            word
+            for word in re.split(r"[\s_-]+", name.casefold())
+            if word not in ("score", "prob", "probability", "emotion", "face", "confidence")
+        ]
+        return self.words.get(" ".join(words).strip(" \"'"))
+
+    def _is_label(self, name: str) -> bool:
+        return name.strip().casefold() in self.known
+
+    def _marked(self, text: str) -> Parsed | None:
+        """What follows "Answer:" or "Emotion:"; None where nothing is marked."""
+        for number, mark in enumerate(_MARKS):
+            ends = [match.end() for match in mark.finditer(text)]
+            if number == 0:
+                ends = ends[-1:]
+            found = [self._after(text[end:]) for end in ends]
+            told = [parsed for parsed in found if parsed is not None]
+            sure = number < 2 and told
+            if sure or any(parsed.label or parsed.how != "none" for parsed in told):
+                named = [parsed for parsed in told if parsed.how != "none"]
+                return self._agreed(named or told)
+        return None
+
+    def _after(self, rest: str) -> Parsed | None:
+        """The answer after a mark: the rest of its line, or what comes next."""
+        quoted = re.match(r"\s*([\"'])(.*?)\1", rest)
+        line, _, more = rest.lstrip().partition("\n")
+        if quoted:
+            return self.read(quoted[2])
+        if not line.strip():
+            return None
+        first = re.split(r"[.;\n(–—]|\s-\s|,\s*(?=[\"']?\w+[\"']?\s*:)", line, maxsplit=1)[0]
+        if (bare := _bare(first[:_SHORT])) in self.known:
+            if structured.read_shares(rest, self._is_label) is None:
+                said = self._said(rest)
+                if said.label is not None and said.label == self.known[bare]:
+                    return said
+                strong = self._strong(rest)
+                if len(strong) < 2:
+                    how = "exact" if bare in self.names else "synonym"
+                    label = self.known[bare]
+                    return Parsed(label, how) if label else Parsed(None, "foreign")
+        if _OPTION.fullmatch(line) or (len(first) < len(line) and _OTHER.fullmatch(first)):
+            return Parsed(None, "none")
+        parsed = self.read_data(line) or self._said(line)
+        if parsed.how == "none" and len(line.split()) > 2 and more.strip():
+            return self._said(rest)
+        return parsed
+
+    def _strong(self, text: str) -> set[str | None]:
+        said = read_sentences(text, self.known)
+        return {m.label for m in said.mentions if m.weight == Weight.STRONG}
+
+    def _said(self, text: str) -> Parsed:
+        """What sentences assert."""
+        said = read_sentences(text, self.known)
+        shares = structured.read_shares(text, self._is_label)
+        if shares is not None and (name := structured.best(shares)) is not None:
+            label = self._label(name)
+            strong = {m.label for m in said.mentions if m.weight == Weight.STRONG}
+            if label is None:
+                return Parsed(None, "foreign")
+            return Parsed(None, "ambiguous") if strong - {label} else Parsed(label, "score")
+        return self._heaviest(said)
+
+    def _heaviest(self, said: Sayings) -> Parsed:
+        for weight in (Weight.STRONG, Weight.PLAIN, Weight.MINOR):
+            found = [m for m in said.mentions if m.weight == weight]
+            if weight == Weight.MINOR and said.contrasts:
+                break
+            named = [m for m in found if m.label is not None]
+            labels = {m.label for m in named}
+            if len(labels) > 1:
+                return Parsed(None, "ambiguous")
+            if labels:
+                how = "word" if any(m.word in self.names for m in named) else "synonym"
+                return Parsed(labels.pop(), how)
+            if found:  # another emotion, and nothing as strong that the set has
+                return Parsed(None, "none")
+        if said.refuses:
+            return Parsed(None, "refusal")
+        listed = any(m.listed for m in said.mentions)
+        return Parsed(None, "ambiguous" if listed else "none")

@@ -33,6 +33,7 @@ from emollama_jax.evaluate.protocol import (
 from emollama_jax.evaluate.results import Tested, worst, write_results
 from emollama_jax.evaluate.run import Answering, predict
 from emollama_jax.evaluate.trace import data_hash, file_hash, folder_hash, priors_hash
+from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path
@@ -122,7 +123,8 @@ def evaluate_source(
         )
     if len(tested) == 1:
         e = tested[0]
-        return f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home}/report.html"
+        line = f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home}/report.html"
+        return "\n".join(filter(None, [warning([e]), line]))
     found = {number: e for (number, _), e in zip(names, tested, strict=True)}
     if leads():
         folds.write_joined(

@@ -2,10 +2,12 @@
 
 The truth and the answer of an item each stand in a named column. Both are words: numbers are
 refused, since several number orders circulate for the same set. A truth has to be a class word or
-its synonym; an answer may be anything that `answers.parse_ranked` reads.
+its synonym; an answer may be anything that `answers.parse_ranked` reads, and in JSON also scores,
+records and lists (`answers.parse_tree`).
 
 Without a named set the classes are the seven basic emotions; with contempt, or all of MAFW's
-eleven, where a truth needs them. They bear the truth column's own words.
+eleven, where a truth needs them. They bear the truth column's own words. Truths that are different
+words for one of these classes ("calm" and "neutral") may be two classes or one; that is asked.
 """
 
 import difflib
@@ -13,17 +15,18 @@ import math
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, label_space
+from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, label_space, stem
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate.answers import parse_ranked, vocabulary
+from emollama_jax.evaluate.answers import Parsed, parse_ranked, parse_tree, vocabulary
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, read_predictions
 from emollama_jax.tables import Rows, read_rows
 
 _ALL = LABEL_SPACES["mafw"].classes  # the seven basic ones first, then contempt, then three more
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+_SAMPLES = ("resps", "filtered_resps")  # lmms-eval's: several answers to one question
 
 
 def read_foreign(
@@ -59,22 +62,23 @@ def read_foreign(
     own = {"label", "predicted", "parsed", "source"} <= rows[0][1].keys()
     if own and (truth_column, prediction_column) == ("label", "predicted"):
         found = read_predictions(path)
-        return found, space or label_space(found[0].source.partition(":")[0])
+        return found, space or _own_space(path, found)
     for column in filter(None, (truth_column, prediction_column, id_column)):
         _check_column(path, rows, column)
     truths = [_truth(path, line, row.get(truth_column)) for line, row in rows]
     space = space or _infer(path, rows, truths)
     words = vocabulary(space) | {name.casefold(): name for name in space.classes}
-    answers = [_answer(path, line, row.get(prediction_column)) for line, row in rows]
+    cells = [_answer(row.get(prediction_column)) for _, row in rows]
+    answers = [cell if isinstance(cell, str) else json.dumps(cell, default=str) for cell in cells]
     _refuse_numbers(path, rows, answers)
     found = []
-    for (line, row), truth, answer in zip(rows, truths, answers, strict=True):
+    for (line, row), truth, cell, answer in zip(rows, truths, cells, answers, strict=True):
         if truth not in words:
             raise UserError(
                 f"{path}, line {line}: truth {truth!r} is no class of {space.title} (wanted one of "
                 f"{', '.join(space.classes)}; name other classes with --classes)"
             )
-        parsed = parse_ranked(answer, space)
+        parsed = _parsed(cell, space, samples=prediction_column in _SAMPLES)
         found.append(
             Prediction(
                 id=str(row[id_column]) if id_column else f"line {line}",
@@ -126,6 +130,8 @@ def _check_column(path: pathlib.Path, rows: Rows, column: str) -> None:
 
 def _truth(path: pathlib.Path, line: int, cell: Any) -> str:
     """The casefolded word of a truth."""
+    while isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
     text = "" if cell is None else str(cell).strip()
     if _NUMBER.fullmatch(text):
         raise UserError(_numeric(f"{path}, line {line}: truth {text}"))
@@ -134,15 +140,19 @@ def _truth(path: pathlib.Path, line: int, cell: Any) -> str:
     return text.casefold()
 
 
-def _answer(path: pathlib.Path, line: int, cell: Any) -> str:
-    """An answer as text; lists of JSON are ranked lists."""
-    if isinstance(cell, list) and all(isinstance(entry, str) for entry in cell):
-        return ", ".join(cell)
+def _answer(cell: Any) -> Any:
+    """An answer as a text, or as the dict or list that JSON holds."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
-    if isinstance(cell, str | int | float) and not isinstance(cell, bool):
-        return str(cell)
-    raise UserError(f"{path}, line {line}: answer {cell!r}, wanted a text or a list of texts")
+    while isinstance(cell, list) and len(cell) == 1:  # as lmms-eval logs one answer to one request
+        cell = cell[0]
+    return cell if isinstance(cell, str | dict | list) else str(cell)
+
+
+def _parsed(cell: Any, space: LabelSpace, *, samples: bool) -> Parsed:
+    if isinstance(cell, str):
+        return parse_ranked(cell, space)
+    return parse_tree(cell, space, samples=samples)
 
 
 def _refuse_numbers(path: pathlib.Path, rows: Rows, answers: Sequence[str]) -> None:
@@ -164,6 +174,7 @@ def _numeric(what: str) -> str:
 def _infer(path: pathlib.Path, rows: Rows, truths: Sequence[str]) -> LabelSpace:
     """The smallest usual set of classes that has every truth, in the truths' own words."""
     spelled: dict[str, Counter[str]] = {}
+    first: dict[str, tuple[str, int]] = {}  # class → its first truth and that one's line
     for (line, _), truth in zip(rows, truths, strict=True):
         common = SYNONYMS.get(truth, truth)
         if common not in _ALL:
@@ -171,10 +182,36 @@ def _infer(path: pathlib.Path, rows: Rows, truths: Sequence[str]) -> LabelSpace:
                 f"{path}, line {line}: truth {truth!r} is no emotion class (known: "
                 f"{', '.join(_ALL)} and their synonyms; name other classes with --classes)"
             )
+        other, where = first.setdefault(common, (truth, line))
+        if stem(other) != stem(truth):
+            raise UserError(
+                f"{path}: truths {other!r} (line {where}) and {truth!r} (line {line}): one class "
+                f"or two? Two: --classes {','.join(dict.fromkeys(truths))}; one, {common}: --source "
+                "with the set whose classes count, e.g. raf_db"
+            )
         spelled.setdefault(common, Counter())[truth] += 1
+    return _usual(path.name, {name: n.most_common(1)[0][0] for name, n in spelled.items()})
+
+
+def _usual(title: str, spelled: Mapping[str, str]) -> LabelSpace:
+    """Seven, eight or eleven classes, some in words of their own."""
     last = max(map(_ALL.index, spelled))
     size = 7 if last < 7 else 8 if last < 8 else len(_ALL)
-    classes = tuple(
-        spelled[name].most_common(1)[0][0] if name in spelled else name for name in _ALL[:size]
-    )
-    return LabelSpace(title=path.name, classes=classes, written=classes, splits={}, support={})
+    classes = tuple(spelled.get(name, name) for name in _ALL[:size])
+    return LabelSpace(title=title, classes=classes, written=classes, splits={}, support={})
+
+
+def _own_space(path: pathlib.Path, found: Sequence[Prediction]) -> LabelSpace:
+    """The classes of a file of `emollama eval`: its set's, or those that its items bear."""
+    source = found[0].source.partition(":")[0]
+    if source.partition("/")[0] in LABEL_SPACES:
+        return label_space(source)
+    words = dict.fromkeys(item.label for item in found)
+    words |= dict.fromkeys(item.predicted for item in found if item.predicted is not None)
+    spelled = {SYNONYMS.get(word.casefold(), word.casefold()): word for word in words}
+    if len(spelled) < len(words) or not spelled.keys() <= set(_ALL):
+        raise UserError(
+            f"{path}: classes {', '.join(words)} of no set that is known here: list the classes "
+            "with --classes"
+        )
+    return _usual(path.name, spelled)

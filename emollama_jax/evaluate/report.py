@@ -15,6 +15,7 @@ from etils import epath
 from emollama_jax.evaluate import charts
 from emollama_jax.evaluate.metrics import Calibration, Interval
 from emollama_jax.evaluate.protocol import Evaluation
+from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.paths import as_path, write_whole
 
 _STYLE = pathlib.Path(__file__).with_name("report.css")
@@ -85,6 +86,12 @@ class Report:
     trace: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what → hash or file
 
 
+DEFINITIONS = (
+    "WAR: share of right answers. UAR: mean recall of the classes that occur. "
+    "An answer that names no class, or two, is wrong."
+)
+
+
 def write_report(path: epath.PathLike, report: Report) -> None:
     """Writes the page; it appears whole or not at all."""
     write_whole(as_path(path), render(report))
@@ -109,11 +116,10 @@ def render(report: Report) -> str:
         f"<title>{escape(report.title)}</title>\n"
         f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
         f"<header>\n<h1>{escape(report.title)}</h1>\n"
-        f'<p class="lede">{escape(report.lede)}</p>\n</header>\n'
+        f'<p class="lede">{escape(report.lede)}</p>\n<p class="note">{DEFINITIONS}</p>\n'
+        f"{''.join(map(_warning, report.results))}</header>\n"
         f'<div class="cards">{"".join(map(_card, report.results))}</div>\n'
         f"{''.join(sections)}"
-        f'<footer class="note">WAR: the share of right answers. UAR: the mean of the recalls of '
-        "the classes that occur. An answer that names no class, or two, counts as wrong.</footer>\n"
         "</body>\n</html>\n"
     )
 
@@ -154,6 +160,11 @@ def _section(title: str, note: str, body: str) -> str:
         return ""
     note = f'<p class="note">{escape(note)}</p>\n' if note else ""
     return f"<section>\n<h2>{escape(title)}</h2>\n{note}{body}\n</section>\n"
+
+
+def _warning(result: Result) -> str:
+    text = warning([result.evaluation])
+    return f'<p class="alert">{escape(result.title)}: {escape(text)}</p>\n' if text else ""
 
 
 def _card(result: Result) -> str:

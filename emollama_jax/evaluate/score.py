@@ -1,10 +1,14 @@
 """`emollama eval --predictions`: anyone's predictions, scored without a model and without JAX."""
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
 import shlex
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -13,10 +17,25 @@ from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace, label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds as joined
 from emollama_jax.evaluate.predictions import named_classes, read_foreign, summary
-from emollama_jax.evaluate.protocol import evaluate, protocol_of
+from emollama_jax.evaluate.protocol import (
+    Prediction,
+    evaluate,
+    protocol_of,
+    write_predictions,
+)
+from emollama_jax.evaluate.report import DEFINITIONS
 from emollama_jax.evaluate.results import Tested, write_results
 from emollama_jax.evaluate.trace import file_hash
+from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.paths import as_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The numbers of predictions files."""
+
+    result: dict[str, Any]  # WAR, UAR, n, unparsed and recall as shares; of folds also std
+    warning: str  # that many answers are unparsed; "" where they are not
 
 
 def score_files(
@@ -28,20 +47,22 @@ def score_files(
     source: str | None,
     classes: str | None,
     out: epath.Path | None,
-) -> dict[str, Any]:
+) -> Scored:
     """Scores predictions files.
 
     Args:
-        paths: one file, or one for each official fold of `source`, in order.
+        paths: one file, or one for each official fold of `source`, in order; a pipe, or "-" for
+            the standard input, is read once.
         truth_column: of the true label.
         prediction_column: of the answer.
         id_column: of the item's name; None: none.
         source: the set whose classes count; None: what the file says.
         classes: their names instead, with commas.
-        out: gets the report, its JSON and its LaTeX table; None: nothing is written.
+        out: gets the predictions, the report, its JSON and its LaTeX table; None: nothing is
+            written.
 
     Returns:
-        WAR, UAR, n, unparsed and recall as shares; of folds also their standard deviations.
+        The numbers, and what to know before them.
 
     Raises:
         UserError: a file, column, label or number of folds that does not fit.
@@ -54,20 +75,22 @@ def score_files(
             f"({', '.join(name for name in LABEL_SPACES if _folds(name))})"
         )
     tested = []
-    for number, path in enumerate(paths, 1):
-        found, space = read_foreign(
-            path,
-            truth_column=truth_column,
-            prediction_column=prediction_column,
-            id_column=id_column,
-            space=space,
-        )
-        title = f"fold {number}" if len(paths) > 1 else path.name
-        tested.append(Tested(title=title, predictions=found, evaluation=evaluate(found, space)))
+    with _files(paths) as files:
+        hashes = list(map(file_hash, files))
+        for number, path in enumerate(files, 1):
+            found, space = read_foreign(
+                path,
+                truth_column=truth_column,
+                prediction_column=prediction_column,
+                id_column=id_column,
+                space=space,
+            )
+            title = f"fold {number}" if len(files) > 1 else path.name
+            tested.append(Tested(title=title, predictions=found, evaluation=evaluate(found, space)))
     mean = None
     evaluations = [item.evaluation for item in tested]
     if len(paths) > 1 and source is not None:
-        if len({file_hash(path) for path in paths}) < len(paths):
+        if len(set(hashes)) < len(paths):
             raise UserError("a predictions file is given twice: wanted one for each fold")
         mean = joined.join(dict(enumerate(evaluations, 1)), source)
         if id_column or all(":" in item.predictions[0].source for item in tested):
@@ -75,11 +98,17 @@ def score_files(
         result = joined.summary(evaluations, mean)
     else:
         result = summary(evaluations[0])
+    scored = Scored(result, warning(evaluations))
     if out is not None:
         name = source or tested[0].predictions[0].source.partition(":")[0]
+        for number, item in enumerate(tested, 1):
+            folder = out / f"fold{number}" if len(tested) > 1 else out
+            write_predictions(
+                folder / "predictions.jsonl", _sourced(item, source, named=id_column is not None)
+            )
         write_results(
             out,
-            title=", ".join(path.name for path in paths),
+            title=", ".join(path.name for path in files),
             lede=f"{result['n']:,} predictions, scored as they stand in the file.",
             source=name,
             tested=tested,
@@ -96,9 +125,46 @@ def score_files(
             config=f"truth_column: {truth_column}\nprediction_column: {prediction_column}\n"
             f"classes: {json.dumps(space.classes if space else [], ensure_ascii=False)}\n",
             versions={"emollama-jax": importlib.metadata.version("emollama-jax")},
-            trace={path.name: file_hash(path) for path in paths},
+            trace=dict(zip((path.name for path in files), hashes, strict=True)),
         )
-    return result
+    return scored
+
+
+@contextlib.contextmanager
+def _files(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
+    """The files; what can be read only once (a pipe, "-") is first copied."""
+    with tempfile.TemporaryDirectory() as folder:
+        files, given = [], {}
+        for number, path in enumerate(paths):
+            stdin = str(path) == "-"
+            if stdin or (path.exists() and not path.is_file() and not path.is_dir()):
+                copy = pathlib.Path(folder, str(number), "standard input" if stdin else path.name)
+                copy.parent.mkdir()
+                copy.write_bytes(sys.stdin.buffer.read() if stdin else path.read_bytes())
+                given[str(copy)] = copy.name if stdin else str(path)
+                path = copy
+            files.append(path)
+        try:
+            yield files
+        except UserError as error:
+            text = str(error)
+            for copy, name in given.items():
+                text = text.replace(copy, name)
+            raise UserError(text) from None
+
+
+def _sourced(item: Tested, source: str | None, *, named: bool) -> Sequence[Prediction]:
+    """Records that say which set's classes they bear, so that they can be scored again."""
+    if source is None or any(":" in one.source for one in item.predictions):
+        return item.predictions
+    return [
+        dataclasses.replace(
+            one,
+            id=one.id if named else f"{one.source}, {one.id}",
+            source=f"{source}:{one.source}",
+        )
+        for one in item.predictions
+    ]
 
 
 def report_files(
@@ -111,7 +177,7 @@ def report_files(
     as_json: bool,
 ) -> str:
     """What the command prints of `score_files`; columns are those of truth, answer and name."""
-    result = score_files(
+    scored = score_files(
         paths,
         truth_column=columns[0],
         prediction_column=columns[1],
@@ -120,14 +186,19 @@ def report_files(
         classes=classes,
         out=None if out is None else as_path(out),
     )
-    return json.dumps(result, ensure_ascii=False) if as_json else lines(result)
+    if as_json:
+        if scored.warning:
+            print(scored.warning, file=sys.stderr)
+        return json.dumps(scored.result, ensure_ascii=False)
+    return lines(scored)
 
 
-def lines(result: dict[str, Any]) -> str:
-    """The numbers as the terminal shows them, in per cent."""
+def lines(scored: Scored) -> str:
+    """The numbers as the terminal shows them, in per cent; what is wrong with them comes first."""
+    result = scored.result
     head = f"WAR {100 * result['WAR']:.2f}  UAR {100 * result['UAR']:.2f}  n {result['n']}"
     head += f"  unparsed {100 * result['unparsed']:.2f}"
-    found = [head]
+    found = [*filter(None, [scored.warning]), DEFINITIONS, head]
     if "std" in result:
         std = result["std"]
         found.append(f"± {100 * std['WAR']:.2f} WAR, {100 * std['UAR']:.2f} UAR over the folds")

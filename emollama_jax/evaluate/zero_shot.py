@@ -31,6 +31,7 @@ from emollama_jax.evaluate.options import ZeroShot
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
 from emollama_jax.evaluate.results import Tested, write_results
 from emollama_jax.evaluate.trace import data_hash, file_hash
+from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.faces.priors import Priors, open_priors
 from emollama_jax.faces.track import crop_face
 from emollama_jax.remote.clients import check_spec, open_client
@@ -157,7 +158,8 @@ def run(options: ZeroShot, console: Console) -> str:
     if len(names) == 1:
         name = names[0][1]
         e, _ = _run(dataclasses.replace(options, data=name), home, console)
-        return f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home / 'report.html'}"
+        line = f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home / 'report.html'}"
+        return "\n".join(filter(None, [warning([e]), line]))
     tested, left = {}, options.limits.budget  # one budget for all folds
     for number, name in names:
         one = dataclasses.replace(

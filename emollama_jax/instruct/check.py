@@ -11,7 +11,7 @@ from emollama_jax.data.emotions import SYNONYMS
 from emollama_jax.data.prompts import PLACE
 
 # Words of the synonym table that also describe a face: "a calm brow", "a blank stare".
-_LOOSE = {"calm", "blank"}
+_LOOSE = {"calm", "calmly", "calmness", "blank", "blankly"}
 # Emotions that no set has as a class.
 _OTHERS = (
     "boredom bored confusion confused curiosity curious embarrassment embarrassed envy envious "
