@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from emollama_jax import weights
@@ -50,9 +51,9 @@ def inspect(
         f" GB in {len(opened.files)} file{'s' if len(opened.files) > 1 else ''}"
     )
     for line in opened.problems:
-        console.print(f"[red]problem[/red] {line}", highlight=False)
+        console.print(f"[red]problem[/red] {escape(line)}", highlight=False)
     for line in opened.notes:
-        console.print(f"note: {line}", highlight=False)
+        console.print(f"note: {escape(line)}", highlight=False)
     _theirs(opened.tensors, source, model, rows, console)
 
 
@@ -131,7 +132,7 @@ def _ours(folder: pathlib.Path, console: Console) -> None:
     console.print(f"source [bold]{manifest.source}[/bold], from {files}", highlight=False)
     console.print(f"fingerprint {manifest.fingerprint}", highlight=False)
     for note in manifest.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {escape(note)}", highlight=False)
     table = Table("ours", "shape", "dtype", box=box.SIMPLE)
     for path, leaf in weights.leaves_of(folder).items():
         table.add_row(path, str(tuple(leaf.shape)), str(leaf.dtype))
