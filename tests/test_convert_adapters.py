@@ -279,6 +279,7 @@ def adapter(tmp_path, model):
         ({"peft_type": "IA3"}, 'peft_type is "IA3"'),
         ({"use_something_new": True}, "use_something_new is true, wanted false"),
         ({"temperature": 0.5}, "temperature is 0.5, wanted null"),
+        ({"threshold": 0}, "threshold is 0, wanted null"),
         ({"r": "2"}, 'r is "2", wanted a whole number'),
         ({"r": 0}, "r is 0"),
         ({"r": True}, "r is true"),
@@ -365,6 +366,10 @@ ODD = {
     "a layer too many": (
         {f"{START}.3.self_attn.q_proj.lora_{side}.weight": np.ones((2, 2)) for side in "AB"},
         "the adapter has a layer 3, the LLaMA layers 0 to 2: put its config.json beside",
+    ),
+    "two models": (
+        {"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 32), np.float32)},
+        "adapters of several models (base_model.model., base_model.model.model.)",
     ),
     "two adapters": (
         {f"{START}.0.self_attn.q_proj.lora_A.other.weight": np.ones((2, 32), np.float32)},

@@ -274,3 +274,31 @@ def test_a_wrapped_llama_is_read(tmp_path, name):
     summary = convert("llama", tmp_path, tmp_path / "ours", model)
     assert summary.tensors == len(held[name])
     assert f"pytorch_model.bin: read its {name}, left epoch" in summary.notes
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "said"),
+    [
+        ("eva-vit", {"vision_config": {"num_attention_heads": 4}}, "wanted model.vision.heads 2"),
+        ("eva-vit", {"vision_config": {"layer_norm_eps": 0.1}}, "wanted model.vision.norm_eps"),
+        ("eva-vit", {"vision_config": {"hidden_act": "relu"}}, "hidden_act is not 'gelu'"),
+        (
+            "eva-vit",
+            {"model_type": "blip_2_vision_model", "num_attention_heads": 4},
+            "vision's num_attention_heads is 4",
+        ),
+        (
+            "qformer",
+            {"qformer_config": {"cross_attention_frequency": 1}},
+            "cross_attention_every 2",
+        ),
+        ("qformer", {"qformer_config": {"layer_norm_eps": 0.1}}, "wanted model.qformer.norm_eps"),
+    ],
+)
+def test_a_towers_settings_that_no_shape_shows(tmp_path, source, settings, said):
+    model = toy()
+    write(source, tmp_path, model)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError) as error:
+        convert(source, tmp_path, tmp_path / "ours", model)
+    assert said in str(error.value)

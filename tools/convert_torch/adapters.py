@@ -95,8 +95,10 @@ def _one_naming(opened: Opened) -> dict[str, re.Match[str]]:
     found = {key: match for key in opened.tensors if (match := peft.KEY.fullmatch(key))}
     if not found:
         return {}
-    prefix = min((match["prefix"] for match in found.values()), key=len)
-    found = {key: match for key, match in found.items() if match["prefix"] == prefix}
+    prefix, *others = sorted({match["prefix"] for match in found.values()})
+    if others:
+        opened.problems.append(f"adapters of several models ({prefix}, {', '.join(others[:3])})")
+        return {}
     names = sorted({match["name"] or "" for match in found.values()})
     if len(names) > 1:
         said = ", ".join(name or "one without a name" for name in names)

@@ -300,7 +300,7 @@ def listed(problems: Sequence[str]) -> str:
     lines = _alike(problems)
     if len(lines) == 1:
         return lines[0]
-    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    more = [f"… and {len(lines) - SHOWN} more: inspect shows them"] if len(lines) > SHOWN else []
     return "\n  ".join([f"{len(problems)} problems:", *lines[:SHOWN], *more])
 
 
@@ -310,15 +310,22 @@ def _alike(problems: Sequence[str]) -> list[str]:
         found = re.fullmatch(r"(\S*?\.)(\d+)(\.\S*: .*)", problem)
         key = (found[1], found[3]) if found else (problem,)
         groups.setdefault(key, []).extend([int(found[2])] if found else [])
-    lines = []
-    for parts, numbers in groups.items():
-        if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-            lines.append(f"{{{numbers[0]}..{numbers[-1]}}}".join(parts))
-        elif len(numbers) > 1:
-            lines.append(f"{{{', '.join(map(str, numbers))}}}".join(parts))
+    return [
+        (f"{{{_ranges(numbers)}}}" if len(numbers) > 1 else "".join(map(str, numbers))).join(parts)
+        for parts, numbers in groups.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """As "0..3, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            lines.append("".join([parts[0], *map(str, numbers), *parts[1:]]))
-    return lines
+            runs.append([number])
+    said = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(said[:SHOWN]) + (", …" if len(said) > SHOWN else "")
 
 
 def assign(

@@ -205,7 +205,8 @@ def _folder(
     weights = [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix in SAFETENSORS + PICKLES
+        if path.is_file()
+        and path.suffix in SAFETENSORS + PICKLES
         and path.name not in beside
         and not any(path.match(pattern) for pattern in NOT_WEIGHTS)
     ]

@@ -39,7 +39,7 @@ EXACT: dict[str, tuple[Any, ...]] = {
     # How the matrices began. All others begin by changing the base, or need more than this file.
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-EMPTY = (None, False, {}, [], "")
+EMPTY = (None, False, {}, [])
 INSTEAD = "merge it into its base with PEFT (merge_and_unload) and convert that as llama"
 
 
@@ -63,7 +63,7 @@ def lora_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     """
     problems = []
     for key, value in settings.items():
-        if key in READ or key in FREE or value in EXACT.get(key, EMPTY):
+        if key in READ or key in FREE or _is_one_of(value, EXACT.get(key, EMPTY)):
             continue
         wanted = " or ".join(map(_said, EXACT[key] if key in EXACT else (_like(value),)))
         problems.append(f"{key} is {_said(value)}, wanted {wanted}: {INSTEAD}")
@@ -115,6 +115,11 @@ def to_settings(cfg: LlamaConfig) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """`in`, but 0 is not False."""
+    return any(type(value) is type(each) and value == each for each in allowed)
 
 
 def _finite(value: Any) -> bool:

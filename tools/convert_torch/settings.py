@@ -277,6 +277,41 @@ def _vision(cfg: EmoLlamaConfig, settings: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+# Fields of a tower that no shape shows, by their names in `transformers`.
+TOWERS = {
+    "vision": {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"},
+    "qformer": {
+        "heads": "num_attention_heads",
+        "norm_eps": "layer_norm_eps",
+        "cross_attention_every": "cross_attention_frequency",
+    },
+}
+
+
+def check_tower(cfg: EmoLlamaConfig, opened: Opened, *, section: str) -> EmoLlamaConfig:
+    """Refuses a tower of BLIP-2 or InstructBLIP whose settings are not the config's.
+
+    Args:
+        cfg: of the model, as it is returned.
+        opened: with the settings; problems are added.
+        section: "vision" or "qformer".
+    """
+    ours = getattr(cfg, section)
+    for path, settings in opened.named(CONFIG).items():
+        held = settings.get(f"{section}_config")
+        alone = settings if section in str(settings.get("model_type")) else {}
+        held = held if isinstance(held, dict) else alone
+        opened.problems += [
+            f"{path}: {section}'s {key} is {held[key]!r}, wanted model.{section}.{name} "
+            f"{getattr(ours, name)!r}: name it by --set"
+            for name, key in TOWERS[section].items()
+            if key in held and held[key] != getattr(ours, name)
+        ]
+        if held.get("hidden_act", "gelu") != "gelu":
+            opened.problems.append(f"{path}: {section}'s hidden_act is not 'gelu'")
+    return cfg
+
+
 def to_transformers(cfg: EmoLlamaConfig, *, dtype: str) -> dict[str, Any]:
     """The `config.json` of a model's LLaMA, read by `transformers` 4 and 5."""
     llama = cfg.llama

@@ -10,7 +10,7 @@ from tools.convert_torch import adapters, facexformer, mtcnn, peft
 from tools.convert_torch import llama_vid as lv
 from tools.convert_torch.engine import Row
 from tools.convert_torch.files import Opened, open_paths
-from tools.convert_torch.settings import from_transformers
+from tools.convert_torch.settings import check_tower, from_transformers
 
 _EVA = r"(cls_token|pos_embed|(patch_embed|blocks|norm|fc_norm|head)\..*)"
 HEADS = "head of a pretraining task"
@@ -60,6 +60,11 @@ def _as_it_is(opened: Opened, cfg: EmoLlamaConfig) -> tuple[EmoLlamaConfig, list
 def _from_config(*sections: str) -> Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list]]:
     """LLaMA's sizes from `config.json`."""
     return lambda opened, cfg: (from_transformers(cfg, opened, sections=sections), [])
+
+
+def _checked(section: str) -> Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list]]:
+    """A tower's settings, held against the config's."""
+    return lambda opened, cfg: (check_tower(cfg, opened, section=section), [])
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,7 @@ SOURCES: dict[str, Source] = {
         sections=("vision",),
         parts=("vision",),
         fills=r"vision/.*",
+        fit=_checked("vision"),
         namings=(
             Naming(
                 "LAVIS",
@@ -221,6 +227,7 @@ SOURCES: dict[str, Source] = {
         sections=("qformer",),
         parts=("qformer",),
         fills=r"(qformer|visual_tokens/ln)/.*",
+        fit=_checked("qformer"),
         namings=(
             Naming(
                 "LAVIS",
