@@ -178,26 +178,6 @@ def test_a_config_beside_the_weights_gives_llamas_sizes(tmp_path, model):
         assert any(word in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"use_dora": True}, "use_dora is True, wanted False"),
-        ({"use_rslora": True}, "use_rslora"),
-        ({"bias": "all"}, "bias is 'all', wanted 'none'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules has lm_head"),
-        ({"target_modules": ".*proj"}, "is the pattern"),
-        ({"r": 4}, "lora_A.weight: shape"),
-    ],
-)
-def test_adapters_that_ours_cannot_be_are_refused(tmp_path, model, change, said):
-    write("peft", tmp_path, model)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert any(said in line for line in refused("peft", tmp_path, tmp_path / "ours", model))
-
-
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -265,8 +245,8 @@ def test_an_unfinished_folder_is_cleared_and_a_whole_one_kept(tmp_path, model):
 def test_the_wrong_source_is_told_the_right_one(tmp_path, model):
     write("llama-vid", tmp_path / "theirs", model)
     lines = refused("llama", tmp_path / "theirs", tmp_path / "ours", model)
-    assert "these tensors look like the source llama-vid" in lines
-    (line,) = refused("facexformer", tmp_path / "theirs", tmp_path / "ours", model)[1:]
+    assert lines == ["llama: nothing was written, these tensors look like the source llama-vid"]
+    (line,) = refused("facexformer", tmp_path / "theirs", tmp_path / "ours", model)
     assert "none named as in the release; these look like the source llama-vid" in line
 
 
@@ -275,7 +255,7 @@ def test_another_size_is_refused(tmp_path, model):
     other = replaced(model, "vision", depth=3, mlp_width=44)
     lines = refused("eva-vit", tmp_path / "theirs", tmp_path / "ours", other)
     assert any("blocks.2.norm1.weight: missing" in line for line in lines)
-    assert any(line.startswith("blocks.1.mlp.fc1.weight: shape (40, 32)") for line in lines)
+    assert any(line.startswith("blocks.{0, 1}.mlp.fc1.weight: shape (40, 32)") for line in lines)
 
 
 @pytest.mark.parametrize(

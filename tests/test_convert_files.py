@@ -92,15 +92,60 @@ def test_safetensors_are_preferred_and_that_is_said(tmp_path):
     save_torch({"other": STATE["b"]}, tmp_path / "pytorch_model.bin")
     opened = open_paths([tmp_path])
     assert set(opened.tensors) == set(STATE)
-    assert opened.notes == [f"{tmp_path}: read model.safetensors, left pytorch_model.bin"]
+    assert opened.notes == [f"{tmp_path}: weights that were not read: pytorch_model.bin"]
 
 
-def test_a_state_dict_inside_a_release(tmp_path):
-    inner = {key: to_torch(value) for key, value in STATE.items()}
-    torch.save({"state_dict_backbone": inner, "optimizer": {"lr": 0.1}}, tmp_path / "model.pt")
-    opened = open_paths([tmp_path / "model.pt"], inside="state_dict_backbone")
-    assert set(opened.tensors) == set(STATE)
-    assert "'state_dict_backbone' is a dict, wanted a tensor" in the_problem(tmp_path / "model.pt")
+INNER = {key: to_torch(value) for key, value in STATE.items()}
+WRAPPED = {  # what is saved → what is said
+    "release": ({"state_dict_backbone": INNER, "optimizer": {"lr": 0.1}}, "left optimizer"),
+    "state_dict": ({"state_dict": INNER, "epoch": 3, "loss": torch.ones(())}, "left epoch, loss"),
+    "model": ({"model": INNER}, ""),
+    "model and its mean": ({"model": INNER, "model_ema": INNER}, "left model_ema"),
+    "module": ({"module": INNER, "optimizer": None, "lr_scheduler": None}, "read its module, left"),
+    "model_state_dict": ({"model_state_dict": INNER, "step": 7}, "left step"),
+    "nested": ({"checkpoint": {"model": INNER, "iteration": 2}}, "its checkpoint.model, left iter"),
+    "unknown name": ({"ema": INNER, "decay": 0.9}, "read its ema, left decay"),
+    "DDP": ({"state_dict": {f"module.{key}": value for key, value in INNER.items()}}, ""),
+    "compiled DDP": ({f"_orig_mod.module.{key}": value for key, value in INNER.items()}, ""),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_state_dict_inside_a_release(tmp_path, name):
+    held, said = WRAPPED[name]
+    torch.save(held, tmp_path / "model.pt")
+    opened = open_paths([tmp_path / "model.pt"])
+    assert opened.problems == [] and set(opened.tensors) == set(STATE)
+    for key, wanted in STATE.items():
+        np.testing.assert_array_equal(opened.tensors[key].read(), wanted)
+    assert (said in opened.notes[0]) if said else opened.notes == []
+
+
+def test_shards_may_be_wrapped_too(tmp_path):
+    names, _, _ = shards(
+        tmp_path,
+        lambda state, path: torch.save({"state_dict": {k: INNER[k] for k in state}}, path),
+        "pytorch_model",
+        ".bin",
+    )
+    opened = open_paths([tmp_path])
+    assert opened.problems == [] and set(opened.tensors) == set(STATE)
+    assert [file.name for file in opened.files] == names
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"model": INNER, "state_dict": INNER}, "several state dicts (model, state_dict)"),
+        ({"a": INNER, "b": INNER}, "several state dicts (a, b)"),
+        ({"state": {0: {"step": 1}}, "groups": []}, "holds state, groups, wanted a dict of"),
+        ({"model": "resnet50"}, "holds model, wanted a dict of tensors"),
+        ({**INNER, "epoch": 3}, "'epoch' is a int, wanted a tensor"),
+    ],
+)
+def test_no_one_state_dict_in_it(tmp_path, held, said):
+    torch.save(held, tmp_path / "model.pt")
+    assert said in the_problem(tmp_path / "model.pt")
 
 
 # --- nothing runs -------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ files ─► tensors, not read ─► table laid against the model ─► all pr
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import math
@@ -27,21 +26,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from emollama_jax import config
 from emollama_jax.config import EmoLlamaConfig, MeshConfig, Preset
 from emollama_jax.errors import UserError
-from emollama_jax.models.eva_vit import EvaVit
-from emollama_jax.models.facexformer import FaceXFormer
-from emollama_jax.models.llama import Llama
-from emollama_jax.models.mtcnn import Mtcnn
-from emollama_jax.models.pretrained import named_parameters
-from emollama_jax.models.qformer import QFormer
-from emollama_jax.models.rngs import abstract
-from emollama_jax.models.visual_tokens import VisualTokens
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.weights import Manifest, Writer, layer_key, layer_place, sizes
 from tools.convert_torch import positions
 from tools.convert_torch.engine import Empty, Leaf, listed, match
-from tools.convert_torch.files import PICKLED, Opened, Tensor
-from tools.convert_torch.settings import from_transformers
+from tools.convert_torch.files import Opened, Tensor
+from tools.convert_torch.leaves import every_leaf
+from tools.convert_torch.pickled import PICKLED
 from tools.convert_torch.sources import SOURCES, Source, guess
 
 TOGETHER = 320 << 20  # bytes that are written at once; as much is read meanwhile
@@ -58,6 +50,7 @@ class Plan:
     """A conversion that is known to fit."""
 
     source: str
+    kind: Source
     naming: str
     model: EmoLlamaConfig
     leaves: list[Leaf]
@@ -134,27 +127,24 @@ def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig)
     """
     kind = SOURCES[source]
     opened = kind.open(paths)
-    problems = list(opened.problems)
-    if kind.sections:
-        model, found = from_transformers(model, opened.settings)
-        problems += found
-    tensors = opened.tensors
-    known = kind.naming(tensors)
+    if opened.problems:
+        raise _refusal(source, opened.problems)
+    model, rows = kind.fit(opened, model)
+    known = kind.naming(opened.tensors)
+    if opened.problems:
+        raise _refusal(source, opened.problems)
     if known is None:
-        if tensors:
-            problems.append(_unknown(source, tensors, model))
-        raise _refusal(source, problems)
+        raise _refusal(source, [_unknown(source, opened.tensors, model)])
     naming, prefix = known
-    notes = [*opened.notes]
+    notes, tensors = [*opened.notes], opened.tensors
     if "vision" in kind.parts:
         tensors = _resized(tensors, model, notes)
+    kind = kind.holding(rows)
     ignore = dict(naming.ignore(model))
-    leaves, more = match(shapes(kind, model), tensors, naming.rows(model, prefix), ignore=ignore)
-    other = guess(tensors, model) if more else None
-    if other is not None and other.source != source:
-        more.insert(0, f"these tensors look like the source {other.source}")
-    if problems or more:
-        raise _refusal(source, [*problems, *more])
+    rows = naming.rows(model, prefix) + rows
+    leaves, problems = match(shapes(kind, model), tensors, rows, ignore=ignore)
+    if problems:
+        raise _refusal(source, _another(source, tensors, model) or problems)
     used = {key for leaf in leaves for key in leaf.keys}
     left_out: dict[str, int] = {}
     for key in tensors:
@@ -162,7 +152,7 @@ def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig)
             reason = next(why for pattern, why in ignore.items() if re.fullmatch(pattern, key))
             left_out[reason] = left_out.get(reason, 0) + 1
     opened = dataclasses.replace(opened, tensors=tensors, notes=notes)
-    return Plan(source, naming.name, model, leaves, left_out, opened)
+    return Plan(source, kind, naming.name, model, leaves, left_out, opened)
 
 
 def shapes(source: Source, model: EmoLlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -172,36 +162,8 @@ def shapes(source: Source, model: EmoLlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def abstract_leaves(source: Source, model: EmoLlamaConfig) -> dict[str, nnx.Param]:
     """Our leaves that a source fills, without numbers."""
-    leaves = _every_leaf(source.parts, model)
+    leaves = every_leaf(source.parts, model)
     return {path: leaf for path, leaf in leaves.items() if re.fullmatch(source.fills, path)}
-
-
-class _Parts(nnx.Module):
-    """Some networks of `EmoLlama` under its names. Tracing all of the real ones takes seconds."""
-
-    def __init__(self, parts: Sequence[str], cfg: EmoLlamaConfig, rngs: nnx.Rngs):
-        if "llama" in parts:
-            self.llama = Llama(cfg.llama, rngs=rngs)
-        if "vision" in parts:
-            self.vision = EvaVit(cfg.vision, rngs=rngs)
-        if "qformer" in parts:
-            self.qformer = QFormer(cfg.qformer, rngs=rngs)
-            self.visual_tokens = VisualTokens(
-                cfg.qformer,
-                visual_width=cfg.vision.width,
-                llm_width=cfg.llama.width,
-                dtype=cfg.llama.dtype,
-                rngs=rngs,
-            )
-        if "face" in parts:
-            self.face = FaceXFormer(cfg.face, rngs=rngs)
-
-
-@functools.lru_cache(maxsize=8)
-def _every_leaf(parts: Sequence[str], model: EmoLlamaConfig) -> dict[str, nnx.Param]:
-    if parts == ("mtcnn",):
-        return named_parameters(abstract(lambda rngs: Mtcnn(rngs=rngs)))
-    return named_parameters(nnx.eval_shape(lambda: _Parts(parts, model, nnx.Rngs(0))))
 
 
 def convert(
@@ -244,7 +206,7 @@ def convert(
         files={path.name: size for path, size in plan.opened.files.items()},
         fingerprint=fingerprint(plan.leaves),
         dtype=DTYPES[dtype],
-        model=sizes(plan.model, SOURCES[source].sections),
+        model=sizes(plan.model, plan.kind.sections),
         notes=notes,
     )
     columns = (
@@ -333,6 +295,14 @@ def _unknown(source: str, tensors: Mapping[str, Tensor], model: EmoLlamaConfig) 
     return f"{len(tensors)} tensors ({some} …), none named as in {names}{hint}"
 
 
+def _another(source: str, tensors: Mapping[str, Tensor], model: EmoLlamaConfig) -> list[str]:
+    """The one line for tensors that another source reads better; empty for none."""
+    other = guess(tensors, model)
+    if other is None or other.source == source:
+        return []
+    return [f"these tensors look like the source {other.source}"]
+
+
 def _resized(
     tensors: dict[str, Tensor], model: EmoLlamaConfig, notes: list[str]
 ) -> dict[str, Tensor]:
@@ -372,8 +342,8 @@ def _dtype(leaf: Leaf, dtype: str) -> np.dtype:
 
 def _places(plan: Plan, mesh: Mesh, preset: Preset) -> dict[str, NamedSharding]:
     """Where each leaf lives while it is written; MTCNN's parameters are too small to be split."""
-    leaves = abstract_leaves(SOURCES[plan.source], plan.model)
-    if not SOURCES[plan.source].sections:
+    leaves = abstract_leaves(plan.kind, plan.model)
+    if not plan.kind.sections:
         return {path: NamedSharding(mesh, jax.sharding.PartitionSpec()) for path in leaves}
     return param_shardings(leaves, mesh, preset=preset).params
 

@@ -19,6 +19,7 @@ from emollama_jax.errors import UserError
 from tools.convert_torch.files import Tensor, in_memory
 
 TILE = (512, 256)  # rows and columns of a matrix that are transposed at once
+SHOWN = 12  # lines of an error
 LINE = 64  # bytes of a line of a processor's cache
 Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]  # as np.empty
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
@@ -274,7 +275,7 @@ def match(
                 continue
             parts.append(tensors[key])
             wanted = shape[1:] if row.stacked else shape
-            if problem := _problem(row, tensors[key], wanted):
+            if problem := problem_of(row, tensors[key], wanted):
                 problems.append(f"{key}: {problem}")
         for path in row.paths:
             filled[path] = Leaf(path, shape, row, tuple(keys), tuple(parts))
@@ -292,9 +293,39 @@ def match(
 
 
 def listed(problems: Sequence[str]) -> str:
-    """How many there are, and each on a line of its own."""
-    number = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
-    return "\n  ".join([f"{number}:", *problems])
+    """One problem as it is; of several how many there are, and each on a line of its own.
+
+    Those that differ in the number of a layer alone share a line.
+    """
+    lines = _alike(problems)
+    if len(lines) == 1:
+        return lines[0]
+    more = [f"… and {len(lines) - SHOWN} more: inspect shows them"] if len(lines) > SHOWN else []
+    return "\n  ".join([f"{len(problems)} problems:", *lines[:SHOWN], *more])
+
+
+def _alike(problems: Sequence[str]) -> list[str]:
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for problem in problems:
+        found = re.fullmatch(r"(\S*?\.)(\d+)(\.\S*: .*)", problem)
+        key = (found[1], found[3]) if found else (problem,)
+        groups.setdefault(key, []).extend([int(found[2])] if found else [])
+    return [
+        (f"{{{_ranges(numbers)}}}" if len(numbers) > 1 else "".join(map(str, numbers))).join(parts)
+        for parts, numbers in groups.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """As "0..3, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    said = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(said[:SHOWN]) + (", …" if len(said) > SHOWN else "")
 
 
 def assign(
@@ -369,7 +400,7 @@ def matches_any(name: str, patterns: Mapping[str, str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def _problem(row: Row, tensor: Tensor, wanted: Sequence[int]) -> str:
+def problem_of(row: Row, tensor: Tensor, wanted: Sequence[int]) -> str:
     """What is wrong with a tensor's dtype or shape, or ""; nothing is read."""
     name, path = row.transform.name, ", ".join(row.paths)
     if tensor.dtype not in FLOATS:

@@ -1,18 +1,14 @@
-"""PyTorch's weight files, read lazily and safely: what is in them, and one tensor at a time.
+"""Weight files and folders of them, read lazily: what is in them, and one tensor at a time.
 
-Safetensors are memory-mapped tensor by tensor. PyTorch's own files (`.bin`, `.pt`, `.pth`) are
-pickles: they are read with `weights_only=True` alone, memory-mapped where their format allows it,
-and at most one of them is open at a time. A file that holds more than tensors and plain values is
-refused, never run.
+Safetensors are memory-mapped tensor by tensor; PyTorch's own files are opened by `pickled.py`. What
+a folder holds and nobody reads is named.
 """
 
 import json
 import math
 import pathlib
-import pickle
-import threading
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +16,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from tools.convert_torch.pickled import PICKLED, Unreadable
+
 SAFETENSORS = (".safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
+ELSEWHERE = (".ckpt", ".npz", ".h5", ".msgpack", ".gguf", ".onnx")  # weights that are not read
 # What a folder's weights are called, the safe format first; the index of several files before one.
 NAMES = (
     "model.safetensors.index.json",
@@ -32,7 +31,14 @@ NAMES = (
     "adapter_model.bin",
     "mm_projector.bin",
 )
-NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+NOT_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*.pth", "scaler.pt")
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+WRAPPED = (
+    "module.",
+    "_orig_mod.",
+    "_forward_module.",
+)  # what DDP, compile and FSDP put before keys
+SHOWN = 20  # names of files in one note
 DTYPES = {  # safetensors' names
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -50,7 +56,6 @@ DTYPES = {  # safetensors' names
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(bool),
 }
-RESAVE = "docs/convert.md, 'A file that is refused', shows how to save its tensors as safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,48 +86,73 @@ class Opened:
         problems: all that is wrong, one line each.
         notes: what a person should know, e.g. which of two formats was read.
         files: that hold tensors, with their sizes in bytes.
-        settings: of `config.json` or `adapter_config.json` beside them; empty without one.
+        settings: every `config.json` and `adapter_config.json` beside them.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: dict[pathlib.Path, int] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[pathlib.Path, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, path: pathlib.Path, *, inside: str | None = None, prefix: str = "") -> set[str]:
-        """Adds the tensors of one file; returns their keys.
+    def named(self, name: str) -> dict[pathlib.Path, dict[str, Any]]:
+        """The settings in files of one name."""
+        return {path: held for path, held in self.settings.items() if path.name == name}
+
+    def add(self, path: pathlib.Path, *, prefix: str = "") -> set[str]:
+        """Adds the tensors of one file; returns their keys as the file has them.
 
         Args:
             path: of the file.
-            inside: the entry of the file's dict that holds the state dict, where there is one.
             prefix: put before every key, where several files use the same.
         """
         try:
-            found = _safetensors(path) if path.suffix in SAFETENSORS else _pickled(path, inside)
-        except _Unreadable as error:
+            found = _safetensors(path) if path.suffix in SAFETENSORS else self._pickled(path)
+        except Unreadable as error:
             self.problems.append(f"{path}: {error}")
             return set()
         self.files[path] = path.stat().st_size
-        found = {prefix + key: tensor for key, tensor in found.items()}
+        start = prefix + _wrapped(found)
         for key, tensor in found.items():
+            key = prefix + (prefix + key).removeprefix(start)
             if key in self.tensors:
                 self.problems.append(f"{key}: in {self.tensors[key].file} and in {path.name}")
             else:
                 self.tensors[key] = tensor
         return set(found)
 
+    def _pickled(self, path: pathlib.Path) -> dict[str, Tensor]:
+        import torch
 
-class _Unreadable(Exception):
-    """A file that cannot be read, and why."""
+        state = PICKLED.get(path)
+        if state.left:
+            inside, left = ".".join(state.place), ", ".join(state.left)
+            self.notes.append(f"{path.name}: read its {inside}, left {left}")
+        tensors = {}
+        for key, value in state.tensors.items():
+            if not isinstance(value, torch.Tensor):
+                raise Unreadable(f"{key!r} is a {type(value).__name__}, wanted a tensor")
+            if value.layout != torch.strided or value.is_quantized:
+                raise Unreadable(f"{key!r} is sparse or quantized, wanted a plain tensor")
+            tensors[key] = Tensor(
+                tuple(value.shape), _dtype(value), path.name, _Unpickled(path, key)
+            )
+        PICKLED.release()
+        return tensors
 
 
-def open_paths(paths: Sequence[pathlib.Path], *, inside: str | None = None) -> Opened:
-    """Opens files and folders.
+def open_paths(
+    paths: Sequence[pathlib.Path],
+    *,
+    names: Sequence[str] = NAMES,
+    beside: Collection[str] = (),
+) -> Opened:
+    """Opens files and folders, and the settings beside them.
 
     Args:
         paths: weight files, index files, or folders of them as Hugging Face lays them out.
-        inside: the entry of a pickled dict that holds the state dict, where there is one.
+        names: what a folder's weights are called; the first that is there is read.
+        beside: what is read too, where it lies in a folder.
     """
     opened = Opened()
     if not paths:
@@ -130,60 +160,122 @@ def open_paths(paths: Sequence[pathlib.Path], *, inside: str | None = None) -> O
     for path in paths:
         if not path.exists():
             opened.problems.append(f"{path}: no such file or folder")
-        elif path.is_dir():
-            _folder(opened, path, inside=inside)
+            continue
+        folder = path if path.is_dir() else path.parent
+        settings = _settings(opened, folder)
+        if path.is_dir():
+            _folder(opened, path, names=names, beside=beside, settings=settings)
         elif path.name.endswith(".index.json"):
             _indexed(opened, path)
         else:
-            opened.add(path, inside=inside)
+            opened.add(path)
     if paths and not opened.tensors and not opened.problems:
         opened.problems.append(f"{', '.join(map(str, paths))}: no tensor in it")
     return opened
 
 
-def _folder(opened: Opened, folder: pathlib.Path, *, inside: str | None) -> None:
-    for name in ("config.json", "adapter_config.json"):
-        if (folder / name).is_file():
-            try:
-                opened.settings.update(json.loads((folder / name).read_text()))
-            except ValueError as error:
-                opened.problems.append(f"{folder / name}: not JSON ({error})")
-    known = [folder / name for name in NAMES if (folder / name).is_file()]
-    if known:
-        chosen, *others = known
-        if others:
-            left = ", ".join(path.name for path in others)
-            opened.notes.append(f"{folder}: read {chosen.name}, left {left}")
-        if chosen.name.endswith(".index.json"):
-            _indexed(opened, chosen)
+def _settings(opened: Opened, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Reads what a folder says of its weights; returns the files."""
+    read = [folder / name for name in (CONFIG, ADAPTER) if (folder / name).is_file()]
+    for path in read:
+        if path in opened.settings:
+            continue
+        try:
+            held = json.loads(path.read_text())
+        except (ValueError, OSError, RecursionError) as error:
+            opened.problems.append(f"{path}: not JSON ({str(error)[:120]})")
+            continue
+        if isinstance(held, dict):
+            opened.settings[path] = held
         else:
-            opened.add(chosen, inside=inside)
-        return
+            opened.problems.append(f"{path}: holds a {type(held).__name__}, wanted an object")
+    return read
+
+
+def _folder(
+    opened: Opened,
+    folder: pathlib.Path,
+    *,
+    names: Sequence[str],
+    beside: Collection[str],
+    settings: Iterable[pathlib.Path],
+) -> None:
+    read = set(settings)
+    known = [folder / name for name in names if (folder / name).is_file()]
     weights = [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix in SAFETENSORS + PICKLES
+        if path.is_file()
+        and path.suffix in SAFETENSORS + PICKLES
+        and path.name not in beside
         and not any(path.match(pattern) for pattern in NOT_WEIGHTS)
     ]
-    if len(weights) == 1:
-        opened.add(weights[0], inside=inside)
-    elif weights:
-        names = ", ".join(path.name for path in weights)
+    chosen = known[:1] or weights
+    if len(chosen) == 1:
+        read |= set(chosen)
+        if chosen[0].name.endswith(".index.json"):
+            read |= _indexed(opened, chosen[0])
+        else:
+            opened.add(chosen[0])
+    elif chosen:
+        listed = ", ".join(path.name for path in chosen)
         opened.problems.append(
-            f"{folder}: several weight files and no index ({names}): name those you mean"
+            f"{folder}: several weight files and no index ({listed}): name those you mean"
         )
+        return
     else:
-        opened.problems.append(f"{folder}: no weights in it (wanted one of {', '.join(NAMES)})")
+        opened.problems.append(f"{folder}: no weights in it (wanted one of {', '.join(names)})")
+        return
+    for name in beside:
+        if (folder / name).is_file() and folder / name not in read:
+            read.add(folder / name)
+            opened.add(folder / name)
+    _name_unread(opened, folder, read)
 
 
-def _indexed(opened: Opened, index: pathlib.Path) -> None:
+def _name_unread(opened: Opened, folder: pathlib.Path, read: Collection[pathlib.Path]) -> None:
+    """Notes every other file of a folder, those that may be weights first."""
+    left = [path for path in sorted(folder.iterdir()) if path not in read]
+    weights = [
+        path
+        for path in left
+        if path.is_file()
+        and path.suffix in SAFETENSORS + PICKLES + ELSEWHERE
+        and not any(path.match(pattern) for pattern in NOT_WEIGHTS)
+    ]
+    others = [path for path in left if path not in weights]
+    if weights:
+        opened.notes.append(f"{folder}: weights that were not read: {_names(weights)}")
+    if others:
+        opened.notes.append(f"{folder}: also not read: {_names(others)}")
+
+
+def _names(paths: Iterable[pathlib.Path]) -> str:
+    """Their names, those that differ in a number alone as one."""
+    alike: dict[str, list[str]] = {}
+    for path in paths:
+        name = path.name + ("/" if path.is_dir() else "")
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    shown = [
+        ", ".join(names) if len(names) < 3 else f"{pattern} ({len(names)})"
+        for pattern, names in alike.items()
+    ]
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return ", ".join(shown[:SHOWN]) + more
+
+
+def _indexed(opened: Opened, index: pathlib.Path) -> set[pathlib.Path]:
+    """Adds the files that an index names; returns those that are there."""
     try:
         shards_of = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(shards_of.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not all(isinstance(shard, str) and shard for shard in shards):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         opened.problems.append(f"{index}: not an index (wanted JSON with a weight_map)")
-        return
+        return set()
     held: dict[str, set[str]] = {}
+    absent = []
     for shard in shards:
         path = index.parent / shard
         if path.resolve().parent != index.parent.resolve():
@@ -191,13 +283,29 @@ def _indexed(opened: Opened, index: pathlib.Path) -> None:
         elif path.is_file():
             held[shard] = opened.add(path)
         else:
-            keys = [key for key, name in shards_of.items() if name == shard]
-            opened.problems.append(
-                f"{index.name} names {shard}, which is absent ({len(keys)} tensors, {keys[0]} …)"
-            )
+            absent.append(shard)
+    if absent:
+        keys = [key for key, name in shards_of.items() if name in absent]
+        what = f"{absent[0]}, which is" if len(absent) == 1 else f"{len(absent)} files that are"
+        names = "" if len(absent) == 1 else f": {', '.join(absent[:3])} …"
+        opened.problems.append(
+            f"{index.name} names {what} absent ({len(keys)} tensors, {keys[0]} …){names}"
+        )
     for key, shard in shards_of.items():
         if shard in held and held[shard] and key not in held[shard]:
             opened.problems.append(f"{key}: {index.name} says {shard}, but it is not in it")
+    return {index.parent / shard for shard in held}
+
+
+def _wrapped(keys: Collection[str]) -> str:
+    """What training put before every key of a file, maybe several times."""
+    start = ""
+    while keys:
+        more = [word for word in WRAPPED if all(key.startswith(start + word) for key in keys)]
+        if not more:
+            break
+        start += more[0]
+    return start
 
 
 def _safetensors(path: pathlib.Path) -> dict[str, Tensor]:
@@ -205,7 +313,7 @@ def _safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         with safe_open(path, framework="numpy"):  # checks the header and the file's length
             pass
     except (SafetensorError, OSError) as error:
-        raise _Unreadable(f"not a whole safetensors file ({error})") from None
+        raise Unreadable(f"not a whole safetensors file ({error})") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -214,7 +322,7 @@ def _safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     for key, entry in header.items():
         dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
         if dtype is None:
-            raise _Unreadable(f"{key} has dtype {entry['dtype']}, which NumPy does not know")
+            raise Unreadable(f"{key} has dtype {entry['dtype']}, which NumPy does not know")
         read = _Mapped(path, dtype, shape, 8 + length + entry["data_offsets"][0])
         tensors[key] = Tensor(shape, dtype, path.name, read)
     return tensors
@@ -237,64 +345,17 @@ class _Mapped:
         )
 
 
-class _Pickles:
-    """The one PyTorch file that is open."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._path: pathlib.Path | None = None
-        self._tensors: Mapping[str, Any] = {}
-        self._mapped = False
-
-    def get(self, path: pathlib.Path, inside: str | None) -> Mapping[str, Any]:
-        with self._lock:
-            if self._path != path:
-                self._path, self._tensors = None, {}  # lets go of the last one first
-                self._tensors, self._mapped = _load(path, inside)
-                self._path = path
-            return self._tensors
-
-    def trim(self) -> None:
-        """Lets go of pages that were read, where opening the file again is quick."""
-        if self._mapped:
-            self.release()
-
-    def release(self) -> None:
-        """Closes it: the pages that were read from it go."""
-        with self._lock:
-            self._path, self._tensors = None, {}
-
-
-PICKLED = _Pickles()
-
-
-def _pickled(path: pathlib.Path, inside: str | None) -> dict[str, Tensor]:
-    import torch
-
-    tensors = {}
-    for key, value in PICKLED.get(path, inside).items():
-        if not isinstance(value, torch.Tensor):
-            raise _Unreadable(f"{key!r} is a {type(value).__name__}, wanted a tensor")
-        if value.layout != torch.strided or value.is_quantized:
-            raise _Unreadable(f"{key!r} is sparse or quantized, wanted a plain tensor")
-        read = _Unpickled(path, inside, str(key))
-        tensors[str(key)] = Tensor(tuple(value.shape), _dtype(value), path.name, read)
-    PICKLED.release()
-    return tensors
-
-
 @dataclass(frozen=True)
 class _Unpickled:
     """Reads one tensor of a PyTorch file."""
 
     path: pathlib.Path
-    inside: str | None
     key: str
 
     def __call__(self) -> np.ndarray:
         import torch
 
-        tensor = PICKLED.get(self.path, self.inside)[self.key].detach()
+        tensor = PICKLED.get(self.path).tensors[self.key].detach()
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
@@ -308,48 +369,3 @@ def _dtype(tensor: Any) -> np.dtype:
         return np.dtype(name)
     except TypeError:
         return np.dtype(np.void)  # refused where a floating-point one is wanted
-
-
-def _load(path: pathlib.Path, inside: str | None) -> tuple[Mapping[str, Any], bool]:
-    """The state dict of a PyTorch file, and whether it is mapped: not every format can be."""
-    import torch
-
-    def load(**how: bool) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickle protocols
-            return torch.load(path, map_location="cpu", weights_only=True, **how)
-
-    mapped = True
-    try:
-        try:
-            state = load(mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            state, mapped = load(), False  # of PyTorch before 1.6: read as a whole
-    except pickle.UnpicklingError as error:
-        raise _Unreadable(f"{_refusal(path, error)}; {RESAVE}") from None
-    except Exception as error:  # what a broken file raises differs with where it is broken
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _Unreadable(f"truncated, or not a PyTorch file ({first[:120]})") from None
-    if isinstance(state, Mapping) and inside is not None:
-        state = state.get(inside, state)
-    if not isinstance(state, Mapping):
-        raise _Unreadable(f"holds a {type(state).__name__}, wanted a state dict")
-    return state, mapped
-
-
-def _refusal(path: pathlib.Path, error: Exception) -> str:
-    """Why `weights_only=True` does not read a file."""
-    import torch
-
-    try:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it reads the zip format alone
-        wanted = []
-    if not wanted:
-        lines = [line for line in str(error).splitlines() if "GLOBAL" in line.upper()]
-        words = lines[0].split() if lines else []
-        wanted = [word for word in words if "." in word.strip(".")][:1]
-    what = f"it wants to run {', '.join(sorted(wanted))}" if wanted else "it is an arbitrary pickle"
-    return f"refused, since it holds more than tensors: {what}"

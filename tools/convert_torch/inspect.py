@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from emollama_jax import weights
 from emollama_jax.config import EmoLlamaConfig
 from emollama_jax.errors import UserError
-from tools.convert_torch.engine import matches_any
-from tools.convert_torch.files import Opened, Tensor, open_paths
-from tools.convert_torch.settings import from_transformers
+from tools.convert_torch.engine import Row, matches_any
+from tools.convert_torch.files import ADAPTER, Opened, Tensor, open_paths
 from tools.convert_torch.sources import SOURCES, guess
 
 
@@ -42,16 +42,19 @@ def inspect(
     opened = _open(paths, source)
     if not opened.tensors:
         raise UserError("; ".join(opened.problems))
-    model, problems = from_transformers(model, opened.settings)
+    source = source or _guessed(opened, model)
+    rows: list[Row] = []
+    if source is not None:
+        model, rows = SOURCES[source].fit(opened, model)
     console.print(
         f"{len(opened.tensors)} tensors, {sum(t.nbytes for t in opened.tensors.values()) / 1e9:.2f}"
         f" GB in {len(opened.files)} file{'s' if len(opened.files) > 1 else ''}"
     )
-    for line in [*opened.problems, *problems]:
-        console.print(f"[red]problem[/red] {line}", highlight=False)
+    for line in opened.problems:
+        console.print(f"[red]problem[/red] {escape(line)}", highlight=False)
     for line in opened.notes:
-        console.print(f"note: {line}", highlight=False)
-    _theirs(opened.tensors, source, model, console)
+        console.print(f"note: {escape(line)}", highlight=False)
+    _theirs(opened.tensors, source, model, rows, console)
 
 
 def _is_ours(path: pathlib.Path) -> bool:
@@ -63,23 +66,25 @@ def _open(paths: Sequence[pathlib.Path], source: str | None) -> Opened:
         return SOURCES[source].open(paths)
     if len(paths) == 1 and (paths[0] / "pnet.pt").is_file():
         return SOURCES["mtcnn"].open(paths)
-    opened = open_paths(paths)
-    for inside in sorted({kind.inside for kind in SOURCES.values() if kind.inside}):
-        if opened.tensors:
-            break
-        again = open_paths(paths, inside=inside)
-        if again.tensors:
-            opened = again
-    return opened
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    if any((folder / ADAPTER).is_file() for folder in folders):
+        return SOURCES["peft"].open(paths)
+    return open_paths(paths)
+
+
+def _guessed(opened: Opened, model: EmoLlamaConfig) -> str | None:
+    found = guess(opened.tensors, model)
+    return found.source if found else None
 
 
 def _theirs(
-    tensors: dict[str, Tensor], source: str | None, model: EmoLlamaConfig, console: Console
+    tensors: dict[str, Tensor],
+    source: str | None,
+    model: EmoLlamaConfig,
+    more: Sequence[Row],
+    console: Console,
 ) -> None:
     """The table of the source, row by row, then what no row reads."""
-    if source is None:
-        found = guess(tensors, model)
-        source = found.source if found else None
     known = SOURCES[source].naming(tensors) if source else None
     if source is None or known is None:
         console.print("no table knows these names" + (f" as {source}" if source else ""))
@@ -93,7 +98,7 @@ def _theirs(
         table.add_column(title, overflow="fold")
     used: set[str] = set()
     absent = []
-    for row in naming.rows(model, prefix):
+    for row in [*naming.rows(model, prefix), *more]:
         keys = [key for key in tensors if key not in used and row.matches(key)]
         ours = "\n".join(row.paths)
         if not keys:
@@ -127,7 +132,7 @@ def _ours(folder: pathlib.Path, console: Console) -> None:
     console.print(f"source [bold]{manifest.source}[/bold], from {files}", highlight=False)
     console.print(f"fingerprint {manifest.fingerprint}", highlight=False)
     for note in manifest.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {escape(note)}", highlight=False)
     table = Table("ours", "shape", "dtype", box=box.SIMPLE)
     for path, leaf in weights.leaves_of(folder).items():
         table.add_row(path, str(tuple(leaf.shape)), str(leaf.dtype))

@@ -1,36 +1,46 @@
 """PEFT's LoRA adapters: their names, their settings, and ours from them.
 
-A PEFT adapter names its matrices after the Linear that they sit on; so do we. What PEFT can do and
-our `Linear` cannot (rank patterns, DoRA, scaling by √r, trained biases) is refused.
+A PEFT adapter names its matrices after the Linear that they sit on; so do we. Settings go by an
+allow-list: what is neither known to leave the numbers alone nor its default is refused by name, so
+that a kind of LoRA that is not invented yet is refused too.
 """
 
+import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from emollama_jax.config import LlamaConfig
 from tools.convert_torch.engine import TRANSPOSE, Row
 
-SIGN = r"(.*)layers\.0\.(?:self_attn|mlp)\.\w+\.lora_A\.weight"
 PREFIX = "base_model.model.model."  # of a causal LM's adapter
 HOME = {  # projection → the module that holds it
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
 }
-# Settings of adapter_config.json that must be as here, or absent.
-PLAIN: dict[str, tuple[Any, ...]] = {
+_PLACES = "|".join(rf"{home}\.{target}" for target, home in HOME.items())
+SEEING = r"(?:(?!vision|visual|encoder).)*?"  # not a tower, whose projections are called alike
+KEY = re.compile(  # layer, place, side and, in what `torch.save` wrote, the adapter's name
+    rf"(?P<prefix>{SEEING})layers\.(?P<layer>\d+)\.(?P<place>{_PLACES})"
+    r"\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight"
+)
+SIGN = rf"({SEEING})layers\.\d+\.(?:{_PLACES})\.lora_A(?:\.[^.]+)?\.weight"
+READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+# Settings that change no number of a finished adapter, whatever they are.
+FREE = (
+    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping"),
+    *("peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
+)
+# Settings that may be as here; every other one must be null, false or empty.
+EXACT: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "exclude_modules": (None, []),
-    "lora_bias": (False, None),
+    # How the matrices began. All others begin by changing the base, or need more than this file.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
+EMPTY = (None, False, {}, [])
+INSTEAD = "merge it into its base with PEFT (merge_and_unload) and convert that as llama"
 
 
 def adapter(cfg: LlamaConfig, prefix: str = PREFIX) -> list[Row]:
@@ -47,38 +57,50 @@ def adapter(cfg: LlamaConfig, prefix: str = PREFIX) -> list[Row]:
 
 
 def lora_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Fields of our `LoraConfig` out of an `adapter_config.json`, and what we cannot represent."""
-    problems = [
-        f"adapter_config.json: {key} is {settings[key]!r}, wanted {allowed[0]!r}"
-        for key, allowed in PLAIN.items()
-        if key in settings and settings[key] not in allowed
-    ]
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in settings]
-    problems += [f"adapter_config.json: {key} is missing" for key in missing]
-    if missing:
-        return {}, problems
-    targets = settings["target_modules"]
-    if targets == "all-linear":
-        targets = list(HOME)
+    """Rank, alpha and dropout of our `LoraConfig`, and what we cannot represent.
+
+    The scale by √r of rsLoRA is a larger alpha. The targets follow from the keys.
+    """
+    problems = []
+    for key, value in settings.items():
+        if key in READ or key in FREE or _is_one_of(value, EXACT.get(key, EMPTY)):
+            continue
+        wanted = " or ".join(map(_said, EXACT[key] if key in EXACT else (_like(value),)))
+        problems.append(f"{key} is {_said(value)}, wanted {wanted}: {INSTEAD}")
+    problems += [f"{key} is missing" for key in ("r", "lora_alpha") if key not in settings]
+    rank, alpha = settings.get("r", 1), settings.get("lora_alpha", 1)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        problems.append(f"r is {_said(rank)}, wanted a whole number from 1 on")
+    if not _finite(alpha):
+        problems.append(f"lora_alpha is {_said(alpha)}, wanted a number")
+    dropout = settings.get("lora_dropout") or 0.0
+    if not _finite(dropout) or not 0 <= dropout <= 1:
+        problems.append(f"lora_dropout is {_said(dropout)}, wanted a number from 0 to 1")
+    rooted = settings.get("use_rslora") or False
+    if not isinstance(rooted, bool):
+        problems.append(f"use_rslora is {_said(rooted)}, wanted true or false")
+    targets = settings.get("target_modules")
+    words = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if not (targets is None or isinstance(targets, str) or words):
+        problems.append(f"target_modules is {_said(targets)}, wanted names or a pattern")
     if isinstance(targets, str):
-        problems.append(
-            f"adapter_config.json: target_modules is the pattern {targets!r}, wanted a list of "
-            f"{', '.join(HOME)}"
-        )
+        try:
+            re.compile(targets)
+        except re.error as error:
+            problems.append(f"target_modules is {_said(targets)}, which is no pattern ({error})")
+    if problems:
         return {}, problems
-    unknown = sorted(set(targets) - set(HOME))
-    if unknown:
-        problems.append(
-            f"adapter_config.json: target_modules has {', '.join(unknown)}, wanted some of "
-            f"{', '.join(HOME)}"
-        )
-    fields = {
-        "rank": settings["r"],
-        "alpha": float(settings["lora_alpha"]),
-        "dropout": float(settings.get("lora_dropout", 0.0)),
-        "targets": tuple(target for target in HOME if target in targets),
-    }
-    return fields, problems
+    scale = math.sqrt(rank) if rooted else 1.0
+    return {"rank": rank, "alpha": float(alpha * scale), "dropout": float(dropout)}, []
+
+
+def is_target(targets: list[str] | str | None, module: str) -> bool:
+    """Whether PEFT puts an adapter on a module, by an adapter's `target_modules`."""
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def to_settings(cfg: LlamaConfig) -> dict[str, Any]:
@@ -93,3 +115,23 @@ def to_settings(cfg: LlamaConfig) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """`in`, but 0 is not False."""
+    return any(type(value) is type(each) and value == each for each in allowed)
+
+
+def _finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _like(value: Any) -> Any:
+    return False if isinstance(value, bool) else None
+
+
+def _said(value: Any) -> str:
+    """As the file has it, not longer than a line bears."""
+    said = json.dumps(value)
+    return said if len(said) <= 80 else f"{said[:77]}…"

@@ -3,14 +3,16 @@
 import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from emollama_jax.config import EmoLlamaConfig
-from tools.convert_torch import facexformer, mtcnn, peft
+from tools.convert_torch import adapters, facexformer, mtcnn, peft
 from tools.convert_torch import llama_vid as lv
 from tools.convert_torch.engine import Row
 from tools.convert_torch.files import Opened, open_paths
+from tools.convert_torch.settings import check_tower, from_transformers
 
+_EVA = r"(cls_token|pos_embed|(patch_embed|blocks|norm|fc_norm|head)\..*)"
 HEADS = "head of a pretraining task"
 _OTHERS = {  # of a whole BLIP-2 or InstructBLIP checkpoint
     r"(model\.)?(language_model|llm_model|opt_model|t5_model)\..*": "another LLM",
@@ -51,6 +53,20 @@ class Naming:
         return min(found, key=len) if found else None
 
 
+def _as_it_is(opened: Opened, cfg: EmoLlamaConfig) -> tuple[EmoLlamaConfig, list[Row]]:
+    return cfg, []
+
+
+def _from_config(*sections: str) -> Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list]]:
+    """LLaMA's sizes from `config.json`."""
+    return lambda opened, cfg: (from_transformers(cfg, opened, sections=sections), [])
+
+
+def _checked(section: str) -> Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list]]:
+    """A tower's settings, held against the config's."""
+    return lambda opened, cfg: (check_tower(cfg, opened, section=section), [])
+
+
 @dataclass(frozen=True)
 class Source:
     """A kind of checkpoint.
@@ -61,8 +77,9 @@ class Source:
         parts: of `EmoLlama` that it fills, or MTCNN.
         fills: our leaves that it fills: a pattern of whole paths.
         namings: in the order in which they are tried.
-        inside: the entry of a pickled dict that holds the state dict, where there is one.
-        reader: opens paths, given `inside`.
+        open: reads paths.
+        fit: what the settings beside the weights make of a config, and rows for tensors that the
+            naming does not know; its problems and notes go to what is opened.
     """
 
     about: str
@@ -70,12 +87,20 @@ class Source:
     parts: tuple[str, ...]
     fills: str
     namings: tuple[Naming, ...]
-    inside: str | None = None
-    reader: Callable[..., Opened] = open_paths
+    open: Callable[[Sequence[pathlib.Path]], Opened] = open_paths
+    fit: Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list[Row]]] = _as_it_is
 
-    def open(self, paths: Sequence[pathlib.Path]) -> Opened:
-        """The tensors of some paths."""
-        return self.reader(paths, inside=self.inside)
+    def holding(self, rows: Sequence[Row]) -> "Source":
+        """The source with leaves that some more rows fill."""
+        if not rows:
+            return self
+        more = [path for row in rows for path in row.paths]
+        return replace(
+            self,
+            parts=(*self.parts, "qformer"),
+            sections=(*self.sections, "qformer"),
+            fills="|".join([self.fills, *map(re.escape, more)]),
+        )
 
     def naming(self, keys: Collection[str]) -> tuple[Naming, str] | None:
         """The naming that some keys follow, and their prefix; None: no known one."""
@@ -111,29 +136,36 @@ def _always(ignore: Mapping[str, str]) -> Callable[[EmoLlamaConfig], Mapping[str
     return lambda cfg: ignore
 
 
-def _open_llama_vid(paths: Sequence[pathlib.Path], *, inside: str | None) -> Opened:
-    """A checkpoint and, beside it, `eva_vit_g.pth`, whose keys get their place in the checkpoint.
+def _open_llama_vid(paths: Sequence[pathlib.Path]) -> Opened:
+    """A checkpoint and, beside it, what is read instead of a part of it.
 
-    As the original's loader does, the file beside it is read instead of a tower inside.
+    `eva_vit_g.pth`, whose keys get their place in the checkpoint, as in the original's loader; and
+    the weights that LLaVA's trainers save beside an adapter, whose keys PEFT has wrapped.
     """
-    opened = open_paths(paths, inside=inside)
-    beside = {
-        key
-        for key in opened.tensors
-        if re.fullmatch(r"(cls_token|pos_embed|(patch_embed|blocks|norm|fc_norm|head)\..*)", key)
-    }
-    if beside:
-        inside_keys = [key for key in opened.tensors if key.startswith(lv.TOWER)]
-        for key in inside_keys:
-            del opened.tensors[key]
-        if inside_keys:
-            opened.notes.append(
-                f"left out {len(inside_keys)} tensors: the checkpoint's own tower; EVA-ViT's file "
-                "is read instead, as in the original"
-            )
-        for key in beside:
-            opened.tensors[lv.TOWER + key] = opened.tensors.pop(key)
+    opened = open_paths(paths)
+    tensors = opened.tensors
+    eva = [key for key in tensors if re.fullmatch(_EVA, key)]
+    _instead(opened, {key: lv.TOWER + key for key in eva}, lv.TOWER)
+    trained = [key for key in tensors if key.startswith(adapters.WHOLE) and ".lora_" not in key]
+    _instead(opened, {key: key.removeprefix(adapters.WHOLE) for key in trained}, None)
     return opened
+
+
+def _instead(opened: Opened, names: Mapping[str, str], whole: str | None) -> None:
+    """Renames tensors, and leaves out those that had the names (or all that begin so)."""
+    if not names:
+        return
+    tensors = opened.tensors
+    taken = set(names.values())
+    gone = [key for key in tensors if key.startswith(whole)] if whole else taken & tensors.keys()
+    for key in gone:
+        del tensors[key]
+    files = ", ".join(dict.fromkeys(tensors[key].file for key in names))
+    if gone:
+        what = "the checkpoint's own tower" if whole else "the checkpoint's own"
+        opened.notes.append(f"left out {len(gone)} tensors: {what}; {files} is read instead")
+    for key, name in names.items():
+        tensors[name] = tensors.pop(key)
 
 
 _QFORMER_IGNORE = _always({**lv.BUFFERS, **_OTHERS, **_NOT_QFORMER})
@@ -151,6 +183,7 @@ SOURCES: dict[str, Source] = {
         parts=("llama",),
         fills=r"llama/.*(?<!lora_[AB])",
         namings=(_LLAMA,),
+        fit=_from_config("llama"),
     ),
     "llama-vid": Source(
         about="a LLaMA-VID checkpoint, with eva_vit_g.pth beside it",
@@ -165,14 +198,15 @@ SOURCES: dict[str, Source] = {
                 lambda cfg: {**lv.BUFFERS, **_eva_ignore(cfg)},
             ),
         ),
-        inside="model",
-        reader=_open_llama_vid,
+        open=_open_llama_vid,
+        fit=_from_config("llama", "vision"),
     ),
     "eva-vit": Source(
         about="EVA-ViT-g: LAVIS' eva_vit_g.pth, or out of BLIP-2 / InstructBLIP",
         sections=("vision",),
         parts=("vision",),
         fills=r"vision/.*",
+        fit=_checked("vision"),
         namings=(
             Naming(
                 "LAVIS",
@@ -187,13 +221,13 @@ SOURCES: dict[str, Source] = {
                 _always({**lv.BUFFERS, **_OTHERS, **_NOT_VISION}),
             ),
         ),
-        inside="model",
     ),
     "qformer": Source(
         about="the Q-Former of InstructBLIP or BLIP-2, of LAVIS or transformers",
         sections=("qformer",),
         parts=("qformer",),
         fills=r"(qformer|visual_tokens/ln)/.*",
+        fit=_checked("qformer"),
         namings=(
             Naming(
                 "LAVIS",
@@ -214,7 +248,6 @@ SOURCES: dict[str, Source] = {
                 _QFORMER_IGNORE,
             ),
         ),
-        inside="model",
     ),
     "facexformer": Source(
         about="FaceXFormer's ckpts/model.pt",
@@ -229,7 +262,6 @@ SOURCES: dict[str, Source] = {
                 _always(facexformer.IGNORE),
             ),
         ),
-        inside=facexformer.CHECKPOINT_KEY,
     ),
     "mtcnn": Source(
         about="facenet-pytorch's pnet.pt, rnet.pt and onet.pt",
@@ -239,7 +271,7 @@ SOURCES: dict[str, Source] = {
         namings=(
             Naming("facenet-pytorch", r"()pnet\.conv1\.weight", lambda cfg, prefix: mtcnn.mtcnn()),
         ),
-        reader=lambda paths, inside: mtcnn.open_three(paths),
+        open=mtcnn.open_three,
     ),
     "peft": Source(
         about="a PEFT LoRA adapter's folder",
@@ -247,6 +279,8 @@ SOURCES: dict[str, Source] = {
         parts=("llama",),
         fills=r"llama/.*lora_[AB]",
         namings=(Naming("PEFT", peft.SIGN, lambda cfg, prefix: peft.adapter(cfg.llama, prefix)),),
+        open=adapters.open_adapter,
+        fit=adapters.fit,
     ),
 }
 
