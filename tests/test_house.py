@@ -17,12 +17,17 @@ from emollama_jax.sharding.rules import FSDP
 
 # Which part of the package may import which other. `models` and `data` do not know each other;
 # they meet in `batch`. Nothing imports `cli`.
-BASE = {"errors", "config", "batch", "paths"}
+BASE = {"errors", "config", "batch", "paths", "locks", "preflight"}
 LOWER = BASE | {"models", "data", "sharding", "weights", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
     "paths": {"errors"},
+    "preflight": {"errors"},
+    "locks": {"errors", "paths"},
+    "dispatch": {"errors"},
+    "cli_words": {"config"},
+    "cli_speed": {"errors", "config", "preflight", "cli_words", "bench", "scale"},
     "config": {"errors", "paths"},
     "models": BASE | {"sharding"},  # the named points
     "sharding": BASE,
@@ -42,7 +47,7 @@ MAY_IMPORT = {
     "demo": LOWER | {"demo_page"} | {"faces", "generate", "train", "evaluate", "serve", "scale"},
     "cli": LOWER
     | {"faces", "generate", "train", "evaluate", "serve", "scale", "demo"}
-    | {"remote", "instruct", "bench"},
+    | {"remote", "instruct", "bench", "dispatch", "cli_words", "cli_speed"},
     "testing": LOWER,
 }
 # Modules that anyone above `errors` may import: plain NumPy, and they import nothing but `errors`.

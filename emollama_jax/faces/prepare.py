@@ -12,6 +12,7 @@ from emollama_jax import weights
 from emollama_jax.config import Config
 from emollama_jax.data.builders import actionfaces, registry, store
 from emollama_jax.data.builders.listing import Listing, brief
+from emollama_jax.data.names import check_source
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import Summary, prepare_priors, priors_folder
 from emollama_jax.faces.reader import Reader, local_mesh
@@ -95,7 +96,7 @@ def prepare_source(
     Raises:
         UserError: an unknown data set, or a tree that is not the set's.
     """
-    check(name, source)
+    check_source(name, source, fold)
     alone("emollama data prepare")
     on_disk(cfg.data.dir, instead="prepare here, then copy it: gcloud storage cp -r data/* gs://…")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -144,20 +145,6 @@ def prepare_source(
             progress(summary.examples, summary.examples)  # also of what was there before
             tell(f"faces of {split}: {_counted(summary)}")
     return folder
-
-
-def check(name: str, source: pathlib.Path | None = None) -> None:
-    """Refuses a name or a source that `prepare_source` does not take.
-
-    Raises:
-        UserError: with what it takes.
-    """
-    registry.check(name)
-    drawn = name.startswith(f"{actionfaces.NAME}/")
-    if drawn and source is not None:
-        raise UserError(f"{name} is drawn, not read: leave --source out")
-    if not drawn and source is None:
-        raise UserError(f"{name}: say where the set lies: --source DIR")
 
 
 def _places(data_dir: str, name: str, splits: Sequence[str]) -> list[tuple[str, str]]:
