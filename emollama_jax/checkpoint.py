@@ -215,6 +215,10 @@ class Checkpoints:
             custom_metadata=self._metadata | {"data": data.get_state()},
         )
 
+    def saved_config(self) -> dict[str, Any]:
+        """The config, as a plain tree, that the newest checkpoint was made with."""
+        return _read_metadata(self.directory / str(self.latest))["config"]
+
     def restore(self, state: State, *, data: "grain.DatasetIterator") -> State:
         """Reads the newest checkpoint.
 

@@ -1,5 +1,7 @@
-"""What the verbs share: how their words are named in --help, and two small services."""
+"""What the verbs share: names of their arguments in --help, the config, the terminal."""
 
+import logging
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -25,9 +27,29 @@ def load_config(name: str, overrides: tuple[str, ...] = ()) -> "Config":
 
 
 def new_console() -> "Console":
-    """The terminal's, for progress; results go to standard output."""
-    import sys
-
+    """The terminal, for progress and for what is logged; results go to standard output."""
     from rich.console import Console
 
-    return Console(file=sys.stderr)
+    console = Console(file=sys.stderr)
+    # Through the console, a line appears above a progress bar. The plain handler that Orbax sets up
+    # when it is imported (by way of absl) would tear the bar.
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) in (logging.StreamHandler, LogLines):
+            root.removeHandler(handler)
+    root.addHandler(LogLines(console))
+    return console
+
+
+class LogLines(logging.Handler):
+    """Shows what is logged as lines of a console."""
+
+    def __init__(self, console: "Console"):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        own = record.name.partition(".")[0] == __name__.partition(".")[0]
+        line = f"{record.levelname.lower()}: {'' if own else f'{record.name}: '}"
+        text = line + self.format(record)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

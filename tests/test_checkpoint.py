@@ -179,7 +179,7 @@ def test_save_that_was_cut_short_is_passed_over(copy):
     assert find(copy).name == "8"
     console = quiet()
     assert loop.fit(toy_config(steps=9), copy, console=console).step == 9
-    assert "continues at step 8" in console.file.getvalue()
+    assert "resumed at step 8" in console.file.getvalue()
     assert find(copy).name == "9" and not half.exists()
 
 

@@ -16,6 +16,7 @@ from emollama_jax.data.names import check_source
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import Summary, prepare_priors, priors_folder
 from emollama_jax.faces.reader import Reader, local_mesh
+from emollama_jax.locks import hold
 from emollama_jax.models import pretrained
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.facexformer import FaceXFormer
@@ -94,13 +95,15 @@ def prepare_source(
         The folder of the examples.
 
     Raises:
-        UserError: an unknown data set, or a tree that is not the set's.
+        UserError: an unknown data set, a tree that is not the set's, or another process that
+            prepares the same one.
     """
     check_source(name, source, fold)
     alone("emollama data prepare")
     on_disk(cfg.data.dir, instead="prepare here, then copy it: gcloud storage cp -r data/* gs://…")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+    lock = hold(pathlib.Path(cfg.data.dir, registry.place_of(name)), instead="choose another --dir")
+    with lock, Progress(*columns, TimeRemainingColumn(), console=console) as bars:
 
         def bar(what: str) -> Report:
             task = bars.add_task(f"{name}: {what}", total=None)
