@@ -42,14 +42,20 @@ def new_console() -> "Console":
 
 
 class LogLines(logging.Handler):
-    """Shows what is logged as lines of a console."""
+    """Shows what is logged as lines of a console, each without its traceback: what matters of it is
+    raised as well.
+    """
 
     def __init__(self, console: "Console"):
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        # Orbax logs in pages what it raises later, and leaves reads on asyncio's loop that complain.
+        if record.name == "asyncio" or "/orbax/" in record.pathname:
+            return
         own = record.name.partition(".")[0] == __name__.partition(".")[0]
-        line = f"{record.levelname.lower()}: {'' if own else f'{record.name}: '}"
-        text = line + self.format(record)
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        where = "" if own else f"{record.name}: "
+        text = (record.getMessage().splitlines() or [""])[0]
+        line = f"{record.levelname.lower()}: {where}{text}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -20,6 +20,7 @@ import shlex
 import sys
 import tempfile
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
@@ -200,8 +201,11 @@ def boundary(args: Sequence[str]) -> Iterator[None]:
     Args:
         args: words of the command, for a report.
     """
+    beside: list[str] = []  # what other threads raised; most of it comes back to this one
+    hook, threading.excepthook = threading.excepthook, lambda held: beside.append(_thread(held))
     try:
         yield
+        print(*beside, sep="\n", end="", file=sys.stderr)
     except UserError as error:
         _say(str(error))
         sys.exit(USAGE)
@@ -215,8 +219,10 @@ def boundary(args: Sequence[str]) -> Iterator[None]:
         if line is not None:
             _say(line)
             sys.exit(USAGE)
-        print(_report(error, args), file=sys.stderr)
+        print(_report(error, args, beside), file=sys.stderr)
         sys.exit(FAULT)
+    finally:
+        threading.excepthook = hook
 
 
 def disk_error(error: BaseException, out: object = None) -> str | None:
@@ -249,7 +255,7 @@ def _full_disk(call: functools.partial) -> Iterator[None]:
         raise
     except Exception as error:
         given = [call.keywords, *(vars(x) for x in call.keywords.values() if _is_options(x))]
-        out = next((found["out"] for found in given if found.get("out")), None)
+        out = next((x[name] for name in ("out", "dir") for x in given if x.get(name)), None)
         line = disk_error(error, out)
         if line is None:
             raise
@@ -266,13 +272,20 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+def _thread(held: threading.ExceptHookArgs) -> str:
+    """What Python would print of an exception in a thread."""
+    lines = traceback.format_exception(held.exc_type, held.exc_value, held.exc_traceback)
+    name = held.thread.name if held.thread else "?"
+    return f"Exception in thread {name}:\n{''.join(lines)}"
+
+
 def _say(line: str) -> None:
     print(f"emollama: {line}", file=sys.stderr)
 
 
-def _report(error: Exception, args: Sequence[str]) -> str:
+def _report(error: Exception, args: Sequence[str], beside: Sequence[str]) -> str:
     """A short traceback, and what to do with the whole of it."""
-    whole = "".join(traceback.format_exception(error))
+    whole = "\n".join(["".join(traceback.format_exception(error)), *beside])
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
     shown = [frame for frame in own[-FRAMES:] if frame is not frames[-1]] + [frames[-1]]
