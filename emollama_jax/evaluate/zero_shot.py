@@ -1,7 +1,6 @@
 """`emollama zero-shot`: the same question, options and parser put to any other model.
 
-Answers are cached in a journal, so that a run that was stopped goes on, and a second one costs
-nothing. What cannot be asked (a block of the service, a broken picture) counts as wrong and is
+Answers are cached in a journal, so that a stopped run resumes, and a second one costs nothing. What cannot be asked (a block of the service, a broken picture) counts as wrong and is
 reported as unparsed, as everything does that names no class.
 """
 
@@ -68,7 +67,7 @@ class Answered:
 
 
 def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
-    """Asks about every example, or goes on asking.
+    """Asks about every example that has no answer yet.
 
     Args:
         options: of the command.
@@ -115,7 +114,7 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     if outcome.stopped.startswith("interrupted"):
         raise KeyboardInterrupt
     if outcome.open:
-        why = outcome.stopped or "the service kept failing; the same command goes on"
+        why = outcome.stopped or "the service kept failing: re-run the command to resume"
         raise UserError(f"{outcome.open} of {count} examples have no answer: {why}")
     predictions, aside, space = [], {}, asked.space
     for number, item in enumerate(items):
