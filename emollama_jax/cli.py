@@ -16,6 +16,7 @@ from emollama_jax.cli_words import (
     ConfigName,
     DataSet,
     Folder,
+    Media,
     Overrides,
     Run,
     load_config,
@@ -25,11 +26,10 @@ from emollama_jax.data import names
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.options import ZeroShot
 from emollama_jax.instruct.options import Options as InstructOptions
-from emollama_jax.preflight import at_least, check_picture, check_run, check_writable
+from emollama_jax.preflight import at_least, check_picture, check_writable
 
 ABOUT = "EMO-LLaMA in JAX: names, describes and answers questions about facial expressions."
 
-Positional = tyro.conf.Positional
 Inline = tyro.conf.OmitArgPrefixes
 
 
@@ -307,7 +307,9 @@ def evaluate(
     if dir is not None:
         names.check_prepared(dir, [source])
     if "{fold}" not in run:
-        check_run(run)
+        from emollama_jax.runs import find
+
+        find(run)
     from emollama_jax import config
     from emollama_jax.sharding import distributed
 
@@ -359,7 +361,7 @@ def zero_shot(options: Inline[ZeroShot]) -> None:
 
 
 def ask(
-    media: Positional[tuple[str, ...]],
+    media: Media,
     run: str = "demo_out/run",
     face: int | None = None,
     temperature: float | None = None,
@@ -400,7 +402,7 @@ def ask(
         as_json=json,
         without_face=without_face,
     )
-    terminal.ask(wish, _console())
+    terminal.ask(wish, new_console())
 
 
 def bench() -> None:

@@ -16,6 +16,7 @@ DataSet = Annotated[str, _positional, _arg(metavar="NAME")]
 ConfigName = Annotated[str, _positional, _arg(metavar="CONFIG")]
 Overrides = Annotated[tuple[str, ...], _positional, _arg(metavar="[KEY=VALUE …]")]
 Run = Annotated[str, _positional, _arg(metavar="RUN")]
+Media = Annotated[tuple[str, ...], _positional, _arg(metavar="MEDIA … [QUESTION]")]
 Folder = Annotated[str, _arg(metavar="DIR")]
 
 
@@ -51,7 +52,7 @@ class LogLines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Orbax logs in pages what it raises later, and leaves reads on asyncio's loop that complain.
+        # Orbax logs in pages what it raises later, and leaves failed reads on asyncio's loop.
         if record.name == "asyncio" or "/orbax/" in record.pathname:
             return
         own = record.name.partition(".")[0] == __name__.partition(".")[0]

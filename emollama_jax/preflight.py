@@ -3,12 +3,9 @@
 import itertools
 import os
 import pathlib
-import re
 import tempfile
 
 from emollama_jax.errors import UserError
-
-CHECKPOINTS = "checkpoints"  # of a run; `checkpoint.FOLDER`
 
 
 def at_least(least: float, **values: float | None) -> None:
@@ -71,24 +68,3 @@ def check_picture(file: pathlib.Path, *, option: str) -> None:
     if not file.parent.is_dir():
         raise UserError(f"{option} {file}: no folder {file.parent}: make it first")
     check_writable(file.parent, option=option)
-
-
-def check_run(run: str) -> None:
-    """Refuses a folder that is no run; one in a bucket is looked at later.
-
-    Raises:
-        UserError: no such folder, or no checkpoint in it.
-    """
-    if "://" in run:
-        return
-    path = pathlib.Path(run)
-    if not path.is_dir():
-        raise UserError(f"{run}: no such folder (wanted: a run of `emollama train`)")
-    if path.parent.name == CHECKPOINTS and path.name.isdigit():
-        return
-    folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-    if not any(re.fullmatch(r"\d+", found.name) for found in folder.glob("*")):
-        raise UserError(
-            f"{run}: no checkpoint here (wanted: a run of `emollama train`, which holds "
-            f"{CHECKPOINTS}/STEP)"
-        )

@@ -17,13 +17,26 @@ from emollama_jax.sharding.rules import FSDP
 
 # Which part of the package may import which other. `models` and `data` do not know each other;
 # they meet in `batch`. Nothing imports `cli`.
-BASE = {"errors", "config", "batch", "paths", "locks", "preflight"}
+BASE = {
+    "errors",
+    "config",
+    "batch",
+    "paths",
+    "locks",
+    "preflight",
+    "runs",
+    "status",
+    "compile_cache",
+}
 LOWER = BASE | {"models", "data", "sharding", "weights", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
     "paths": {"errors"},
     "preflight": {"errors"},
+    "runs": {"errors", "paths"},
+    "status": set(),
+    "compile_cache": {"errors"},
     "locks": {"errors", "paths"},
     "dispatch": {"errors"},
     "cli_words": {"config"},

@@ -275,7 +275,10 @@ def test_budget_is_never_passed(data, capsys):
     with Server().running() as server:
         status, err = refused(capsys, data, server, "--budget", "7.5", *prices)
         assert status == 2
-        assert "the budget of $7.50 is reached: re-run with a larger --budget to resume" in " ".join(err.split())
+        assert (
+            "the budget of $7.50 is reached: re-run with a larger --budget to resume"
+            in " ".join(err.split())
+        )
         # Each needs room for its longest answer, 700 tokens, before it leaves.
         assert 0 < server.paid() <= 5
         assert output(data)[0]["conversations"] == server.paid()

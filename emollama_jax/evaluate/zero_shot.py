@@ -1,7 +1,8 @@
 """`emollama zero-shot`: the same question, options and parser put to any other model.
 
-Answers are cached in a journal, so that a stopped run resumes, and a second one costs nothing. What cannot be asked (a block of the service, a broken picture) counts as wrong and is
-reported as unparsed, as everything does that names no class.
+Answers are cached in a journal, so that a stopped run resumes, and a second one costs nothing. What
+cannot be asked (a block of the service, a broken picture) counts as wrong and is reported as
+unparsed, as everything does that names no class.
 """
 
 import dataclasses
