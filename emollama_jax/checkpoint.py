@@ -16,7 +16,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
@@ -215,6 +215,10 @@ class Checkpoints:
             custom_metadata=self._metadata | {"data": data.get_state()},
         )
 
+    def saved_config(self) -> dict[str, Any]:
+        """The config, as a plain tree, that the newest checkpoint was made with."""
+        return _read_metadata(self.directory / str(self.latest))["config"]
+
     def restore(self, state: State, *, data: "grain.DatasetIterator") -> State:
         """Reads the newest checkpoint.
 
@@ -299,16 +303,65 @@ def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
 
 
 def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    found, failure = attempt(lambda: ocp.load_checkpointables(from_root(path), wanted))
+    texts: list[str] = []
+    found, failure = attempt(
+        lambda: _telling(texts, lambda: ocp.load_checkpointables(from_root(path), wanted))
+    )
     if failure is None:
         return found
-    older = [int(p.name) for p in path.parent.iterdir() if p.name.isdigit()]
-    older = sorted(step for step in older if step < int(path.name))
-    then = f"from step {older[-1]}" if older else "anew"
-    raise UserError(
-        f"{path}: checkpoint cannot be read ({failure}): delete this folder, and the same "
-        f"command continues {then}"
-    )
+    raise UserError(f"{path}: broken checkpoint: {_broken(path, texts)}: {_instead(path)}")
+
+
+def _telling(texts: list[str], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Reads; an error and those that it came from leave their texts."""
+    try:
+        return read()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            texts.append(" ".join(str(cause).split()))
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def _broken(path: epath.Path, texts: Sequence[str]) -> str:
+    """Which file of a checkpoint is at fault, or else what Orbax says.
+
+    Orbax reports a damaged file as one that none of its handlers can read.
+    """
+    parts = [part for part in ("params", "training") if (path / part).is_dir()]
+    arrays = [
+        f"{part}/array_metadatas/{p.name}"
+        for part in parts
+        for p in (path / part / "array_metadatas").glob("*")
+    ]
+    for name in ("_CHECKPOINT_METADATA", *(f"{part}/_METADATA" for part in parts), *arrays):
+        try:
+            json.loads((path / name).read_text())
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except ValueError:
+            return f"{name} is damaged"
+    for part in parts:
+        if not (path / part / "manifest.ocdbt").exists():
+            return f"{part}/manifest.ocdbt is missing"
+    for text in texts:
+        files = re.findall(r'file "([^"]+)"', text.partition("[tensorstore_spec")[0])
+        if files:
+            name = files[-1].rpartition(f"/{path.name}/")[2].rstrip("/")
+            return f"{name} is damaged" if (path / name).exists() else f"{name} is missing"
+    told = [text for text in texts if text and "incompatible handler" not in text]
+    return (told or ["no reason given"])[0][:200]
+
+
+def _instead(path: epath.Path) -> str:
+    """The next step of who has a broken checkpoint."""
+    steps = sorted(int(p.name) for p in path.parent.iterdir() if p.name.isdigit())
+    older = [step for step in steps if step < int(path.name)]
+    if not older:
+        return "delete this folder and train anew; there is no earlier step"
+    there = ", ".join(map(str, older))
+    return f"delete this folder to go back to step {older[-1]} (earlier steps there: {there})"
 
 
 def _read_metadata(path: epath.Path) -> dict[str, Any]:
@@ -318,12 +371,13 @@ def _read_metadata(path: epath.Path) -> dict[str, Any]:
         saved = ocp.metadata(from_root(path), "params").custom_metadata
         return {key: saved[key] for key in ("config", "base", "data")}
 
-    found, failure = attempt(read)
+    texts: list[str] = []
+    found, failure = attempt(lambda: _telling(texts, read))
     if failure is None:
         return found
     raise UserError(
-        f"{path}: not a checkpoint of this program, or a broken one ({failure}): delete this "
-        "folder, or name another"
+        f"{path}: not a checkpoint of this program, or a broken one: {_broken(path, texts)}: "
+        f"{_instead(path)}"
     )
 
 

@@ -1,8 +1,7 @@
 """`emollama demo`: the whole of EMO-LLaMA, small, on the embedded data set.
 
 prepare → face priors → train, stopped by a signal and resumed → evaluate → ask. Everything runs
-through the same functions as the single commands; a demo that is started again in the same folder
-continues.
+through the same functions as the single commands; a demo that was stopped resumes.
 """
 
 import dataclasses
@@ -189,14 +188,14 @@ def _train_with_interruption(cfg: Config, out: pathlib.Path, size: Size, console
             result = fit(cfg, run, console=console)
         if result.stopped_by is not signal.SIGTERM:
             _whole(result)
-        console.print("the same again: it continues")
+        console.print("the same again: it resumes")
     _whole(fit(cfg, run, console=console))
     curves = [read_metrics(folder / METRICS) for folder in (out / "reference", run)]
     return curves[0] == curves[1][: size.compare]
 
 
 def _whole(result: FitResult) -> None:
-    """Ends the demo where the user stopped it; the same command continues."""
+    """Ends the demo where the user stopped it; the next one resumes."""
     if result.stopped_by is not None:
         sys.exit(result.exit_status)
 

@@ -196,7 +196,11 @@ def test_own_data_has_its_own_classes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "fold", "said"),
     [
-        ("rafdb", None, "rafdb: no such data set; known are actionfaces/images"),
+        (
+            "rafdb",
+            None,
+            r"rafdb: no such data set \(did you mean raf_db\?\); known are actionfaces/images",
+        ),
         ("raf_db/x", None, "no such data set"),
         ("dfew/fold6", None, "no such data set"),
         ("own", None, "no such data set"),

@@ -183,7 +183,7 @@ def test_save_that_was_cut_short_is_passed_over(copy):
     assert find(copy).name == "8"
     console = quiet()
     assert loop.fit(toy_config(steps=9), copy, console=console).step == 9
-    assert "continues at step 8" in console.file.getvalue()
+    assert "resumed at step 8" in console.file.getvalue()
     assert find(copy).name == "9" and not half.exists()
 
 
@@ -193,12 +193,42 @@ def test_broken_checkpoint_is_refused_and_the_older_one_named(copy):
     for file in (copy / "checkpoints/8/params").rglob("*"):
         if file.parent.name == "d":
             file.write_bytes(b"no")
-    with pytest.raises(UserError, match=r"8: checkpoint cannot be read .*continues from step 6"):
+    with pytest.raises(
+        UserError, match=r"8: broken checkpoint: params/d/.* is damaged: .* step 6 "
+    ):
         loop.fit(toy_config(steps=9), copy, console=quiet())
-    with pytest.raises(UserError, match="checkpoint cannot be read"):
+    with pytest.raises(UserError, match="broken checkpoint"):
         load_for_inference(copy)
     shutil.rmtree(copy / "checkpoints/8")
     assert loop.fit(toy_config(), copy, console=quiet()).step == 8
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("_CHECKPOINT_METADATA", "damaged"),
+        ("params/_METADATA", "damaged"),
+        ("params/_METADATA", "missing"),
+        ("params/array_metadatas/process_0", "damaged"),
+        ("params/manifest.ocdbt", "damaged"),
+        ("params/manifest.ocdbt", "missing"),
+        ("params/d/*", "missing"),
+    ],
+)
+def test_broken_file_of_a_checkpoint_is_named(copy, name, fault):
+    (path,) = (copy / "checkpoints/8").glob(name)
+    if fault == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError) as caught:
+        load_for_inference(copy)
+    said = str(caught.value)
+    relative = path.relative_to(copy / "checkpoints/8")
+    assert f"{copy}/checkpoints/8: " in said and f"{relative} is {fault}: " in said
+    assert "handler" not in said and "\n" not in said
+    assert "delete this folder to go back to step 6 (earlier steps there: 6)" in said
 
 
 def test_data_iterator_comes_back(copy):

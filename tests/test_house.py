@@ -17,7 +17,18 @@ from emollama_jax.sharding.rules import FSDP
 
 # Which part of the package may import which other. `models` and `data` do not know each other;
 # they meet in `batch`. Nothing imports `cli`.
-BASE = {"errors", "config", "batch", "paths", "tables"}
+BASE = {
+    "errors",
+    "config",
+    "batch",
+    "paths",
+    "tables",
+    "locks",
+    "preflight",
+    "runs",
+    "status",
+    "compile_cache",
+}
 LOWER = BASE | {"models", "data", "sharding", "weights", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
@@ -28,6 +39,14 @@ MAY_IMPORT = {
     "config_fields": {"bounds"},
     "config": {"errors", "paths", "bounds", "yaml_file", "config_fields"},
     "tables": {"errors"},
+    "preflight": {"errors"},
+    "runs": {"errors", "paths"},
+    "status": set(),
+    "compile_cache": {"errors"},
+    "locks": {"errors", "paths"},
+    "dispatch": {"errors"},
+    "cli_words": {"config"},
+    "cli_speed": {"errors", "config", "preflight", "cli_words", "bench", "scale"},
     "models": BASE | {"sharding"},  # the named points
     "sharding": BASE,
     "data": BASE,
@@ -46,7 +65,7 @@ MAY_IMPORT = {
     "demo": LOWER | {"demo_page"} | {"faces", "generate", "train", "evaluate", "serve", "scale"},
     "cli": LOWER
     | {"faces", "generate", "train", "evaluate", "serve", "scale", "demo"}
-    | {"remote", "instruct", "bench"},
+    | {"remote", "instruct", "bench", "dispatch", "cli_words", "cli_speed"},
     "testing": LOWER,
 }
 # Modules that anyone above `errors` may import: plain NumPy, and they import nothing but `errors`.

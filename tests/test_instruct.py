@@ -275,7 +275,10 @@ def test_budget_is_never_passed(data, capsys):
     with Server().running() as server:
         status, err = refused(capsys, data, server, "--budget", "7.5", *prices)
         assert status == 2
-        assert "the budget of $7.50 is reached; a larger --budget goes on" in " ".join(err.split())
+        assert (
+            "the budget of $7.50 is reached: re-run with a larger --budget to resume"
+            in " ".join(err.split())
+        )
         # Each needs room for its longest answer, 700 tokens, before it leaves.
         assert 0 < server.paid() <= 5
         assert output(data)[0]["conversations"] == server.paid()
@@ -403,7 +406,7 @@ def test_interrupt_lets_answers_come_home(data, capsys):
         status, err = refused(capsys, data, server, "--concurrency", "2")
         thread.join()
         assert status == 130
-        assert "interrupted; the same command goes on" in " ".join(err.split())
+        assert "interrupted: re-run the command to resume" in " ".join(err.split())
         paid = server.paid()
         assert 2 <= paid < TRAIN
         run(data, server)

@@ -181,7 +181,7 @@ def test_stopped_and_killed_run_continues_as_if_never_disturbed(whole, tmp_path,
     with Pair(tmp_path, bpe) as pair:
         assert pair.wait() == [0, 0], pair.log()
     log = (tmp_path / "log-0.txt").read_text()
-    starts = [int(line.split()[-1]) for line in log.splitlines() if "continues at step" in line]
+    starts = [int(line.split()[-1]) for line in log.splitlines() if "resumed at step" in line]
     assert starts[0] == stopped and starts[1] in (6, stopped)
     assert (tmp_path / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     found, wanted = parameters(tmp_path, bpe), parameters(whole, bpe)

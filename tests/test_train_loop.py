@@ -102,7 +102,7 @@ def test_signal_finishes_the_step_saves_and_continues(whole, tmp_path, monkeypat
         console = quiet()
         result = fit(toy_config(), tmp_path, console=console)
     assert (result.step, result.stopped_by, result.exit_status) == (5, number, 128 + number)
-    assert "stopped at step 5 of 8; the same command continues" in console.file.getvalue()
+    assert "stopped at step 5 of 8: re-run the command to resume" in console.file.getvalue()
     assert signal.getsignal(number) is before
     fit(toy_config(), tmp_path, console=quiet())
     assert read(tmp_path) == read(whole)
@@ -146,7 +146,7 @@ def test_sigterm_from_outside(whole, tmp_path):
     done = len(read(tmp_path).splitlines())
     assert 3 <= done < 8
     with start(0) as process:
-        assert f"continues at step {done}" in process.stdout.read()
+        assert f"resumed at step {done}" in process.stdout.read()
         assert process.wait(60) == 0
     assert read(tmp_path) == read(whole)
 

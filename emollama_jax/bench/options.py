@@ -8,19 +8,19 @@ class TrainSizes:
     """Of the model and the batch; the defaults are a LLaMA of 160 M parameters."""
 
     width: int = 768
-    """of the residual stream."""
+    """width of the residual stream."""
     mlp_width: int = 3072
-    """of the feed-forward layers."""
+    """width of the feed-forward layers."""
     layers: int = 12
-    """of the decoder."""
+    """layers of the decoder."""
     heads: int = 12
-    """of attention."""
+    """heads of attention."""
     vocab: int = 32000
-    """words."""
+    """words of the vocabulary."""
     rank: int = 16
-    """of LoRA, on q, k, v and o."""
+    """rank of LoRA, on q, k, v and o."""
     batch: int = 4
-    """examples."""
+    """examples in a batch."""
     length: int = 512
     """tokens of an example."""
     answer: int | None = None

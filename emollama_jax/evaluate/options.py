@@ -19,33 +19,32 @@ class ZeroShot:
     data: str
     """a prepared set, e.g. raf_db, dfew or actionfaces/images."""
     fold: str | None = None
-    """of dfew and mafw: its number, or all, which adds their mean."""
+    """fold of dfew and mafw: its number, or all, which adds their mean."""
     split: str = "test"
-    """of the set."""
+    """split of the set."""
     dir: str = "data"
     """data folder."""
     frames: int = 8
-    """of a clip: the centre frames of so many segments."""
+    """frames shown of a clip: the centres of so many segments."""
     crop: Literal["whole", "face"] = "whole"
     """whole pictures, or the face crop of the set's face priors (emollama data prepare)."""
     side: int = 384
     """pixels of a picture's longer side as it is sent; larger ones are shrunk."""
     order: Literal["native", "shuffled"] = "native"
-    """of the options in the question; shuffled differs from example to example."""
+    """order of the options in the question; shuffled differs from example to example."""
     limit: int | None = None
-    """the first so many examples only: a trial, no result."""
+    """number of examples, the first ones: a trial, no result; all by default."""
     out: pathlib.Path | None = None
-    """gets journal.jsonl (the cache of answers), predictions.jsonl, evaluation.json, table.tex,
-    report.html;
-    runs/zero-shot/MODEL/DATA-SPLIT by default."""
+    """folder of journal.jsonl (the cache of answers), predictions.jsonl, evaluation.json, table.tex
+    and report.html; runs/zero-shot/MODEL/DATA-SPLIT by default."""
     max_tokens: int = 64
-    """of an answer."""
+    """tokens of an answer, at most."""
     thinking_tokens: int = 0
     """Gemini's thoughts before an answer, at most; 0 is none, -1 leaves it to the model."""
     base_url: str | None = None
-    """of another server that speaks Gemini's API."""
+    """address of another server that speaks Gemini's API."""
     limits: tyro.conf.OmitArgPrefixes[Limits] = LIMITS
-    """how fast, how often and how dear."""
+    """limits of speed, tries and cost."""
 
     def __post_init__(self):
         for name in ("frames", "side", "max_tokens", "limit"):

@@ -1,8 +1,8 @@
 """`emollama zero-shot`: the same question, options and parser put to any other model.
 
-Answers are cached in a journal, so that a run that was stopped goes on, and a second one costs
-nothing. What cannot be asked (a block of the service, a broken picture) counts as wrong and is
-reported as unparsed, as everything does that names no class.
+Answers are cached in a journal, so that a stopped run resumes, and a second one costs nothing. What
+cannot be asked (a block of the service, a broken picture) counts as wrong and is reported as
+unparsed, as everything does that names no class.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Answered:
 
 
 def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
-    """Asks about every example, or goes on asking.
+    """Asks about every example that has no answer yet.
 
     Args:
         options: of the command.
@@ -116,7 +116,7 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     if outcome.stopped.startswith("interrupted"):
         raise KeyboardInterrupt
     if outcome.open:
-        why = outcome.stopped or "the service kept failing; the same command goes on"
+        why = outcome.stopped or "the service kept failing: re-run the command to resume"
         raise UserError(f"{outcome.open} of {count} examples have no answer: {why}")
     predictions, aside, space = [], {}, asked.space
     for number, item in enumerate(items):

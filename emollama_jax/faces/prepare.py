@@ -12,9 +12,11 @@ from emollama_jax import weights
 from emollama_jax.config import Config
 from emollama_jax.data.builders import actionfaces, registry, store
 from emollama_jax.data.builders.listing import Listing, brief
+from emollama_jax.data.names import check_source
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import Summary, prepare_priors, priors_folder
 from emollama_jax.faces.reader import Reader, local_mesh
+from emollama_jax.locks import hold
 from emollama_jax.models import pretrained
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.facexformer import FaceXFormer
@@ -93,13 +95,15 @@ def prepare_source(
         The folder of the examples.
 
     Raises:
-        UserError: an unknown data set, or a tree that is not the set's.
+        UserError: an unknown data set, a tree that is not the set's, or another process that
+            prepares the same one.
     """
-    check(name, source)
+    check_source(name, source, fold)
     alone("emollama data prepare")
     on_disk(cfg.data.dir, instead="prepare here, then copy it: gcloud storage cp -r data/* gs://…")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+    lock = hold(pathlib.Path(cfg.data.dir, registry.place_of(name)), instead="choose another --dir")
+    with lock, Progress(*columns, TimeRemainingColumn(), console=console) as bars:
 
         def bar(what: str) -> Report:
             task = bars.add_task(f"{name}: {what}", total=None)
@@ -144,20 +148,6 @@ def prepare_source(
             progress(summary.examples, summary.examples)  # also of what was there before
             tell(f"faces of {split}: {_counted(summary)}")
     return folder
-
-
-def check(name: str, source: pathlib.Path | None = None) -> None:
-    """Refuses a name or a source that `prepare_source` does not take.
-
-    Raises:
-        UserError: with what it takes.
-    """
-    registry.check(name)
-    drawn = name.startswith(f"{actionfaces.NAME}/")
-    if drawn and source is not None:
-        raise UserError(f"{name} is drawn, not read: leave --source out")
-    if not drawn and source is None:
-        raise UserError(f"{name}: say where the set lies: --source DIR")
 
 
 def _places(data_dir: str, name: str, splits: Sequence[str]) -> list[tuple[str, str]]:

@@ -70,7 +70,7 @@ def prepare_priors(
     fingerprint: str = "",
     threads: int = 2,
 ) -> Summary:
-    """Computes and stores the priors of a split once; continues where it was stopped.
+    """Computes and stores the priors of a split once; resumes where it was stopped.
 
     Args:
         examples: of the split, with `media`, `kind` and `boxes` ([F, 4], or empty to detect).

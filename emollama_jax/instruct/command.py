@@ -73,7 +73,7 @@ class Estimate:
 
 
 def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]:
-    """Makes the instruction data of a split, or goes on making it.
+    """Makes the instruction data of a split, or resumes.
 
     Args:
         options: what to make.
@@ -219,7 +219,7 @@ def _keep_what_was_paid(folder: pathlib.Path, by: str) -> None:
     before = store.made_by(folder)
     if before is not None and before.startswith("gemini:") and by == "template":
         raise UserError(
-            f"{folder} holds conversations of {before}; set {KEYS[0]} to go on with them, or move "
+            f"{folder} holds conversations of {before}; set {KEYS[0]} to resume them, or move "
             "the folder away to have templates"
         )
 

@@ -1,7 +1,7 @@
 """What `emollama data instruct` takes."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,27 +12,27 @@ from emollama_jax.remote.options import LIMITS, Limits
 class Options:
     """Which split, who makes the conversations, and within which limits."""
 
-    name: tyro.conf.Positional[str]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """a prepared set, e.g. raf_db or actionfaces/images."""
     split: str = "train"
-    """of the set; conversations are for training."""
+    """split of the set; conversations are for training."""
     dir: str = "data"
     """data folder, on a disk."""
     by: Literal["auto", "gemini", "template"] = "auto"
-    """who makes conversations; auto is gemini where there is a key."""
+    """who makes the conversations; auto is gemini where there is a key."""
     model: str = "gemini-2.5-flash"
-    """of Gemini."""
+    """name of the Gemini model."""
     describe: str | None = None
     """for clips, who says what happens in them: openai:URL#MODEL, hf:PATH, gemini:MODEL, or a
     .jsonl file of {"id", "description"}."""
     limit: int | None = None
-    """conversations for the first so many examples only."""
+    """number of examples, the first ones, that get conversations; all by default."""
     media: bool = False
     """also write pictures and clips beside the JSON file, for use in other projects."""
     thinking_tokens: int = 0
     """Gemini's thoughts before an answer, at most; they are paid as output. 0 is none, -1 leaves it
     to the model (some always think)."""
     base_url: str | None = None
-    """of another server that speaks Gemini's API."""
+    """address of another server that speaks Gemini's API."""
     limits: tyro.conf.OmitArgPrefixes[Limits] = LIMITS
-    """how fast, how often and how dear."""
+    """limits of speed, tries and cost."""

@@ -11,7 +11,6 @@ opened again. Only one process may write at a time.
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emollama_jax.errors import UserError
+from emollama_jax.locks import lock_file
 
 
 @dataclasses.dataclass
@@ -54,13 +54,8 @@ class Journal:
         self.spent = 0.0  # US dollars, what is on its way included
         self.input_tokens = self.output_tokens = 0
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise UserError(f"{path}: another process is writing it; wait for it to end") from None
+        busy = f"{path}: another process is writing it; wait for it to end"
+        self._file = lock_file(path, busy=busy)
         try:
             self._read(dict(of))
         except BaseException:

@@ -10,19 +10,19 @@ class Limits:
     """Limits of asking."""
 
     concurrency: int = 8
-    """questions on their way at once."""
+    """questions under way at once."""
     per_minute: float = 300.0
     """questions a minute at most; see your tier's limit."""
     timeout: float = 60.0
-    """seconds that one answer may take."""
+    """seconds for one answer."""
     tries: int = 8
-    """of one question while the service fails (429, 5xx, time-outs, broken lines)."""
+    """tries of one question while the service fails (429, 5xx, time-outs, broken lines)."""
     attempts: int = 3
     """answers asked for one item before it is set aside; a rejected one is told why."""
     first_wait: float = 1.0
     """seconds before the second try; doubles up to a minute, with jitter."""
     budget: float | None = None
-    """US dollars that this journal may cost in all; what is on its way is counted at its most."""
+    """US dollars, at most, for this journal in all; questions under way count at their most."""
     input_price: float | None = None
     """US dollars a million input tokens; the built-in table by default."""
     output_price: float | None = None

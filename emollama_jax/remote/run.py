@@ -141,7 +141,7 @@ class _Asking:
             if self._stop.is_set():
                 for worker in workers:
                     worker.cancel()
-            self._halt("interrupted; the same command goes on")
+            self._halt("interrupted: re-run the command to resume")
 
         loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
         for number in numbers:
@@ -207,7 +207,10 @@ class _Asking:
                 return None
             budget = self._limits.budget
             if budget is not None and self._journal.spent + most > budget:
-                self._halt(f"the budget of ${budget:.2f} is reached; a larger --budget goes on")
+                self._halt(
+                    f"the budget of ${budget:.2f} is reached: re-run with a larger --budget to "
+                    "resume"
+                )
                 return None
             self._journal.sent(key, most)
             try:
@@ -239,7 +242,8 @@ class _Asking:
         self._in_a_row += 1
         if self._in_a_row >= GIVE_UP:
             self._halt(
-                f"{GIVE_UP} items in a row got no answer, the last: {why}; the same command goes on"
+                f"{GIVE_UP} items in a row got no answer, the last: {why}: re-run the command to "
+                "resume"
             )
 
     async def _turn(self) -> bool:

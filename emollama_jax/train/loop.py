@@ -1,8 +1,10 @@
 """The training run: restore → [save → draw a batch → step → log], as kauldron orders it.
 
 The data iterator is touched only after a save, so that a checkpoint's iterator stands exactly where
-its parameters do. Ctrl-C or SIGTERM lets the step finish, saves and returns; the same command
-continues, and the loss curve is the one of an uninterrupted run, bit for bit.
+its parameters do. Ctrl-C or SIGTERM lets the step finish, saves and returns; called again, it
+resumes, and the loss curve is the one of an uninterrupted run, bit for bit.
+
+One process (or the hosts of one run) at a time: the run's folder is locked.
 
 On several hosts every process runs this same loop. A notice to any of them (SIGTERM, which is how
 clouds announce a preemption) stops all after the same step.
@@ -29,17 +31,18 @@ from rich.console import Console
 
 from emollama_jax.batch import Batch
 from emollama_jax.checkpoint import Checkpoints, init_model, matching
-from emollama_jax.config import Config
+from emollama_jax.config import Config, TrainConfig
 from emollama_jax.data.pipeline import make_train_iterator
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import open_priors
+from emollama_jax.locks import hold
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.paths import as_path
-from emollama_jax.sharding.distributed import leads, place_batch, share
+from emollama_jax.sharding.distributed import gather, leads, place_batch, share
 from emollama_jax.sharding.mesh import batch_shards, make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.train.metrics import RunLog
-from emollama_jax.train.optimizer import make_optimizer
+from emollama_jax.train.optimizer import make_optimizer, warmup_cosine
 from emollama_jax.train.step import (
     Metrics,
     Params,
@@ -135,18 +138,19 @@ def fit(
     until: int | None = None,
     console: Console | None = None,
 ) -> FitResult:
-    """Trains, or continues to train, the run in a folder.
+    """Trains the run in a folder, from its start or its newest checkpoint.
 
     Args:
         cfg: the run.
         out: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`; on a disk that all hosts
             share, or in a bucket.
-        until: stop after this step as a signal would; the next call continues.
+        until: stop after this step as a signal would; the next call resumes.
         console: where progress goes; the terminal by default.
 
     Raises:
         UserError: a batch or mesh that does not divide, a pattern that matches nothing, a folder
-            that holds a checkpoint of another config, a loss that is no longer finite.
+            that another process trains in or that holds a checkpoint of another config, a loss
+            that is no longer finite.
     """
     start = time.monotonic()
     out = as_path(out)
@@ -158,6 +162,7 @@ def fit(
     end = cfg.train.steps if until is None else min(until, cfg.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        _hold(out, stack)
         stop = stack.enter_context(StopSignals())
         data = make_train_iterator(
             cfg,
@@ -197,7 +202,7 @@ def fit(
             stopped_by=stopped_by,
         )
     if step < cfg.train.steps:
-        console.print(f"stopped at step {step} of {cfg.train.steps}; the same command continues")
+        console.print(f"stopped at step {step} of {cfg.train.steps}: re-run the command to resume")
     return result
 
 
@@ -242,7 +247,10 @@ def assemble(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
         state = checkpoints.restore(wanted, data=data)
-        console.print(f"continues at step {int(state.step)}")
+        console.print(f"resumed at step {int(state.step)}")
+        before = checkpoints.saved_config()["train"]["steps"]
+        if change := _schedule_change(cfg.train, before, int(state.step)):
+            console.print(change, soft_wrap=True, highlight=False)
     else:
         state = jax.jit(start, out_shardings=shardings)(params)
     step = compile_step(
@@ -256,6 +264,54 @@ def assemble(
         xla=cfg.xla_flags,
     )
     return Machine(step=step, frozen=frozen, state=state)
+
+
+def _hold(out: epath.Path, stack: contextlib.ExitStack) -> None:
+    """Locks the run's folder until the stack ends; the first host does, and all hear of it.
+
+    Raises:
+        UserError: another process trains in it, or it cannot be made.
+    """
+    refusal = None
+    if leads():
+        try:
+            stack.enter_context(hold(out, instead="choose another --out"))
+        except UserError as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = f"{out}: cannot be a run's folder: {error.strerror}"
+    for said in gather(refusal):
+        if said is not None:
+            raise UserError(said)
+
+
+def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:
+    """What another number of steps does to the learning rate; None if it is the same number.
+
+    Args:
+        cfg: of now.
+        before: `train.steps` that the checkpoint was trained for.
+        step: of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint lies behind the last step.
+    """
+    if step > cfg.steps:
+        raise UserError(
+            f"train.steps is {cfg.steps}, but the run is at step {step} already: raise it, or "
+            "choose another --out"
+        )
+    if before == cfg.steps:
+        return None
+    schedules = [
+        warmup_cosine(dataclasses.replace(cfg, steps=steps)) for steps in (before, cfg.steps)
+    ]
+    old, new = (cfg.learning_rate * float(schedule(np.int32(step))) for schedule in schedules)
+    return (
+        f"train.steps was {before} and is {cfg.steps} now: warm-up and cosine are those of "
+        f"{cfg.steps} steps from here on, and the learning rate goes from {old:.3g} to {new:.3g}; "
+        "this is not the run that had so many steps from its start"
+    )
 
 
 def _check_batches(cfg: Config, mesh: Mesh) -> None:

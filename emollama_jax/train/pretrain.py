@@ -12,7 +12,7 @@ Transformers this small learn slowly from one label a picture, so both picture n
 *where* each landmark is, from a heat map over their tokens (soft-argmax, Sun et al. 2018). The
 parts that the networks do not have are dropped afterwards.
 
-Each finished tower is a file; the same command again continues with the first that is missing.
+Each finished tower is a file; a stopped command resumes with the first that is missing.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def fit(
     saved: pathlib.Path,
     report: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Trains a learner in place: AdamW, 5 % warm-up, cosine; continues from `saved`.
+    """Trains a learner in place: AdamW, 5 % warm-up, cosine; resumes from `saved`.
 
     Args:
         learner: has `loss(batch) -> (loss, parts)`.

@@ -17,7 +17,7 @@ from emollama_jax.models.visual_tokens import VisualTokens
 
 
 class _Parts(nnx.Module):
-    """Some networks of `EmoLlama` under its names. """
+    """Some networks of `EmoLlama` under its names."""
 
     def __init__(self, parts: Sequence[str], cfg: EmoLlamaConfig, rngs: Rngs):
         if "llama" in parts:

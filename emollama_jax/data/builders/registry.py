@@ -1,14 +1,12 @@
 """Which data sets there are, and how a name leads to examples.
 
-A name is a set (`raf_db`, `affectnet7`), a set and its fold (`dfew/fold1`), a user's own data
-(`own/NAME`), or the embedded set and its config (`actionfaces/images`).
+`data/names.py` says which names there are, and refuses others.
 """
 
 import dataclasses
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 
 from emollama_jax.data.builders import (
@@ -25,6 +23,7 @@ from emollama_jax.data.builders import (
 )
 from emollama_jax.data.builders.listing import Listing
 from emollama_jax.data.emotions import LabelSpace, label_space
+from emollama_jax.data.names import check
 from emollama_jax.errors import UserError
 
 Report = Callable[[int, int], None]  # (done, all)
@@ -49,32 +48,6 @@ SETS: Mapping[str, Official] = {
     "ferv39k": Official("ferv39k", ferv39k.Ferv39k, ferv39k.read),
     "mafw": Official("mafw", mafw.Mafw, mafw.read, mafw.FOLDS),
 }
-
-
-def known() -> str:
-    """The names that can be prepared, for messages and help."""
-    embedded = [f"{actionfaces.NAME}/{config}" for config in actionfaces.SIZES]
-    return ", ".join([*embedded, *SETS, f"{own.NAME}/NAME"])
-
-
-def check(name: str) -> None:
-    """Refuses a name that is no set.
-
-    Raises:
-        UserError: with the names that are.
-    """
-    builder, slash, config = name.partition("/")
-    if builder == actionfaces.NAME and slash:
-        actionfaces.check(config)
-        return
-    fine = {
-        own.NAME: re.fullmatch(r"\w[\w-]*", config) is not None,
-    }
-    if builder in SETS:
-        folds = SETS[builder].folds
-        fine[builder] = not slash or config in {f"fold{k}" for k in range(1, folds + 1)}
-    if not fine.get(builder, False):
-        raise UserError(f"{name}: no such data set; known are {known()}")
 
 
 def prepare_set(

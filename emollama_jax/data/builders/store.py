@@ -263,7 +263,7 @@ def prepare(
     processes: int,
     progress: Callable[[int, int], None],
 ) -> pathlib.Path:
-    """Stores a listing; what is already there is kept, what was stopped goes on.
+    """Stores a listing; what is already there is kept, what was stopped resumes.
 
     Args:
         data_dir: where sets are prepared.

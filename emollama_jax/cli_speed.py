@@ -1,0 +1,99 @@
+"""The verbs about speed: what a TPU slice would take, and what is measured against PyTorch."""
+
+from typing import Literal
+
+import tyro
+
+from emollama_jax.bench.options import TrainSizes
+from emollama_jax.cli_words import ConfigName, Overrides, load_config, new_console
+from emollama_jax.preflight import at_least
+
+Inline = tyro.conf.OmitArgPrefixes
+
+
+def plan(
+    config: ConfigName,
+    overrides: Overrides = (),
+    *,
+    topology: str,
+    step: Literal["train", "prefill", "decode"] = "train",
+    kind: Literal["image", "clip"] | None = None,
+    batch: int | None = None,
+    json: bool = False,
+    search: bool = False,
+) -> None:
+    """Compiles the real step for a TPU slice that need not be here, and says what it would take:
+    memory, FLOPs, collectives, and estimates of the time. Needs the extra `plan` (libtpu).
+
+    No weights are read. A 7B takes minutes: of compiling on this machine, not of a TPU.
+
+    Args:
+        config: a name in configs/ or a .yaml file.
+        overrides: changes of the config, e.g. mesh.fsdp=-1 model.llama.remat=dots.
+        topology: TPU slice, e.g. v5e:2x4 (8 chips) or v5p:4x4x4; a wrong one lists them all.
+        step: train, prefill (towers, prompt, first token), or decode (one more token).
+        kind: kind of batch; clips where the config has some.
+        batch: examples of a step, all chips together; the config's training batch by default.
+        json: print JSON instead of tables.
+        search: find the largest batch that fits and the best preset; many compilations.
+    """
+    from emollama_jax.scale import topologies
+
+    topologies.chip_of(topology)  # a wrong one is refused at once
+    at_least(1, batch=batch)
+    cfg = load_config(config, overrides)
+    topologies.prepare()  # before JAX starts
+    from emollama_jax.scale.command import run
+
+    run(
+        cfg,
+        topology,
+        step=step,
+        kind=kind,
+        examples=batch,
+        as_json=json,
+        searching=search,
+        console=new_console(),
+    )
+
+
+def bench_data(
+    config: str = "emollama_7b", clips: int = 8, batch: int = 4, batches: int = 10, rounds: int = 5
+) -> None:
+    """Frames per second of the input pipeline (decode, sample, crop, resize, tokenise, batch) on
+    clips that are drawn, against PyTorch's DataLoader with PyAV, two workers each, in turns.
+
+    Args:
+        config: config whose shapes are made: a name in configs/ or a .yaml file.
+        clips: clips to draw: H.264 in MP4, 640 × 360, 4 s.
+        batch: clips in a batch.
+        batches: batches of a timing.
+        rounds: timings of each side.
+    """
+    at_least(1, clips=clips, batch=batch, batches=batches, rounds=rounds)
+    load_config(config)
+    from emollama_jax.bench import data as bench
+
+    cfg = bench.bench_config(config, batch=batch)
+    speeds = bench.run(cfg, clips=clips, batches=batches, rounds=rounds, console=new_console())
+    print(bench.table(speeds))
+
+
+def bench_train(
+    sizes: Inline[TrainSizes], steps: int = 5, warm: int = 2, json: bool = False
+) -> None:
+    """Tokens per second of a LoRA train step on this CPU, against the same model, weights and batch
+    in PyTorch, in turns; needs the extra `parity` and a checkout. Losses must agree.
+
+    Args:
+        sizes: sizes of the LLaMA and its batch.
+        steps: steps that count, on each side.
+        warm: steps before them.
+        json: print JSON instead of the table.
+    """
+    at_least(1, steps=steps)
+    at_least(0, warm=warm)
+    from emollama_jax.bench import train as module
+
+    result = module.run(sizes, steps=steps, warm=warm, console=new_console())
+    print(result.report(as_json=json))
