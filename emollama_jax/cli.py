@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from emollama_jax import dispatch
+from emollama_jax import compile_cache, dispatch
 from emollama_jax.cli_speed import bench_data, bench_train, plan
 from emollama_jax.cli_words import (
     ConfigName,
@@ -87,6 +87,7 @@ def data_prepare(
     where = () if dir is None else (f"data.dir={json.dumps(dir)}",)
     cfg = load_config(config, (*where, *overrides))
     check_writable(cfg.data.dir, option="--dir")
+    compile_cache.start()
     from emollama_jax.faces.prepare import load_face, prepare_source
 
     folder = prepare_source(
@@ -194,6 +195,7 @@ def pretrain(
     at_least(0, clips=clips, seed=seed)
     cfg = load_config(config)
     check_writable(out)
+    compile_cache.start()
     from emollama_jax.train import pretrain as module
 
     plan = module.Plan(
@@ -229,6 +231,7 @@ def train(
     cfg = load_config(config, overrides)
     check_writable(out)
     names.check_prepared(cfg.data.dir, data or [source.name for source in cfg.data.sources])
+    compile_cache.start()
     from emollama_jax.sharding import distributed
     from emollama_jax.train.loop import fit
 
@@ -319,6 +322,7 @@ def evaluate(
         from emollama_jax.runs import find
 
         find(run)
+    compile_cache.start()
     from emollama_jax import config
     from emollama_jax.sharding import distributed
 

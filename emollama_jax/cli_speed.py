@@ -4,6 +4,7 @@ from typing import Literal
 
 import tyro
 
+from emollama_jax import compile_cache
 from emollama_jax.bench.options import TrainSizes
 from emollama_jax.cli_words import ConfigName, Overrides, load_config, new_console
 from emollama_jax.preflight import at_least
@@ -93,6 +94,7 @@ def bench_train(
     """
     at_least(1, steps=steps)
     at_least(0, warm=warm)
+    compile_cache.start()
     from emollama_jax.bench import train as module
 
     result = module.run(sizes, steps=steps, warm=warm, console=new_console())

@@ -105,10 +105,52 @@ def vocabulary(space: LabelSpace) -> dict[str, str]:
 
 _SHORT = 200  # characters of an answer that may be a name and nothing else
 _DEGREES = frozenset(
-    "a an the of mild mildly slight slightly strong strongly moderate some very high low intense"
-    " faint subtle extreme extremely little bit likely most mostly probably primary".split()
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "mild",
+        "mildly",
+        "slight",
+        "slightly",
+        "strong",
+        "strongly",
+        "moderate",
+        "some",
+        "very",
+        "high",
+        "low",
+        "intense",
+        "faint",
+        "subtle",
+        "extreme",
+        "extremely",
+        "little",
+        "bit",
+        "likely",
+        "most",
+        "mostly",
+        "probably",
+        "primary",
+    ]
 )
-_NO_LIST = frozenset("no not wait actually sorry rather never none neither nor but yes".split())
+_NO_LIST = frozenset(
+    [
+        "no",
+        "not",
+        "wait",
+        "actually",
+        "sorry",
+        "rather",
+        "never",
+        "none",
+        "neither",
+        "nor",
+        "but",
+        "yes",
+    ]
+)
 
 # "Answer: …" on a line of its own or in a sentence; the surer keys first.
 _KEYS = (
@@ -162,7 +204,12 @@ class _Reader:
         low = [[word.casefold() for word in found] for found in words]
         shares = structured.read_shares(text, self._is_label)
         graded = any(re.match(r"[\W\d_]*[^\W\d_]\D*\d", piece) for piece in pieces)
-        if len(pieces) < 2 or shares or graded or any(_NO_LIST.intersection(found) for found in low):
+        if (
+            len(pieces) < 2
+            or shares
+            or graded
+            or any(_NO_LIST.intersection(found) for found in low)
+        ):
             return None
         single = all(len(found) == 1 for found in low)
         degrees = all(

@@ -11,6 +11,7 @@ words for one of these classes ("calm" and "neutral") may be two classes or one;
 """
 
 import difflib
+import json
 import math
 import pathlib
 import re

@@ -18,8 +18,32 @@ _DENIED = dict.fromkeys(("no", "false", "absent", "n", "not present", "✗", "�
 _WORDS = _AFFIRMED | _DENIED
 # Keys of numbers that are no label's score.
 _META = frozenset(
-    "confidence score probability prob likelihood certainty valence arousal dominance intensity age"
-    " id idx index face frame time timestamp total sum rank doc count n".split()
+    [
+        "confidence",
+        "score",
+        "probability",
+        "prob",
+        "likelihood",
+        "certainty",
+        "valence",
+        "arousal",
+        "dominance",
+        "intensity",
+        "age",
+        "id",
+        "idx",
+        "index",
+        "face",
+        "frame",
+        "time",
+        "timestamp",
+        "total",
+        "sum",
+        "rank",
+        "doc",
+        "count",
+        "n",
+    ]
 )
 # Keys of a record's label, the surest first.
 _LABEL_KEYS = (
@@ -233,12 +257,13 @@ _PIECE = re.compile(
     re.IGNORECASE,
 )
 _REVERSED = re.compile(
-    rf"[^\w.%]*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<percent>%|percent\b|per cent\b)?\s*"
+    r"[^\w.%]*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<percent>%|percent\b|per cent\b)?\s*"
     r"(?:(?:chance|probability|likelihood|confidence)\s+)?(?:(?:of|for)\s+)?[\"'*_`]*"
     r"(?P<name>[^\W\d][\w' /-]*?)[\s\"'*_`)\]}.]*",
     re.IGNORECASE,
 )
-_SPLIT = re.compile(r"[,;\n|•]|\band\b|(?<=[%✓✔✅✗✘❌])\s+(?=[^\W\d])|(?:(?<=\bno)|(?<=yes)|(?<=\d))\s+(?=[^\W\d]+\s*[:=])"
+_SPLIT = re.compile(
+    r"[,;\n|•]|\band\b|(?<=[%✓✔✅✗✘❌])\s+(?=[^\W\d])|(?:(?<=\bno)|(?<=yes)|(?<=\d))\s+(?=[^\W\d]+\s*[:=])"
 )
 
 
@@ -277,7 +302,9 @@ def _all(pieces: list[str], pattern: re.Pattern, is_label: Callable) -> Scores |
         if match is None:
             return None
         groups = match.groupdict()
-        name = re.sub(r"^(?:the )?(?:prob\w*|likelihood|chance|score) (?:of|for) ", "", _key(groups["name"]))
+        name = re.sub(
+            r"^(?:the )?(?:prob\w*|likelihood|chance|score) (?:of|for) ", "", _key(groups["name"])
+        )
         share = groups["percent"] or "." in (groups["number"] or "")
         if pattern is _REVERSED and not share:
             return None  # "1 fear, 2 anger" numbers its entries
