@@ -230,10 +230,10 @@ def _folder(
         if (folder / name).is_file() and folder / name not in read:
             read.add(folder / name)
             opened.add(folder / name)
-    _name_unread(opened, folder, read)
+    name_unread(opened, folder, read)
 
 
-def _name_unread(opened: Opened, folder: pathlib.Path, read: Collection[pathlib.Path]) -> None:
+def name_unread(opened: Opened, folder: pathlib.Path, read: Collection[pathlib.Path]) -> None:
     """Notes every other file of a folder, those that may be weights first."""
     left = [path for path in sorted(folder.iterdir()) if path not in read]
     weights = [

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Sequence
 
 from tools.convert_torch.engine import Row, Transform, linear
-from tools.convert_torch.files import Opened
+from tools.convert_torch.files import Opened, name_unread
 
 SHA256 = {
     "pnet": "a2a71925e0b9996a42f63e47efc1ca19043e69558b5c523b978d611dfae49c8f",
@@ -66,4 +66,6 @@ def open_three(paths: Sequence[pathlib.Path]) -> Opened:
                 opened.add(file, prefix=f"{file.stem}.")
                 if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256[file.stem]:
                     opened.notes.append(f"{file.name} is not the file of facenet-pytorch 2.6.0")
+        if path.is_dir():
+            name_unread(opened, path, files)
     return opened
