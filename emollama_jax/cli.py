@@ -186,7 +186,7 @@ def pretrain(
         face_steps: training steps of FaceXFormer.
         llama_steps: training steps of the language model.
         seed: seed of everything.
-        towers: which to train; two processes in one folder may share the work.
+        towers: towers to train; two processes in one folder may share the work.
     """
     if unknown := set(towers) - {"llama", "vision", "face"}:
         raise UserError(f"--towers: unknown {', '.join(sorted(unknown))} (llama, vision, face)")
@@ -360,7 +360,7 @@ def zero_shot(options: Inline[ZeroShot]) -> None:
     GEMINI_API_KEY, and OPENAI_API_KEY where the endpoint wants one.
 
     Args:
-        options: which model, about what.
+        options: the model, the data and the limits.
     """
     from emollama_jax.remote.clients import check_spec
 

@@ -173,8 +173,10 @@ def _overview(prog: str, verbs: Verbs, about: str) -> str:
 def _one_line(text: str) -> str:
     """What stands in the box that Tyro draws."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [re.sub(r"^[│╭╰─\s]+|[│╮╯─\s]+$", "", line) for line in text.splitlines()]
-    said = " ".join(line for line in lines if line)
+    # Lines of the box are ASCII where the terminal is.
+    lines = [re.sub(r"^[│|╭╰+]|[│|╮╯+]$", "", line.strip()).strip() for line in text.splitlines()]
+    lines = [re.sub(r"^[─-] (.*?) [─-]+$", r"\1", line) for line in lines]
+    said = " ".join(line for line in lines if line.strip("─-"))
     said = re.split(r" (?:For full helptext|Got errors:|Argument helptext:)", said)[0]
     if missing := re.match(r"Required options Missing from .*?: (.*)", said):
         found = missing[1].replace(" (required)", "").rstrip(".")

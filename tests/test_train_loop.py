@@ -18,6 +18,7 @@ from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train import loop
 from emollama_jax.train.loop import fit
+from emollama_jax.train.optimizer import warmup_cosine
 
 
 @pytest.fixture(autouse=True)
@@ -156,9 +157,56 @@ def test_finished_run_returns_at_once(whole):
     assert result.step == 8 and result.loss == json.loads(read(whole).splitlines()[-1])["loss"]
 
 
-def test_more_steps_continue_a_finished_run(whole, tmp_path):
+def test_more_steps_stretch_the_schedule_and_say_so(tmp_path):
     fit(toy_config(steps=4), tmp_path, console=quiet())
-    assert fit(toy_config(steps=5), tmp_path, console=quiet()).step == 5
+    console = quiet()
+    assert fit(toy_config(steps=5), tmp_path, console=console).step == 5
+    said = console.file.getvalue()
+    rate = json.loads(read(tmp_path).splitlines()[-1])["learning_rate"]
+    assert "train.steps was 4 and is 5 now" in said and f"goes from 0 to {rate:.3g};" in said
+    assert rate > 0
+    console = quiet()
+    fit(toy_config(steps=5), tmp_path, console=console)  # the same again changes nothing
+    assert "schedule" not in console.file.getvalue() and "is 5 now" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_fewer_steps_than_are_done_are_refused(whole, steps):
+    with pytest.raises(
+        UserError, match=rf"train\.steps is {steps}, but the run is at step 8 already"
+    ):
+        fit(toy_config(steps=steps), whole, console=quiet())
+
+
+def test_a_schedule_that_changes_before_its_end_is_told():
+    cfg = toy_config(steps=16).train
+    said = loop._schedule_change(cfg, before=8, step=5)
+    old, new = (
+        cfg.learning_rate * float(warmup_cosine(dataclasses.replace(cfg, steps=steps))(5))
+        for steps in (8, 16)
+    )
+    assert f"from {old:.3g} to {new:.3g};" in said and old < new
+    assert loop._schedule_change(cfg, before=16, step=5) is None
+
+
+def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
+    refused = []
+
+    class Second(ToyData):
+        """While the first trains, a second one tries."""
+
+        def __next__(self):
+            if self.step == 1:
+                with pytest.raises(UserError) as caught:
+                    fit(toy_config(steps=2), tmp_path, console=quiet())
+                refused.append(str(caught.value))
+            return super().__next__()
+
+    monkeypatch.setattr(loop, "make_train_iterator", lambda cfg, **_: Second(cfg))
+    assert fit(toy_config(steps=2), tmp_path, console=quiet()).step == 2
+    assert len(refused) == 1 and f"{tmp_path}: in use by process {os.getpid()} " in refused[0]
+    assert refused[0].endswith("wait for it to end, or choose another --out")
+    assert [json.loads(line)["step"] for line in read(tmp_path).splitlines()] == [1, 2]
 
 
 def test_log_every_leaves_lines_out_but_the_last(tmp_path):

@@ -19,7 +19,7 @@ class Options:
     dir: str = "data"
     """data folder, on a disk."""
     by: Literal["auto", "gemini", "template"] = "auto"
-    """who makes the conversations; auto is gemini where there is a key."""
+    """maker of the conversations; auto is gemini where there is a key."""
     model: str = "gemini-2.5-flash"
     """name of the Gemini model."""
     describe: str | None = None
