@@ -1,4 +1,4 @@
-"""Answers to labels: what models write, with a truth known beforehand, is read right or not at all."""
+"""Answers to labels: what models write is read as its truth, known beforehand, or not at all."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def cases(root):
 
 
 def fill(phrasing: str, true, other, third) -> str:
-    """@t, @o, @p stand for the nouns of the true and two other emotions, capitals for adjectives."""
+    """@t, @o, @p become nouns of the true and two other emotions, capitals adjectives."""
     for name, forms in (("t", true), ("o", other), ("p", third)):
         phrasing = phrasing.replace(f"@{name}", forms[0]).replace(f"@{name.upper()}", forms[1])
     return phrasing.replace("\\n", "\n")
@@ -138,6 +138,7 @@ def test_every_form_of_a_word_is_read():
         assert parse_answer(answer, RAF_DB).label == label, answer
     assert parse_answer("He sneers contemptuously.", MAFW).label == "contempt"
     assert parse_answer("un-happy, non-neutral", RAF_DB).label is None
+    assert parse_answer("\ue000 happy \ue003\ue001", RAF_DB).label == "happiness"  # private signs
 
 
 @pytest.mark.parametrize(
@@ -221,9 +222,21 @@ def test_reasoning_is_removed_to_its_end(text, answer):
         ('{"prob_angry": 0.1, "prob_happy": 0.7}', "happiness", "score"),
         ('{"angry": 0.1, "happy": 0.7, "confidence": 0.9, "age": 31}', "happiness", "score"),
         ("{angry: 0.1, happy: 0.7}", "happiness", "score"),
-        ("[{'label': 'angry', 'score': 0.1}, {'label': 'joy', 'score': 0.7}]", "happiness", "score"),
-        ("[[{'label': 'angry', 'score': .1}, {'label': 'joy', 'score': .7}]]", "happiness", "score"),
-        ("[{'Type': 'ANGRY', 'Confidence': 1}, {'Type': 'HAPPY', 'Confidence': 7}]", "happiness", 0),
+        (
+            "[{'label': 'angry', 'score': 0.1}, {'label': 'joy', 'score': 0.7}]",
+            "happiness",
+            "score",
+        ),
+        (
+            "[[{'label': 'angry', 'score': .1}, {'label': 'joy', 'score': .7}]]",
+            "happiness",
+            "score",
+        ),
+        (
+            "[{'Type': 'ANGRY', 'Confidence': 1}, {'Type': 'HAPPY', 'Confidence': 7}]",
+            "happiness",
+            0,
+        ),
         ("{'labels': ['angry', 'happy'], 'scores': [0.1, 0.7]}", "happiness", "score"),
         ("{'emotion': {'angry': 9, 'sad': 1}, 'dominant_emotion': 'angry'}", "anger", "synonym"),
         ("[{'box': [0, 1], 'emotions': {'angry': 0.1, 'happy': 0.7}}]", "happiness", "score"),

@@ -102,10 +102,10 @@ def score_files(
     if out is not None:
         name = source or tested[0].predictions[0].source.partition(":")[0]
         for number, item in enumerate(tested, 1):
-            folder = out / f"fold{number}" if len(tested) > 1 else out
-            write_predictions(
-                folder / "predictions.jsonl", _sourced(item, source, named=id_column is not None)
-            )
+            file = (out / f"fold{number}" if len(tested) > 1 else out) / "predictions.jsonl"
+            if file.exists() and any(file.samefile(path) for path in files):
+                raise UserError(f"{file}: --out would overwrite these predictions; name another")
+            write_predictions(file, _sourced(item, source, named=id_column is not None))
         write_results(
             out,
             title=", ".join(path.name for path in files),

@@ -17,21 +17,25 @@ _AFFIRMED = dict.fromkeys(("yes", "true", "present", "y", "✓", "✔", "✅", "
 _DENIED = dict.fromkeys(("no", "false", "absent", "n", "not present", "✗", "✘", "❌"), 0.0)
 _WORDS = _AFFIRMED | _DENIED
 # Keys of numbers that are no label's score.
-_META = frozenset(
-    "confidence score probability prob likelihood certainty valence arousal dominance intensity age"
-    " id idx index face frame time timestamp total sum rank doc count n".split()
-)
-# Keys of a record's label, the surest first.
-_LABEL_KEYS = (
-    ("final answer", "final"),
-    ("dominant emotion", "primary emotion", "main emotion", "top emotion", "predicted emotion")
-    + ("predicted label", "predicted class", "top label", "emotion label", "dominant", "primary"),
-    ("answer", "prediction", "label", "predicted", "pred", "class", "category", "classification"),
-    ("emotion", "expression", "facial expression", "result", "response", "output", "text")
-    + ("name", "type", "content", "sentiment", "feeling", "value"),
-    ("emotions", "labels", "predictions", "results", "scores", "probabilities", "probs")
-    + ("top emotions", "emotion scores", "emotion probabilities", "expressions", "all"),
-)
+_META = {
+    *("confidence", "score", "probability", "prob", "likelihood", "certainty", "valence"),
+    *("arousal", "dominance", "intensity", "age", "id", "idx", "index", "face", "frame", "time"),
+    *("timestamp", "total", "sum", "rank", "doc", "count", "n"),
+}
+# Keys of a record's label, the surest line first; the last ones name several.
+_LABEL_KEYS = [
+    [key.strip() for key in line.split(",")]
+    for line in (
+        "final answer, final",
+        "dominant emotion, primary emotion, main emotion, top emotion, predicted emotion, "
+        "predicted label, predicted class, top label, emotion label, dominant, primary",
+        "answer, prediction, label, predicted, pred, class, category, classification",
+        "emotion, expression, facial expression, result, response, output, text, name, type, "
+        "content, sentiment, feeling, value",
+        "emotions, labels, predictions, results, scores, probabilities, probs, top emotions, "
+        "emotion scores, emotion probabilities, expressions, all",
+    )
+]
 _NAMES = ("labels", "emotions", "classes")  # of a record of two lists
 _SHARES = ("scores", "probabilities", "probs", "confidences")
 _NAME_KEYS = ("label", "emotion", "name", "type", "class", "category", "expression")
@@ -228,17 +232,18 @@ _VALUE = (
     rf"|(?P<word>{'|'.join(map(re.escape, sorted(_WORDS, key=len, reverse=True)))})"
 )
 _PIECE = re.compile(
-    rf"\W*(?:\d+[.)]\s+)?(?P<name>[^\W\d][\w' /-]*?)[\"'*_`]*\s*(?:[:=(\[]|[-–—=]>?|→|\bis\b|\bat\b|\s)"
-    rf"[\s\"'*_`~(]*(?:{_VALUE})[\s\"'*_`)\]}}.]*",
+    rf"\W*(?:\d+[.)]\s+)?(?P<name>[^\W\d][\w' /-]*?)[\"'*_`]*\s*"
+    rf"(?:[:=(\[]|[-–—=]>?|→|\bis\b|\bat\b|\s)[\s\"'*_`~(]*(?:{_VALUE})[\s\"'*_`)\]}}.]*",
     re.IGNORECASE,
 )
 _REVERSED = re.compile(
-    rf"[^\w.%]*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<percent>%|percent\b|per cent\b)?\s*"
+    r"[^\w.%]*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<percent>%|percent\b|per cent\b)?\s*"
     r"(?:(?:chance|probability|likelihood|confidence)\s+)?(?:(?:of|for)\s+)?[\"'*_`]*"
     r"(?P<name>[^\W\d][\w' /-]*?)[\s\"'*_`)\]}.]*",
     re.IGNORECASE,
 )
-_SPLIT = re.compile(r"[,;\n|•]|\band\b|(?<=[%✓✔✅✗✘❌])\s+(?=[^\W\d])|(?:(?<=\bno)|(?<=yes)|(?<=\d))\s+(?=[^\W\d]+\s*[:=])"
+_SPLIT = re.compile(
+    r"[,;\n|•]|\band\b|(?<=[%✓✔✅✗✘❌])\s+(?=[^\W\d])|(?:(?<=\bno)|(?<=yes)|(?<=\d))\s+(?=[^\W\d]+\s*[:=])"
 )
 
 
@@ -277,7 +282,9 @@ def _all(pieces: list[str], pattern: re.Pattern, is_label: Callable) -> Scores |
         if match is None:
             return None
         groups = match.groupdict()
-        name = re.sub(r"^(?:the )?(?:prob\w*|likelihood|chance|score) (?:of|for) ", "", _key(groups["name"]))
+        name = re.sub(
+            r"^(?:the )?(?:prob\w*|likelihood|chance|score) (?:of|for) ", "", _key(groups["name"])
+        )
         share = groups["percent"] or "." in (groups["number"] or "")
         if pattern is _REVERSED and not share:
             return None  # "1 fear, 2 anger" numbers its entries
