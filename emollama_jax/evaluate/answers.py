@@ -114,7 +114,7 @@ _NO_LIST = re.compile(
 
 # "Answer: …" on a line of its own or in a sentence; the surer keys first.
 _KEYS = (
-    r"final (?:answer|label|emotion|prediction|classification|choice|verdict|decision)",
+    r"final|final (?:answer|label|emotion|prediction|classification|choice|verdict|decision)",
     r"(?:correct |best )?(?:answer|conclusion|verdict|prediction|label|classification)"
     r"|predicted (?:emotion|label|class|expression)",
     r"(?:(?:primary|dominant|main|overall|detected|most likely|basic|facial) )?"

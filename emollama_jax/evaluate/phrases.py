@@ -58,7 +58,10 @@ _NOT = (  # the rest of its clause
     r"|ceas(?:es|ed)|far from|anything but|impossible|unable|(?:hard|difficult) to \w+"
     r"|stop(?:s|ped)? (?:being|looking|feeling)"
 )
-_LACK = r"lack of|absence of|without|lacking|lacks|free of|devoid of|minus"
+_LACK = (
+    r"lack of|absence of|without|lacking|lacks|free of|devoid of|minus"
+    r"|(?:zero|few|little) (?:signs?|evidence|indications?|traces?) (?:of|for)"
+)
 _THAN = (  # the next phrase
     r"(?:everything|all|nearly all) (?:but|except)|rather than|instead of|in place of|in lieu of"
     r"|opposed to|in contrast (?:to|with)|contrary to|compared (?:to|with)|unlike|except(?: for)?"
@@ -83,7 +86,8 @@ _ABSENT = (  # what an emotion "is" then
     r"(?:\w+ +){0,2}?(?:not|never|no longer|nowhere|absent|missing|unlikely|improbable"
     r"|implausible|impossible|excluded|ruled out|rejected|eliminated|dismissed|wrong|incorrect"
     r"|false|out of|less|merely|only|just an?|a mistake|a misreading|an illusion|inaccurate"
-    r"|unsuitable|inappropriate|hardly|barely|lacking|too (?:strong|much|weak)|neither|negligible"
+    r"|low|minimal|imagined|dropped|discarded|unsuitable"
+    r"|inappropriate|hardly|barely|lacking|too (?:strong|much|weak)|neither|negligible"
     r"|doubtful|no|off the table|weak(?:er)?|secondary|second|third|far-fetched|a distractor"
     r"|a (?:wrong|poor|bad|false|weak)|my (?:first|initial)|unconvincing|gone|over|outweighed"
     r"|overshadowed|dominated|overridden)\b"
@@ -122,6 +126,16 @@ _DENIED = (
     rf"| +been)?(?: +(?:be|been|to))?(?:n't\b| +{_ABSENT})",
     r"EMORE,?(?: +(?:itself|here|alone|too|also|either|though|however))? +(?:(?:does|do|did|would"
     r"|can|could|has|is|are|was)(?:n't| +not)|cannot|can't|fails?|lacks?|needs?|requires?)\b",
+    r"EMORE +(?:it|this|that) (?:is|was)(?:n't| not)\b",
+    r"EMORE +being (?:the |an? )?(?:runner-?up|second|alternative|less|unlikely|weaker)\b",
+    r"EMORE +(?:\w+ +){1,4}?(?:has|have|had) (?:vanished|disappeared|gone|passed|faded)\b",
+    r"E +(?:person|man|woman|face|expression|smile|child|one) +(?:would|should|might)\b",
+    r"\bnot (?:of|from|by|that of) (?:somebody|someone|an? \w+|the \w+) (?:who|that)(?: is| looks)?"
+    r" +(?:WORD){0,3}?LIST",
+    r"\b(?:a few|some|others?|few) (?:could|may|might) (?:\w+ ){0,3}(?:say|with|as|for) +LIST",
+    r"\beither +(?:NOUN){0,2}?E(?= +or +(?:WORD){0,3}?(?!E)\w)",
+    r"\b(?:went|goes|going|moves?|moved|switch\w*|shift\w*|chang\w+) from +(?:NOUN){0,2}?E"
+    r"(?= +to +(?!(?:NOUN){0,3}E))",
     r"EMORE +has +(?:\w+ +){0,2}?(?:weaker|less|little|no)\b",
     r"EMORE +(?:hypothesis|theory|interpretation|reading|option|guess|idea)? *(?:fails|failed"
     r"|collapses|disappears?|vanish(?:es|ed)|subsides?|fades?|(?:comes?|springs?) to mind"
@@ -302,7 +316,7 @@ ROW = pattern(r"E(?:(?: *[,/;|\n] *(?:\W?\w[).:] *)?(?:(?:and|or) +)?| +(?:and|o
 # Beside these, what is only hinted at is no answer.
 CONTRAST = re.compile(
     r"\b(?:but|yet|however|still|mostly|mainly|primarily|predominantly|chiefly|outweighed|main"
-    r"|primary|dominant)\b"
+    r"|primary|dominant|probably|likely)\b"
     r"|\bwith (?:(?:an?|some|perhaps|maybe|just|possibly|only|very) )*(?:hint|touch|trace|tinge|bit"
     r"|undertone|shade|element|slight|subtle|faint|mild|dash|flicker|glimmer|note)"
     r"|, *(?:slightly|somewhat|a (?:little|bit|touch|hint))\b"
