@@ -1,4 +1,4 @@
-"""Answers to labels: what models write, with a truth known beforehand, is read right or not at all."""
+"""Answers to labels: what models write is read as its truth, known beforehand, or not at all."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def cases(root):
 
 
 def fill(phrasing: str, true, other, third) -> str:
-    """@t, @o, @p stand for the nouns of the true and two other emotions, capitals for adjectives."""
+    """@t, @o, @p become nouns of the true and two other emotions, capitals adjectives."""
     for name, forms in (("t", true), ("o", other), ("p", third)):
         phrasing = phrasing.replace(f"@{name}", forms[0]).replace(f"@{name.upper()}", forms[1])
     return phrasing.replace("\\n", "\n")
@@ -138,6 +138,7 @@ def test_every_form_of_a_word_is_read():
         assert parse_answer(answer, RAF_DB).label == label, answer
     assert parse_answer("He sneers contemptuously.", MAFW).label == "contempt"
     assert parse_answer("un-happy, non-neutral", RAF_DB).label is None
+    assert parse_answer("\ue000 happy \ue003\ue001", RAF_DB).label == "happiness"  # private signs
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """`emollama eval --predictions`: anyone's files, scored by name, and the traps refused."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -155,6 +157,75 @@ def test_the_classes_are_the_smallest_usual_set(file, truth, size):
     assert truth.casefold() in space.classes
 
 
+def lmms(responses) -> str:
+    """A log of lmms-eval: (target, resps, filtered_resps)."""
+    rows = [
+        {"doc_id": n, "target": target, "resps": resps, "filtered_resps": filtered}
+        for n, (target, resps, filtered) in enumerate(responses)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("column", ["resps", "filtered_resps"])
+def test_logs_of_lmms_eval(file, column):
+    long = "The person looks sad. <b>Not</b> angry."
+    text = lmms(
+        [
+            ("happiness", [["happiness"]], ["happiness"]),
+            ("sadness", [[long]], [long]),
+            ("sadness", [long], long),  # since version 0.6 the outer list is left out
+            ("fear", [["fear", "It is fear."]], ["fear", "It is fear."]),  # two that agree
+            ("fear", [["fear", "anger"]], ["fear", "anger"]),  # two that do not
+            ("fear", [[["-1.5", "False"]], [["-0.2", "True"]]], [[-1.5, False], [-0.2, True]]),
+        ]
+    )
+    found, _ = read(file, text, truth_column="target", prediction_column=column)
+    labels = [item.predicted for item in found]
+    assert labels == ["happiness", "sadness", "sadness", "fear", None, None]
+    assert found[1].text == long
+    ranked, _ = read(file, '{"gt": "fear", "answer": ["fear", "anger"]}\n')
+    assert ranked[0].predicted == "fear"  # under any other name a list is ranked
+
+
+def test_scores_in_cells_of_either_kind(file):
+    scores = {"angry": 0.2, "happy": 97.1, "sad": 2.7}
+    pairs = [{"label": name, "score": value} for name, value in scores.items()]
+    for cell in (scores, pairs, str(scores), str(pairs), json.dumps(scores), list(scores.items())):
+        found, _ = read(file, json.dumps({"gt": "happy", "answer": cell}) + "\n")
+        assert (found[0].predicted, found[0].parsed) == ("happy", "score"), cell
+    found, _ = read(file, f'gt,answer\nhappy,"{scores}"\nhappy,"{pairs[::-1]}"\n')
+    assert [item.predicted for item in found] == ["happy", "happy"]
+    found, _ = read(file, '{"gt": "happy", "answer": {"happy": NaN, "sad": 1}}\n')
+    assert found[0].predicted is None
+
+
+@pytest.mark.parametrize(
+    ("truths", "pair"),
+    [
+        (("calm", "neutral", "happy"), "'calm' .line 2. and 'neutral' .line 3."),
+        (("joy", "anger", "happiness"), "'joy' .line 2. and 'happiness' .line 4."),
+        (("happiness", "amusement"), "'happiness' .line 2. and 'amusement' .line 3."),
+        (("anger", "annoyance"), "'anger' .line 2. and 'annoyance' .line 3."),
+    ],
+)
+def test_two_truths_are_not_merged_without_a_word(file, truths, pair):
+    text = "gt,answer\n" + "".join(f"{truth},neutral\n" for truth in truths)
+    with pytest.raises(UserError, match=f"{pair}: one class or two.*--classes {truths[0]},"):
+        read(file, text)
+    _, space = read(file, text, space=predictions.named_classes(",".join(truths)))
+    assert space.classes == truths
+    _, merged = read(file, text, space=RAF_DB)
+    assert merged is RAF_DB
+
+
+def test_two_truths_are_two_classes_with_their_names(file):
+    text = "gt,answer\ncalm,neutral\nneutral,neutral\ncalm,neutral\nhappy,joyful\nfearful,fear\n"
+    space = predictions.named_classes("calm,neutral,happy,fearful")
+    assert score(file, text, space=space)["WAR"] == 0.6
+    text = "gt,answer\nhappy,joy\nHappiness,happily\nfear,fear\nanxious,worried\n"
+    assert score(file, text)["WAR"] == 1  # forms of a word are one; fear and anxiety are two
+
+
 # ---- files
 
 
@@ -296,6 +367,90 @@ def test_five_folds_are_joined_and_four_are_not(tmp_path, capsys):
     swapped = [record(n, 1) for n in range(10)]  # fold 5's file tests fold 1's clips
     write_predictions(paths[4], swapped)
     assert "is tested in fold 1 and in fold 5" in refused(capsys, *args, *paths)
+
+
+def given(*rows: str) -> str:
+    return "gt,answer\n" + "".join(f"{row}\n" for row in rows)
+
+
+NAMED = ["--truth-column", "gt", "--prediction-column", "answer"]
+
+
+def test_unparsed_answers_are_said_first(file, tmp_path, capsys):
+    out = tmp_path / "out"
+    file.write_text(
+        given("fear,no idea", "anger,fear or anger", "fear,I cannot identify emotions.")
+    )
+    args = ["eval", "--predictions", str(file), *NAMED]
+    cli.main([*args, "--out", str(out)])
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("All of the 3 answers are unparsed")
+    assert "1 name two classes" in first and "1 name no class" in first and "1 are ref" in first
+    assert second.startswith("WAR: share of right answers. UAR:")
+    assert third.startswith("WAR 0.00")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    head = page[page.index("<header>") : page.index("</header>")]
+    assert "All of the 3 answers are unparsed" in head and "WAR: share of right answers" in head
+    cli.main([*args, "--json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out)["unparsed"] == 1 and said.err.startswith("All of the 3")
+    file.write_text(given(*["fear,fear"] * 8, "fear,no idea"))
+    cli.main(args)
+    assert capsys.readouterr().out.startswith("1 of 9 answers are unparsed and count as wrong")
+    file.write_text(given(*["fear,fear"] * 10, "fear,no idea"))
+    cli.main(args)
+    assert capsys.readouterr().out.startswith("WAR: share")
+
+
+@pytest.mark.parametrize("source", [None, "ferplus", "dfew"])
+def test_the_predictions_are_written_and_score_the_same_again(file, tmp_path, capsys, source):
+    out = tmp_path / "out"
+    file.write_text(given("Happy,joyful", "sad,<think>x</think>sad", "fear,no idea", "sad,happy"))
+    named = [] if source is None else ["--source", source]
+    cli.main(["eval", "--predictions", str(file), *NAMED, *named, "--out", str(out), "--json"])
+    once = json.loads(capsys.readouterr().out)
+    cli.main(["eval", "--predictions", str(out / "predictions.jsonl"), "--json"])
+    assert json.loads(capsys.readouterr().out) == once
+    assert once["WAR"] == 0.5
+
+
+def test_the_predictions_are_not_overwritten(tmp_path, capsys):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"gt": "fear", "answer": "fear"}\n')
+    assert "overwrite" in refused(capsys, *NAMED, "--predictions", path, "--out", tmp_path)
+    assert path.read_text() == '{"gt": "fear", "answer": "fear"}\n'
+
+
+def test_folds_are_written_fold_by_fold(tmp_path, capsys):
+    paths = [tmp_path / f"fold{fold}.csv" for fold in range(1, 6)]
+    for path in paths:
+        path.write_text(given("happy,joyful", f"sad,{path.stem}"))
+    out = tmp_path / "out"
+    folds = ["--source", "dfew", "--json", "--predictions"]
+    cli.main(["eval", *NAMED, "--out", str(out), *folds, *map(str, paths)])
+    once = json.loads(capsys.readouterr().out)
+    again = [str(out / f"fold{fold}" / "predictions.jsonl") for fold in range(1, 6)]
+    cli.main(["eval", *folds, *again])
+    assert json.loads(capsys.readouterr().out) == once
+
+
+def test_what_can_be_read_once_is_read_once(file, tmp_path):
+    text = given("happy,joyful", "sad,sad")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    program = [sys.executable, "-m", "emollama_jax.cli", "eval", *NAMED, "--json", "--out"]
+    for number, path in enumerate((pipe, "-", "/dev/stdin")):
+        args = [*program, str(tmp_path / f"out{number}"), "--predictions", str(path)]
+        if path == pipe:
+            writer = threading.Thread(target=pipe.write_text, args=[text])
+            writer.start()
+        done = subprocess.run(args, input=text, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["WAR"] == 1
+        assert len((tmp_path / f"out{number}" / "predictions.jsonl").read_text().splitlines()) == 2
+    wrong = text.replace("answer", "guess")
+    done = subprocess.run([*args[:-1], "-"], input=wrong, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("emollama: standard input: no column 'answer'")
 
 
 def test_a_run_or_a_file_is_wanted(capsys):

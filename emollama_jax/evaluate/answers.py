@@ -104,57 +104,17 @@ def vocabulary(space: LabelSpace) -> dict[str, str]:
 # ---- reading
 
 _SHORT = 200  # characters of an answer that may be a name and nothing else
-_DEGREES = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "mild",
-        "mildly",
-        "slight",
-        "slightly",
-        "strong",
-        "strongly",
-        "moderate",
-        "some",
-        "very",
-        "high",
-        "low",
-        "intense",
-        "faint",
-        "subtle",
-        "extreme",
-        "extremely",
-        "little",
-        "bit",
-        "likely",
-        "most",
-        "mostly",
-        "probably",
-        "primary",
-    ]
+_DEGREES = re.compile(  # words that may stand before an emotion in a ranked list
+    r"(?:(?:an?|the|of|mild(?:ly)?|slight(?:ly)?|strong(?:ly)?|moderate|some|very|high|low|intense"
+    r"|faint|subtle|extreme(?:ly)?|little|bit|likely|most(?:ly)?|probably|primary) )*"
 )
-_NO_LIST = frozenset(
-    [
-        "no",
-        "not",
-        "wait",
-        "actually",
-        "sorry",
-        "rather",
-        "never",
-        "none",
-        "neither",
-        "nor",
-        "but",
-        "yes",
-    ]
+_NO_LIST = re.compile(
+    r"\b(?:no|not|wait|actually|sorry|rather|never|none|neither|nor|but|yes)\b", re.IGNORECASE
 )
 
 # "Answer: …" on a line of its own or in a sentence; the surer keys first.
 _KEYS = (
-    r"final (?:answer|label|emotion|prediction|classification|choice|verdict|decision)",
+    r"final|final (?:answer|label|emotion|prediction|classification|choice|verdict|decision)",
     r"(?:correct |best )?(?:answer|conclusion|verdict|prediction|label|classification)"
     r"|predicted (?:emotion|label|class|expression)",
     r"(?:(?:primary|dominant|main|overall|detected|most likely|basic|facial) )?"
@@ -200,21 +160,19 @@ class _Reader:
     def read_ranked(self, text: str) -> Parsed | None:
         """A ranked list of labels; None for other texts."""
         pieces = [piece for piece in text.split(",") if piece.strip()]
-        words = [re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", piece) for piece in pieces]
-        low = [[word.casefold() for word in found] for found in words]
-        shares = structured.read_shares(text, self._is_label)
         graded = any(re.match(r"[\W\d_]*[^\W\d_]\D*\d", piece) for piece in pieces)
-        if (
-            len(pieces) < 2
-            or shares
-            or graded
-            or any(_NO_LIST.intersection(found) for found in low)
-        ):
+        if len(pieces) < 2 or graded or _NO_LIST.search(text):
             return None
-        single = all(len(found) == 1 for found in low)
+        if structured.read_shares(text, self._is_label) is not None:
+            return None
+        words = [re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", piece) for piece in pieces]
         degrees = all(
-            found and found[-1] in self.known and _DEGREES.issuperset(found[:-1]) for found in low
+            found
+            and found[-1].casefold() in self.known
+            and _DEGREES.fullmatch("".join(f"{word} " for word in found[:-1]).casefold())
+            for found in words
         )
+        single = all(len(found) == 1 for found in words)
         return self.read(" ".join(words[0])) if single or degrees else None
 
     def decide(self, data: structured.Data) -> Parsed:
@@ -278,16 +236,12 @@ class _Reader:
         if not line.strip():
             return None
         first = re.split(r"[.;\n(–—]|\s-\s|,\s*(?=[\"']?\w+[\"']?\s*:)", line, maxsplit=1)[0]
-        if (bare := _bare(first[:_SHORT])) in self.known:
-            if structured.read_shares(rest, self._is_label) is None:
-                said = self._said(rest)
-                if said.label is not None and said.label == self.known[bare]:
-                    return said
-                strong = self._strong(rest)
-                if len(strong) < 2:
-                    how = "exact" if bare in self.names else "synonym"
-                    label = self.known[bare]
-                    return Parsed(label, how) if label else Parsed(None, "foreign")
+        bare = _bare(first[:_SHORT])
+        shares = structured.read_shares(rest, self._is_label)
+        if bare in self.known and shares is None and len(self._strong(rest)) < 2:
+            label = self.known[bare]
+            exact = "exact" if bare in self.names else "synonym"
+            return Parsed(label, exact if label else "foreign")
         if _OPTION.fullmatch(line) or (len(first) < len(line) and _OTHER.fullmatch(first)):
             return Parsed(None, "none")
         parsed = self.read_data(line) or self._said(line)
@@ -305,10 +259,10 @@ class _Reader:
         shares = structured.read_shares(text, self._is_label)
         if shares is not None and (name := structured.best(shares)) is not None:
             label = self._label(name)
-            strong = {m.label for m in said.mentions if m.weight == Weight.STRONG}
             if label is None:
                 return Parsed(None, "foreign")
-            return Parsed(None, "ambiguous") if strong - {label} else Parsed(label, "score")
+            other = any(m.weight == Weight.STRONG and m.label != label for m in said.mentions)
+            return Parsed(None, "ambiguous") if other else Parsed(label, "score")
         return self._heaviest(said)
 
     def _heaviest(self, said: Sayings) -> Parsed:

@@ -14,7 +14,8 @@ SIGN = "\ue000"
 
 _STOPS = (
     r"but|and|rather|instead|however|although|though|while|whereas|because|since|then|which|who"
-    r"|so(?! (?:much|far)\b)|yet|suggesting|indicating|showing|conveying|making|hence|therefore|thus"
+    r"|so(?! (?:much|far)\b)|yet|suggesting|indicating|showing|conveying|making|hence|therefore"
+    r"|thus"
 )
 _PERSON = r"he|she|they|it|i|we|you|there|this"
 _VERBS = (
@@ -57,7 +58,10 @@ _NOT = (  # the rest of its clause
     r"|ceas(?:es|ed)|far from|anything but|impossible|unable|(?:hard|difficult) to \w+"
     r"|stop(?:s|ped)? (?:being|looking|feeling)"
 )
-_LACK = r"lack of|absence of|without|lacking|lacks|free of|devoid of|minus"
+_LACK = (
+    r"lack of|absence of|without|lacking|lacks|free of|devoid of|minus"
+    r"|(?:zero|few|little) (?:signs?|evidence|indications?|traces?) (?:of|for)"
+)
 _THAN = (  # the next phrase
     r"(?:everything|all|nearly all) (?:but|except)|rather than|instead of|in place of|in lieu of"
     r"|opposed to|in contrast (?:to|with)|contrary to|compared (?:to|with)|unlike|except(?: for)?"
@@ -71,7 +75,8 @@ _THAN = (  # the next phrase
     r"|(?:fak|feign|pretend|simulat)(?:e?s|e|ed|ing)?|supposed(?: to be)?|so-called|pseudo"
     r"|mimic(?:s|ked|king)?|mocks?|mocking|hid(?:es?|ing)|(?:mask|suppress|conceal)(?:e?s|ing|ed)?"
     r"|expected|expecting|never mind|far cry from|miles (?:away )?from|nothing like"
-    r"|(?:would|could|might) have (?:been|said|guessed|answered|picked)|going to (?:say|answer|pick)"
+    r"|(?:would|could|might) have (?:been|said|guessed|answered|picked)"
+    r"|going to (?:say|answer|pick)"
     r"|after (?:being|looking|feeling)|(?<!at )once|formerly|previously"
     r"|(?:scene|movie|film|story|song|article|talk) about"
     r"|(?:wins?|won|prevails?|dominates?|triumphs?) over"
@@ -81,10 +86,11 @@ _ABSENT = (  # what an emotion "is" then
     r"(?:\w+ +){0,2}?(?:not|never|no longer|nowhere|absent|missing|unlikely|improbable"
     r"|implausible|impossible|excluded|ruled out|rejected|eliminated|dismissed|wrong|incorrect"
     r"|false|out of|less|merely|only|just an?|a mistake|a misreading|an illusion|inaccurate"
-    r"|unsuitable|inappropriate|hardly|barely|lacking|too (?:strong|much|weak)|neither|negligible"
+    r"|low|minimal|imagined|dropped|discarded|unsuitable"
+    r"|inappropriate|hardly|barely|lacking|too (?:strong|much|weak)|neither|negligible"
     r"|doubtful|no|off the table|weak(?:er)?|secondary|second|third|far-fetched|a distractor"
-    r"|a (?:wrong|poor|bad|false|weak)|my (?:first|initial)|unconvincing|gone|over|outweighed|overshadowed|dominated"
-    r"|overridden)\b"
+    r"|a (?:wrong|poor|bad|false|weak)|my (?:first|initial)|unconvincing|gone|over|outweighed"
+    r"|overshadowed|dominated|overridden)\b"
 )
 _GLANCE = (
     r"\b(?:at|on|upon) (?:an? |the |a very )?(?:first|quick|passing|casual|brief|cursory|initial)"
@@ -120,13 +126,24 @@ _DENIED = (
     rf"| +been)?(?: +(?:be|been|to))?(?:n't\b| +{_ABSENT})",
     r"EMORE,?(?: +(?:itself|here|alone|too|also|either|though|however))? +(?:(?:does|do|did|would"
     r"|can|could|has|is|are|was)(?:n't| +not)|cannot|can't|fails?|lacks?|needs?|requires?)\b",
+    r"EMORE +(?:it|this|that) (?:is|was)(?:n't| not)\b",
+    r"EMORE +being (?:the |an? )?(?:runner-?up|second|alternative|less|unlikely|weaker)\b",
+    r"EMORE +(?:\w+ +){1,4}?(?:has|have|had) (?:vanished|disappeared|gone|passed|faded)\b",
+    r"E +(?:person|man|woman|face|expression|smile|child|one) +(?:would|should|might)\b",
+    r"\bnot (?:of|from|by|that of) (?:somebody|someone|an? \w+|the \w+) (?:who|that)(?: is| looks)?"
+    r" +(?:WORD){0,3}?LIST",
+    r"\b(?:a few|some|others?|few) (?:could|may|might) (?:\w+ ){0,3}(?:say|with|as|for) +LIST",
+    r"\beither +(?:NOUN){0,2}?E(?= +or +(?:WORD){0,3}?(?!E)\w)",
+    r"\b(?:went|goes|going|moves?|moved|switch\w*|shift\w*|chang\w+) from +(?:NOUN){0,2}?E"
+    r"(?= +to +(?!(?:NOUN){0,3}E))",
     r"EMORE +has +(?:\w+ +){0,2}?(?:weaker|less|little|no)\b",
     r"EMORE +(?:hypothesis|theory|interpretation|reading|option|guess|idea)? *(?:fails|failed"
     r"|collapses|disappears?|vanish(?:es|ed)|subsides?|fades?|(?:comes?|springs?) to mind"
     r"|(?:gives?|gave|has given|have given) way)\b",
     r"E\)? *[:=(–-]+ *(?:very )?(?:no|false|absent|none|n/a|not \w+|low|weak|unlikely|minimal"
     r"|negligible|missing|✗|✘|❌)(?!\w)",
-    r"E *; *(?:no|ruled out|excluded|rejected|absent|unlikely|incorrect|wrong|not \w+)(?= *(?:[,;.!)]|$))",
+    r"E *; *(?:no|ruled out|excluded|rejected|absent|unlikely|incorrect|wrong|not \w+)"
+    r"(?= *(?:[,;.!)]|$))",
     r"EMORE +(?:not (?:detected|present|found|visible|seen|shown)|undetected|excluded|absent"
     r"|missing|ruled out)\b",
     r"E\)? *[:=(]* *(?:0(?:·[0-4]\d*)?(?!\d|·|%)|[0-4]?\d(?:·\d+)? ?%|[0-4]/10\b)",
@@ -170,8 +187,8 @@ _DENIED = (
     r"\bto (?:an? |the )?(?:untrained|casual|inattentive|careless)\b[^.;!?]*",
     r"EMORE +(?:(?:might|could|would) have been|an? (?:moment|second|while|minute) ago|just now"
     r"|until recently)\b",
-    r"\b(?:looks?|seems?|appears?) +(?:WORD){0,3}?EMORE[^.;:!?()]{0,60}\b(?:but|yet) +(?:(?:he|she|it"
-    r"|they|the \w+) +)?(?:is|are|was)\b(?![^.!?]*E)",
+    r"\b(?:looks?|seems?|appears?) +(?:WORD){0,3}?EMORE[^.;:!?()]{0,60}\b(?:but|yet) +"
+    r"(?:(?:he|she|it|they|the \w+) +)?(?:is|are|was)\b(?![^.!?]*E)",
     r"(?:^|[,;] *)(?:were|should) (?:he|she|it|they|the \w+)\b[^.,;!?]*",
     r"\b(?:supposing|imagine)\b[^.,;!?]*",
     r"\b(?:emoji|icon|sticker|logo) +(?:is|looks|shows)\b[^.,;!?]*",
@@ -202,8 +219,9 @@ _DENIED = (
     # another person, another rank
     r"\b(?:beside|next to|opposite|in the background|the other|another|others)\b"
     rf"(?: +(?!E)[\w']+){{0,5}}? +(?:{_VERBS})(?: +[\w']+){{0,2}}? +LIST",
-    r"\b(?:second|third|fourth|fifth|2nd|3rd|top-?[2-9]|runner-?up|followed by|next|alternatives?|alternatively"
-    r"|another possibility|secondary)\b(?! (?:thought|look|glance|inspection))"
+    r"\b(?:second|third|fourth|fifth|2nd|3rd|top-?[2-9]|runner-?up|followed by|next"
+    r"|alternatives?|alternatively|another possibility|secondary)\b"
+    r"(?! (?:thought|look|glance|inspection))"
     r"(?: +(?!E)[\w'-]+){0,5}? *[:,]? *LIST",
     r"^[^?]*\?",  # a question
 )
@@ -214,8 +232,9 @@ _MINOR = (
     r"\b(?:hints?|touch|traces?|tinge|undertones?|shades?|elements?|dash|flicker|glimmer|bit"
     r"|suggestion|pinch|note|underlying|mild|mildly|slight|slightly|subtle|subtly|faint"
     r"|faintly|minor|secondary|second|some|possibly|perhaps|maybe|potentially|possible|partly"
-    r"|somewhat|a little|almost|nearly|border(?:s|ing) on|verg(?:es|ing) on|close to|similar to|akin to"
-    r"|reminiscent of|resembl\w+|(?:may|might|could|can) also be) +(?:NOUN){0,3}?LIST",
+    r"|somewhat|a little|almost|nearly|border(?:s|ing) on|verg(?:es|ing) on|close to"
+    r"|similar to|akin to|reminiscent of|resembl\w+|(?:may|might|could|can) also be)"
+    r" +(?:NOUN){0,3}?LIST",
     r"\b(?:may|might|could|can)\b +(?:also +)?(?:suggest|indicate|mean|signal|hint|imply|reflect"
     r"|point|convey|express|accompany|look like|be (?:an? |the )?(?:sign|seen as|interpreted|read"
     r"|construed|indicative|part))\b +(?:WORD){0,5}?LIST",
@@ -287,7 +306,8 @@ WITHDRAWN = pattern(
     r"|make that|sorry,|hmm)"
 )
 AFFIRMED = pattern(  # "is the person sad? yes"
-    r"(?<!\bnot )E[^.!?\nE]{0,60}\? *\n?(?: *a(?:nswer)?:)? *(?:yes|correct|true|right)\b(?!,? (?:no|but)\b)"
+    r"(?<!\bnot )E[^.!?\nE]{0,60}\? *\n?(?: *a(?:nswer)?:)? *(?:yes|correct|true|right)\b"
+    r"(?!,? (?:no|but)\b)"
 )
 ALONE = pattern(r"\A[^\wE]{0,20}E[^\wE]{0,20}?(?:[.!;]|\n|\Z)|\n[^\wE\n]{0,20}E[^\wE\n]{0,20}\Z")
 TIED = pattern(r"(?=(E *,? *(?:(?:and/)?or|to|/) +(?:WORD){0,3}?E))")  # "sad or perhaps neutral"
@@ -296,7 +316,7 @@ ROW = pattern(r"E(?:(?: *[,/;|\n] *(?:\W?\w[).:] *)?(?:(?:and|or) +)?| +(?:and|o
 # Beside these, what is only hinted at is no answer.
 CONTRAST = re.compile(
     r"\b(?:but|yet|however|still|mostly|mainly|primarily|predominantly|chiefly|outweighed|main"
-    r"|primary|dominant)\b"
+    r"|primary|dominant|probably|likely)\b"
     r"|\bwith (?:(?:an?|some|perhaps|maybe|just|possibly|only|very) )*(?:hint|touch|trace|tinge|bit"
     r"|undertone|shade|element|slight|subtle|faint|mild|dash|flicker|glimmer|note)"
     r"|, *(?:slightly|somewhat|a (?:little|bit|touch|hint))\b"

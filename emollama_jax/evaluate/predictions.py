@@ -187,8 +187,8 @@ def _infer(path: pathlib.Path, rows: Rows, truths: Sequence[str]) -> LabelSpace:
         if stem(other) != stem(truth):
             raise UserError(
                 f"{path}: truths {other!r} (line {where}) and {truth!r} (line {line}): one class "
-                f"or two? Two: --classes {','.join(dict.fromkeys(truths))}; one, {common}: --source "
-                "with the set whose classes count, e.g. raf_db"
+                f"or two? Two: --classes {','.join(dict.fromkeys(truths))}; one, {common}: "
+                "--source with the set whose classes count, e.g. raf_db"
             )
         spelled.setdefault(common, Counter())[truth] += 1
     return _usual(path.name, {name: n.most_common(1)[0][0] for name, n in spelled.items()})

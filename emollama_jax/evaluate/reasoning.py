@@ -95,8 +95,8 @@ def _channel(text: str) -> str | None:
         found = [*_FINAL.finditer(text)]
         return text[found[-1].end() :] if found else None
     if re.match(r"\s*analysis(?=[A-Z\"'(])", text):
-        head, mark, rest = text.rpartition("assistantfinal")
-        return rest if mark else None
+        _, mark, final = text.rpartition("assistantfinal")
+        return final if mark else None
     return text
 
 

@@ -27,7 +27,7 @@ from emollama_jax.evaluate.report import DEFINITIONS
 from emollama_jax.evaluate.results import Tested, write_results
 from emollama_jax.evaluate.trace import file_hash
 from emollama_jax.evaluate.unparsed import warning
-from emollama_jax.paths import as_path
+from emollama_jax.paths import as_path, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +102,10 @@ def score_files(
     if out is not None:
         name = source or tested[0].predictions[0].source.partition(":")[0]
         for number, item in enumerate(tested, 1):
-            folder = out / f"fold{number}" if len(tested) > 1 else out
-            write_predictions(
-                folder / "predictions.jsonl", _sourced(item, source, named=id_column is not None)
-            )
+            file = (out / f"fold{number}" if len(tested) > 1 else out) / "predictions.jsonl"
+            if not is_remote(file) and any(_same(path, pathlib.Path(file)) for path in files):
+                raise UserError(f"{file}: --out would overwrite these predictions; name another")
+            write_predictions(file, _sourced(item, source, named=id_column is not None))
         write_results(
             out,
             title=", ".join(path.name for path in files),
@@ -128,6 +128,10 @@ def score_files(
             trace=dict(zip((path.name for path in files), hashes, strict=True)),
         )
     return scored
+
+
+def _same(given: pathlib.Path, file: pathlib.Path) -> bool:
+    return file.exists() and file.samefile(given)
 
 
 @contextlib.contextmanager

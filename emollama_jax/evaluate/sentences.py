@@ -10,7 +10,7 @@ signs. A pattern gives what it covers a weight:
   STRONG   "mostly sad", "the dominant emotion is fear", "so I would say anger", a bold word.
 
 The heaviest mentions are the answer, if they name one class. Where English leaves it open, the
-patterns deny: an answer too many that says nothing is better than a wrong one.
+patterns deny: an unparsed answer too many is better than a wrong one.
 """
 
 import dataclasses
@@ -109,18 +109,20 @@ def _emotion(words: tuple[str, ...]) -> re.Pattern:
 
 def _plain(text: str) -> str:
     """Lower case, plain punctuation, without markup; bold words stay marked."""
-    text = re.sub(r"~~[^~\n]*~~", " ", text.casefold())
+    text = re.sub(r"~~[^~\n]*~~|[\ue000-\ue003]", " ", text.casefold())
     text = re.sub(r"\b(\w+)(?:[\s,.;!]+\1\b){2,}", r"\1", text)  # "happy happy happy …"
     text = re.sub(r"\*\*([^*\n]{1,40})\*\*", rf"{_BOLD[0]}\1{_BOLD[1]}", text)
     for found, plain in (
+        (r"</?(?:b|i|u|em|strong|br|p|span|div|code|li|ul|ol|mark|h\d|td|tr)(?: [^<>]*)?/?>", " "),
         ("[’‘ʼ`´]", "'"),
-        (r"[“”„\"«»*_#>]|(?<!\w)'|'(?!\w)", ""),
+        (r"[—–]|--+| - |->|→|⇒|\|", " ; "),
+        (r"[<>]", " "),
+        (r"[“”„\"«»*_#]|(?<!\w)'|'(?!\w)", ""),
         (r"\be\.g\.,?", "such as"),
         (r"\bi\.e\.,?", "that is"),
         (r"\betc\.", "etc"),
         (r"\bvs\.", "vs"),
         (r"(\d)\.(\d)", r"\1·\2"),
-        (r"[—–]|--+| - |->|→|⇒|\|", " ; "),
         (r"[^\S\n]+", " "),
         (r"(?: ?\n)+ ?", "\n"),
     ):

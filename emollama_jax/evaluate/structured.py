@@ -17,45 +17,25 @@ _AFFIRMED = dict.fromkeys(("yes", "true", "present", "y", "✓", "✔", "✅", "
 _DENIED = dict.fromkeys(("no", "false", "absent", "n", "not present", "✗", "✘", "❌"), 0.0)
 _WORDS = _AFFIRMED | _DENIED
 # Keys of numbers that are no label's score.
-_META = frozenset(
-    [
-        "confidence",
-        "score",
-        "probability",
-        "prob",
-        "likelihood",
-        "certainty",
-        "valence",
-        "arousal",
-        "dominance",
-        "intensity",
-        "age",
-        "id",
-        "idx",
-        "index",
-        "face",
-        "frame",
-        "time",
-        "timestamp",
-        "total",
-        "sum",
-        "rank",
-        "doc",
-        "count",
-        "n",
-    ]
-)
-# Keys of a record's label, the surest first.
-_LABEL_KEYS = (
-    ("final answer", "final"),
-    ("dominant emotion", "primary emotion", "main emotion", "top emotion", "predicted emotion")
-    + ("predicted label", "predicted class", "top label", "emotion label", "dominant", "primary"),
-    ("answer", "prediction", "label", "predicted", "pred", "class", "category", "classification"),
-    ("emotion", "expression", "facial expression", "result", "response", "output", "text")
-    + ("name", "type", "content", "sentiment", "feeling", "value"),
-    ("emotions", "labels", "predictions", "results", "scores", "probabilities", "probs")
-    + ("top emotions", "emotion scores", "emotion probabilities", "expressions", "all"),
-)
+_META = {
+    *("confidence", "score", "probability", "prob", "likelihood", "certainty", "valence"),
+    *("arousal", "dominance", "intensity", "age", "id", "idx", "index", "face", "frame", "time"),
+    *("timestamp", "total", "sum", "rank", "doc", "count", "n"),
+}
+# Keys of a record's label, the surest line first; the last ones name several.
+_LABEL_KEYS = [
+    [key.strip() for key in line.split(",")]
+    for line in (
+        "final answer, final",
+        "dominant emotion, primary emotion, main emotion, top emotion, predicted emotion, "
+        "predicted label, predicted class, top label, emotion label, dominant, primary",
+        "answer, prediction, label, predicted, pred, class, category, classification",
+        "emotion, expression, facial expression, result, response, output, text, name, type, "
+        "content, sentiment, feeling, value",
+        "emotions, labels, predictions, results, scores, probabilities, probs, top emotions, "
+        "emotion scores, emotion probabilities, expressions, all",
+    )
+]
 _NAMES = ("labels", "emotions", "classes")  # of a record of two lists
 _SHARES = ("scores", "probabilities", "probs", "confidences")
 _NAME_KEYS = ("label", "emotion", "name", "type", "class", "category", "expression")
@@ -252,8 +232,8 @@ _VALUE = (
     rf"|(?P<word>{'|'.join(map(re.escape, sorted(_WORDS, key=len, reverse=True)))})"
 )
 _PIECE = re.compile(
-    rf"\W*(?:\d+[.)]\s+)?(?P<name>[^\W\d][\w' /-]*?)[\"'*_`]*\s*(?:[:=(\[]|[-–—=]>?|→|\bis\b|\bat\b|\s)"
-    rf"[\s\"'*_`~(]*(?:{_VALUE})[\s\"'*_`)\]}}.]*",
+    rf"\W*(?:\d+[.)]\s+)?(?P<name>[^\W\d][\w' /-]*?)[\"'*_`]*\s*"
+    rf"(?:[:=(\[]|[-–—=]>?|→|\bis\b|\bat\b|\s)[\s\"'*_`~(]*(?:{_VALUE})[\s\"'*_`)\]}}.]*",
     re.IGNORECASE,
 )
 _REVERSED = re.compile(
