@@ -22,6 +22,8 @@ from emollama_jax.cli_words import LogLines, new_console
 from emollama_jax.data import inspect as data_inspect
 from emollama_jax.data import names
 from emollama_jax.data.builders import actionfaces, registry
+from emollama_jax.faces import prepare
+from emollama_jax.locks import hold
 
 HERE = pathlib.Path(emollama_jax.__file__).parent
 
@@ -361,6 +363,19 @@ def test_what_is_logged_appears_above_a_bar_and_once():
     said = console.file.getvalue()
     assert "warning: clip a [is] broken\n" in said and "error: other: lost\n" in said
     assert said.count("broken") == 1 and "Task" not in said and "details" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [("actionfaces/images", "actionfaces/images"), ("affectnet7", "affectnet"), ("own/a", "own/a")],
+)
+def test_a_set_is_prepared_by_one_process(capsys, tmp_path, monkeypatch, name, stored):
+    monkeypatch.setattr(prepare, "load_face", lambda cfg: None)
+    source = [] if name in names.EMBEDDED else ["--source", tmp_path]
+    with hold(tmp_path / "data" / stored, instead=""):
+        err = refused(capsys, "data", "prepare", name, "--dir", tmp_path / "data", *source)
+    assert f"{stored}: in use by process {os.getpid()} " in err
+    assert err.endswith("wait for it to end, or choose another --dir\n")
 
 
 def test_sets_are_the_builders():
