@@ -16,11 +16,13 @@ from emollama_jax.cli_words import (
     ConfigName,
     DataSet,
     Folder,
+    LogLines,
     Media,
     Overrides,
     Run,
     load_config,
     new_console,
+    remove_handlers,
 )
 from emollama_jax.data import names
 from emollama_jax.errors import UserError
@@ -223,7 +225,8 @@ def train(
 
     Args:
         config: a name in configs/ or a .yaml file.
-        overrides: changes of the config, e.g. train.steps=200 model.fim.branches=global.
+        overrides: changes of the config, e.g. train.steps=200 model.fim.branches=global; settings
+            and their bounds are listed below.
         data: prepared sets in place of the config's sources, e.g. own/mine; kind and split are
             found.
         out: folder of the run: checkpoints, metrics.jsonl, tensorboard; gs:// too.
@@ -444,7 +447,17 @@ NESTED = {"data": DATA_VERBS, "bench": BENCH_VERBS}
 
 def main(args: list[str] | None = None) -> None:
     """Runs one verb."""
-    dispatch.main(VERBS, NESTED, sys.argv[1:] if args is None else args, ABOUT)
+    words = sys.argv[1:] if args is None else args
+    try:
+        dispatch.main(VERBS, NESTED, words, ABOUT, after_help={train: _settings})
+    finally:
+        remove_handlers(LogLines)
+
+
+def _settings() -> str:
+    from emollama_jax.config import fields_help
+
+    return f"settings of the config, with their bounds:\n\n{fields_help()}"
 
 
 def _stopped(why: str) -> None:

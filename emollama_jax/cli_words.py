@@ -34,12 +34,17 @@ def new_console() -> "Console":
     console = Console(file=sys.stderr)
     # Through the console, a line appears above a progress bar. The plain handler that Orbax sets up
     # when it is imported (by way of absl) would tear the bar.
+    remove_handlers(logging.StreamHandler, LogLines)
+    logging.getLogger().addHandler(LogLines(console))
+    return console
+
+
+def remove_handlers(*kinds: type[logging.Handler]) -> None:
+    """Takes handlers of exactly these kinds from the root logger."""
     root = logging.getLogger()
     for handler in root.handlers[:]:
-        if type(handler) in (logging.StreamHandler, LogLines):
+        if type(handler) in kinds:
             root.removeHandler(handler)
-    root.addHandler(LogLines(console))
-    return console
 
 
 class LogLines(logging.Handler):

@@ -31,6 +31,7 @@ from emollama_jax.data.pipeline import open_source
 from emollama_jax.demo_page import make_page
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import report as pages
+from emollama_jax.evaluate.answers import parse_answer
 from emollama_jax.evaluate.difficulty import grey, pixel_regression
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
 from emollama_jax.evaluate.run import Answering, describe, predict
@@ -38,7 +39,6 @@ from emollama_jax.faces.prepare import load_face, prepare_source
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.faces.track import crop_box, from_crop
 from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.models.mtcnn import Detector
 from emollama_jax.serve.answer import Answerer
 from emollama_jax.train.loop import FitResult, fit
 from emollama_jax.train.metrics import METRICS, read_metrics
@@ -153,8 +153,9 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     with watch.stage("difficulty"):
         difficulty = _difficulty(cfg, model, results, size, console)
     with watch.stage("ask"):
-        photo = _photo(console)
-        _ask(cfg, model, out, console)
+        answerer = Answerer(cfg, model)
+        photo = _photo(answerer, console)
+        _ask(answerer, out, console)
         items = {name: _items(cfg, model, *results[name]["generate"]) for name in (IMAGES, CLIPS)}
     summary: dict[str, Any] = {
         "image": _summary(results[IMAGES]["generate"][1]),
@@ -293,28 +294,33 @@ def _difficulty(
     return difficulty
 
 
-def _photo(console: Console) -> dict[str, Any]:
-    """The face in a real photograph: Grace Hopper's portrait, which matplotlib carries."""
+def _photo(answerer: Answerer, console: Console) -> dict[str, Any]:
+    """A real photograph, Grace Hopper's portrait, which matplotlib carries; its face, an answer."""
     import matplotlib.cbook
 
-    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        picture = read_image(file.read())
+    name = "grace_hopper.jpg"
+    with matplotlib.cbook.get_sample_data(name) as file:
+        source = file.read()
     start = time.monotonic()
-    faces = Detector()(picture)
+    media = answerer.look(source)
     seconds = time.monotonic() - start
-    if not len(faces.boxes):
-        raise UserError("MTCNN found no face in grace_hopper.jpg: are the package's weights whole?")
-    box = [round(float(x), 1) for x in faces.boxes[0]]
+    if media.face is None:
+        raise UserError(f"MTCNN found no face in {name}: are the package's weights whole?")
+    picture = read_image(source)
+    box = [round(float(x), 1) for x in media.boxes[media.face]]
     console.print(
-        f"a real photograph ({picture.shape[1]}×{picture.shape[0]}): {len(faces.boxes)} face, box "
-        f"{box}, probability {faces.probabilities[0]:.4f}, {seconds:.1f} s with compilation"
+        f"a real photograph ({picture.shape[1]}×{picture.shape[0]}): {len(media.boxes)} face, box "
+        f"{box}, probability {media.probabilities[media.face]:.4f}, {seconds:.1f} s"
     )
-    return {"picture": picture, "box": box, "landmarks": faces.landmarks[0]}
+    question = QUESTION.format(medium="image")
+    answer = "".join(answerer.ask(media, question))
+    console.print(f"{name}: {question}\n{answer}", highlight=False, markup=False)
+    return {"name": name, "picture": picture, "box": box, "question": question, "answer": answer}
 
 
-def _ask(cfg: Config, model: EmoLlama, out: pathlib.Path, console: Console) -> None:
+def _ask(answerer: Answerer, out: pathlib.Path, console: Console) -> None:
     """Answers a question about a held-out picture and clip, from files, as `emollama ask` does."""
-    answerer = Answerer(cfg, model)
+    cfg = answerer.cfg
     for name, ending in ((IMAGES, "jpg"), (CLIPS, "mp4")):
         example = open_source(cfg.data.dir, name, "test")[0]
         path = out / f"held_out.{ending}"
@@ -340,11 +346,12 @@ def _items(
     turns = itertools.chain.from_iterable(itertools.zip_longest(*of_class))
     chosen = [i for i in turns if i is not None][:wanted]
     medium = "image" if name == IMAGES else "video"
-    sentences = describe(cfg, model, _source(name), chosen, QUESTION.format(medium=medium))
+    question = QUESTION.format(medium=medium)
+    answers = describe(cfg, model, _source(name), chosen, question)
     data = open_source(cfg.data.dir, name, "test")
     priors = open_priors(cfg.data.dir, name, "test")
     items = []
-    for i, text in zip(chosen, sentences, strict=True):
+    for i, text in zip(chosen, answers, strict=True):
         media = data[i]["media"]
         frames = [read_image(media)] if name == IMAGES else list(read_video(media))
         shown = np.unique(np.linspace(0, len(frames) - 1, 8).astype(int)).tolist()
@@ -365,7 +372,9 @@ def _items(
                 frames=[frames[f] for f in shown],
                 landmarks=landmarks,
                 label=predictions[i].label,
-                predicted=predictions[i].predicted,
+                # What this very answer names: the numbers above are of another question.
+                predicted=parse_answer(text, label_space(name)).label,
+                question=question,
                 text=text,
             )
         )

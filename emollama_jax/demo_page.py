@@ -14,6 +14,14 @@ from emollama_jax.config import Config
 from emollama_jax.evaluate import report as pages
 from emollama_jax.train.metrics import METRICS, read_metrics
 
+LEDE = (
+    "The faces on this page are drawings. This program drew them from the muscles that move a face "
+    "in an emotion; they show no real people, and stand in for photographs that may not be passed "
+    "on. On them the whole of EMO-LLaMA runs, small: it finds and reads the faces, trains a tiny "
+    "LLaMA, and answers about drawn people that it has never seen. The numbers show that all of it "
+    "works together, and say nothing about real faces."
+)
+
 
 def make_page(
     cfg: Config,
@@ -31,7 +39,7 @@ def make_page(
         summary: what `report.json` holds.
         results: data set → way of answering → (predictions, evaluation).
         items: data set → held-out examples to show.
-        photo: the real photograph with the face that was found in it.
+        photo: the real photograph with the box of its face, a question and the answer.
     """
     rows = read_metrics(out / "run" / METRICS)
     shares = summary["difficulty"]
@@ -71,26 +79,29 @@ def make_page(
         )
     same = "identical to" if summary["resume_bit_identical"] else "NOT identical to"
     portrait = pages.Item(
-        id="grace_hopper.jpg",
+        id=photo["name"],
         frames=[photo["picture"]],
-        landmarks=[photo["landmarks"]],
+        landmarks=[None],
         label=None,
-        predicted="a real photograph",
-        text=f"MTCNN found the face: box {photo['box']}.",
+        predicted=photo["name"],
+        question=photo["question"],
+        text=photo["answer"],
+        box=photo["box"],
     )
     return pages.Report(
         title="EMO-LLaMA, small, on drawn faces",
-        lede="The whole pipeline on the embedded data set: face priors, Face Info Mining, LoRA "
-        "training of a tiny LLaMA, and answers about people that no training has seen.",
+        lede=LEDE,
         results=[
             pages.Result(
                 title=name.partition("/")[2].capitalize(),
-                source=f"{name}, test split; the class that the model's written answer names",
+                source=f"{name}, test split. The question lists the seven emotions; the one that "
+                "the written answer names counts",
                 evaluation=result["generate"][1],
             )
             for name, result in results.items()
         ],
-        pictures=[*items["actionfaces/images"], portrait],
+        photographs=[portrait],
+        pictures=items["actionfaces/images"],
         clips=items["actionfaces/clips"],
         curves=[
             pages.Curve(

@@ -54,7 +54,13 @@ MENDABLE = {
 PACKAGE = str(pathlib.Path(__file__).parent)
 
 
-def main(verbs: Verbs, nested: Mapping[str, Verbs], args: Sequence[str], about: str) -> None:
+def main(
+    verbs: Verbs,
+    nested: Mapping[str, Verbs],
+    args: Sequence[str],
+    about: str,
+    after_help: Mapping[Verb, Callable[[], str]] | None = None,
+) -> None:
     """Runs one verb.
 
     Args:
@@ -62,6 +68,7 @@ def main(verbs: Verbs, nested: Mapping[str, Verbs], args: Sequence[str], about: 
         nested: verbs of a verb, by its name.
         args: words behind `emollama`.
         about: of the program, for its help.
+        after_help: what the help of a verb ends with.
     """
     with boundary(args):
         if not args or args[0] in ("-h", "--help"):
@@ -78,7 +85,7 @@ def main(verbs: Verbs, nested: Mapping[str, Verbs], args: Sequence[str], about: 
                 sys.exit(0 if rest else USAGE)
             verb = _choose(nested[name], rest[0], prog)
             prog, rest = f"{prog} {rest[0]}", rest[1:]
-        call = parse(verb, prog, rest)
+        call = parse(verb, prog, rest, (after_help or {}).get(verb))
         with _full_disk(call):
             call()
 
@@ -90,7 +97,9 @@ def version() -> str:
     return ", ".join([*found, f"Python {platform.python_version()}"])
 
 
-def parse(verb: Verb, prog: str, args: Sequence[str]) -> functools.partial:
+def parse(
+    verb: Verb, prog: str, args: Sequence[str], after_help: Callable[[], str] | None = None
+) -> functools.partial:
     """The call that the words ask for; the verb's help ends the program.
 
     Raises:
@@ -115,6 +124,8 @@ def parse(verb: Verb, prog: str, args: Sequence[str]) -> functools.partial:
             return tyro.cli(stand_in, prog=prog, args=list(args))
     except SystemExit as stop:
         if stop.code in (0, None):
+            if after_help is not None:
+                print(after_help())
             raise
         raise UserError(f"{_one_line(said.getvalue())}: see {prog} --help") from None
 

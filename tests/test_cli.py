@@ -17,11 +17,13 @@ import jax
 import pytest
 
 import emollama_jax
-from emollama_jax import cli, dispatch
-from emollama_jax.cli_words import LogLines, new_console
+from emollama_jax import cli, config, dispatch
+from emollama_jax.cli_words import LogLines, new_console, remove_handlers
 from emollama_jax.data import inspect as data_inspect
 from emollama_jax.data import names
 from emollama_jax.data.builders import actionfaces, registry
+from emollama_jax.faces import prepare
+from emollama_jax.locks import hold
 
 HERE = pathlib.Path(emollama_jax.__file__).parent
 
@@ -307,6 +309,12 @@ def test_help_names_every_option_and_every_argument(capsys, monkeypatch, words, 
     assert first.startswith(" ".join((verb.__doc__ or "").split())[:20])
 
 
+def test_help_of_training_ends_with_the_settings_and_their_bounds(capsys):
+    out = help_of(capsys, "train")
+    assert out.rstrip().endswith(config.fields_help().rstrip())
+    assert re.search(r"^train.steps  +int, 1 …", out, re.M)
+
+
 def test_arguments_are_described_by_nouns():
     """`processes: number of worker processes`, not `processes: that read side by side`."""
     files = [*HERE.glob("cli*.py"), *HERE.glob("*/options.py")]
@@ -340,6 +348,13 @@ def test_the_overview_is_short_and_lists_every_verb(capsys):
         assert all(re.search(rf"^  {verb}  +\w", out, re.M) for verb in verbs)
 
 
+def test_a_command_leaves_no_handler_behind(monkeypatch):
+    before = logging.getLogger().handlers[:]
+    monkeypatch.setitem(cli.VERBS, "demo", lambda: print(new_console()))
+    cli.main(["demo"])
+    assert logging.getLogger().handlers == before
+
+
 def test_what_is_logged_appears_above_a_bar_and_once():
     from rich.progress import Progress
 
@@ -355,12 +370,23 @@ def test_what_is_logged_appears_above_a_bar_and_once():
             logging.getLogger("other").error("lost")
             logging.getLogger("asyncio").error("Task exception was never retrieved")
     finally:
-        for handler in root.handlers[:]:
-            if isinstance(handler, LogLines):
-                root.removeHandler(handler)
+        remove_handlers(LogLines)
     said = console.file.getvalue()
     assert "warning: clip a [is] broken\n" in said and "error: other: lost\n" in said
     assert said.count("broken") == 1 and "Task" not in said and "details" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [("actionfaces/images", "actionfaces/images"), ("affectnet7", "affectnet"), ("own/a", "own/a")],
+)
+def test_a_set_is_prepared_by_one_process(capsys, tmp_path, monkeypatch, name, stored):
+    monkeypatch.setattr(prepare, "load_face", lambda cfg: None)
+    source = [] if name in names.EMBEDDED else ["--source", tmp_path]
+    with hold(tmp_path / "data" / stored, instead=""):
+        err = refused(capsys, "data", "prepare", name, "--dir", tmp_path / "data", *source)
+    assert f"{stored}: in use by process {os.getpid()} " in err
+    assert err.endswith("wait for it to end, or choose another --dir\n")
 
 
 def test_sets_are_the_builders():
@@ -378,10 +404,10 @@ def test_data_not_prepared(capsys, tmp_path):
 
 def test_inspect_counts_and_draws(capsys, tmp_path):
     sizes = {"train": 3, "validation": 1, "test": 1}
-    for config in ("images", "clips"):
-        actionfaces.prepare(tmp_path, config_name=config, sizes=sizes, processes=1)
-        sheet = tmp_path / f"{config}.png"
-        name = f"actionfaces/{config}"
+    for kind in ("images", "clips"):
+        actionfaces.prepare(tmp_path, config_name=kind, sizes=sizes, processes=1)
+        sheet = tmp_path / f"{kind}.png"
+        name = f"actionfaces/{kind}"
         cli.main(["data", "inspect", name, "--dir", str(tmp_path), "--sheet", str(sheet)])
         out = capsys.readouterr().out
         assert sheet.stat().st_size > 1000

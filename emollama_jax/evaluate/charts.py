@@ -162,6 +162,7 @@ def faces(
     landmarks: Sequence[Float[np.ndarray, "68 2"] | None],
     *,
     alt: str,
+    box: Sequence[float] | None = None,
 ) -> str:
     """Frames side by side with their landmarks.
 
@@ -169,6 +170,7 @@ def faces(
         frames: of one size.
         landmarks: of each frame, pixels with integers at pixel centres; None where no face is.
         alt: what is shown, for those who cannot see it.
+        box: of the face in a picture: left, top, right, bottom, pixels; None draws none.
     """
     height, width = frames[0].shape[:2]
     gap = round(width / 24) if len(frames) > 1 else 0
@@ -179,6 +181,12 @@ def faces(
         parts.append(f'<image width="{width}" height="{height}" href="{jpeg(frame)}"/>')
         if points is not None:
             parts.append(_mesh(points, unit))
+        if box is not None:
+            left, top, right, bottom = box
+            parts.append(
+                f'<rect class="box" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+                f'height="{bottom - top:.1f}" style="stroke-width:{unit:.2f}"/>'
+            )
         parts.append("</g>")
     total = len(frames) * (width + gap) - gap
     return (

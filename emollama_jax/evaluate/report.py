@@ -52,7 +52,9 @@ class Item:
     landmarks: Sequence[np.ndarray | None]  # float [68, 2] of each frame, pixels; None: no face
     label: str | None  # None: nothing is judged, `predicted` is what stands below it
     predicted: str | None
-    text: str  # the model's sentence
+    text: str  # the model's answer
+    question: str = ""  # that it answers; "" where a page asks one question throughout
+    box: Sequence[float] | None = None  # of the face: left, top, right, bottom, pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class Report:
     title: str
     lede: str  # what was done, in a sentence or two
     results: Sequence[Result]
+    photographs: Sequence[Item] = ()
     pictures: Sequence[Item] = ()
     clips: Sequence[Item] = ()
     mistakes: Sequence[Item] = ()  # worst first
@@ -102,6 +105,7 @@ def render(report: Report) -> str:
     sections = [
         _section("Held-out faces", _SEEN, _gallery(report.pictures, "faces")),
         _section("Held-out clips", _SEEN_CLIPS, _gallery(report.clips, "clips")),
+        _section("A real photograph", _PHOTOGRAPH, _gallery(report.photographs, "photographs")),
         _section("Training", "", "".join(map(_curve, report.curves))),
         *(_result(result) for result in report.results),
         *(_section(table.title, table.note, _table(table)) for table in report.tables),
@@ -125,8 +129,12 @@ def render(report: Report) -> str:
 
 
 _SEEN = (
-    "With the landmarks that were found, the emotion that was answered, and the model's own "
-    "words. Wrong answers are framed, and the true emotion stands beside them."
+    "With the landmarks that were found. Below each: the emotion that the answer names, right or "
+    "wrong, then the question and the answer. Wrong ones are framed, with the true emotion beside."
+)
+_PHOTOGRAPH = (
+    "The box is MTCNN's, which is trained on real faces. The rest of this small model has seen "
+    "drawn faces only: do not believe what it says about a person."
 )
 _WORST = (
     "Wrong answers of which the model was surest, by its scores where labels were scored; else the "
@@ -211,10 +219,11 @@ def _item(item: Item) -> str:
             f'<span class="bad">✗ {escape(answer)}</span> '
             f'<span class="true">(true: {escape(item.label)})</span>'
         )
+    question = f'<p class="question">{escape(item.question)}</p>' if item.question else ""
     return (
         f'<figure class="item{" wrong" if wrong else ""}" title="{escape(item.id)}">'
-        f"{charts.faces(item.frames, item.landmarks, alt=alt)}"
-        f"<figcaption>{verdict}<blockquote>{escape(item.text)}</blockquote></figcaption></figure>"
+        f"{charts.faces(item.frames, item.landmarks, alt=alt, box=item.box)}"
+        f"<figcaption>{verdict}{question}<blockquote>{escape(item.text)}</blockquote></figcaption></figure>"
     )
 
 

@@ -1,0 +1,116 @@
+"""The demo's page: drawn faces in plain words, one question in a card, the photograph's box."""
+
+import io
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emollama_jax import config as configs
+from emollama_jax import demo, demo_page
+from emollama_jax.data.emotions import label_space
+from emollama_jax.evaluate import protocol, report
+
+SPACE = label_space("actionfaces/images")
+KEYS = (
+    "pixel_regression_war",
+    "clip_war",
+    "clip_middle_frame_war",
+    "blank_war",
+    "blank_most_named",
+    "majority_share",
+)
+
+
+def prediction(n, label, predicted):
+    return protocol.Prediction(
+        id=f"test-{n}",
+        source="actionfaces/images:test",
+        label=label,
+        predicted=predicted,
+        text=predicted,
+        scores=None,
+        parsed="exact",
+        subject=str(n),
+    )
+
+
+@pytest.fixture
+def predictions():
+    """The category question was answered with fear throughout."""
+    return [prediction(n, label, "fear") for n, label in enumerate(SPACE.classes)]
+
+
+@pytest.fixture
+def items(predictions, monkeypatch):
+    """Cards of those examples; the answers name what is shown, but for one that names nothing."""
+    picture = io.BytesIO()
+    Image.new("RGB", (20, 30), "grey").save(picture, "JPEG")
+    texts = [f"The lips are pressed: {item.label}." for item in predictions]
+    texts[2] = "The lips are pressed."
+    prior = types.SimpleNamespace(found=[False])
+    monkeypatch.setattr(demo, "describe", lambda *_: texts)
+    monkeypatch.setattr(demo, "open_source", lambda *_: [{"media": picture.getvalue()}] * 7)
+    monkeypatch.setattr(demo, "open_priors", lambda *_: [prior] * 7)
+    evaluation = protocol.evaluate(predictions, SPACE)
+    return demo._items(configs.load("tiny"), None, predictions, evaluation)
+
+
+def test_a_card_holds_one_question_its_answer_and_what_that_answer_names(items):
+    assert len(items) == 7
+    for number, item in enumerate(items):
+        assert item.question == "Describe the face in the image and name the emotion."
+        assert item.predicted == (None if number == 2 else item.label)
+        assert item.predicted is None or item.predicted in item.text
+
+
+@pytest.fixture
+def page(items, predictions, tmp_path):
+    (tmp_path / "run").mkdir()
+    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 9)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    photo = {
+        "name": "portrait.jpg",
+        "picture": np.full((40, 30, 3), 90, np.uint8),
+        "box": [3.0, 4.0, 13.5, 24.0],
+        "question": "Who is <this>?",
+        "answer": "Somebody & nobody.",
+    }
+    evaluation = protocol.evaluate(predictions, SPACE)
+    results = {
+        f"actionfaces/{kind}": {"generate": (predictions, evaluation)}
+        for kind in ("images", "clips")
+    }
+    summary = {
+        "difficulty": dict.fromkeys(KEYS, 0.5),
+        "resume_bit_identical": True,
+        "seconds": {"train": 9.0, "all": 9.0},
+    }
+    shown = {"actionfaces/images": items, "actionfaces/clips": []}
+    cfg = configs.load("tiny")
+    return report.render(demo_page.make_page(cfg, tmp_path, summary, results, shown, photo))
+
+
+def test_the_top_says_that_faces_are_drawn(page):
+    header = page.partition("<header>")[2].partition("</header>")[0]
+    assert "are drawings" in header and "no real people" in header
+    assert "say nothing about real faces" in header
+
+
+def test_every_card_shows_its_question_above_its_answer(page):
+    cards = re.findall(r'<figure class="item.*?</figure>', page, re.S)
+    assert len(cards) == 8
+    for card in cards:
+        assert card.count('class="question"') == card.count("<blockquote>") == 1
+        assert card.index('class="question"') < card.index("<blockquote>")
+
+
+def test_the_photograph_has_its_box_and_its_answer(page):
+    section = page.partition("<h2>A real photograph</h2>")[2].partition("</section>")[0]
+    assert '<rect class="box" x="3.0" y="4.0" width="10.5" height="20.0"' in section
+    assert "portrait.jpg" in section and "do not believe" in section
+    assert "Who is &lt;this&gt;?" in section and "Somebody &amp; nobody." in section
+    assert page.count('class="box"') == 1
