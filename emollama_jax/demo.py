@@ -70,9 +70,9 @@ class Size:
 FULL = Size(
     images={"train": 3000, "validation": 300, "test": 1000},
     clips={"train": 800, "validation": 20, "test": 250},
-    steps=300,
-    interrupt=12,
-    compare=24,
+    steps=220,
+    interrupt=10,
+    compare=20,
     eval_images=100,
     eval_clips=25,
 )
@@ -156,7 +156,9 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         answerer = Answerer(cfg, model)
         photo = _photo(answerer, console)
         _ask(answerer, out, console)
-        items = {name: _items(cfg, model, *results[name]["generate"]) for name in (IMAGES, CLIPS)}
+        items = {
+            name: _items(cfg, model, size, *results[name]["generate"]) for name in (IMAGES, CLIPS)
+        }
     summary: dict[str, Any] = {
         "image": _summary(results[IMAGES]["generate"][1]),
         "clip": _summary(results[CLIPS]["generate"][1]),
@@ -334,7 +336,11 @@ def _ask(answerer: Answerer, out: pathlib.Path, console: Console) -> None:
 
 
 def _items(
-    cfg: Config, model: EmoLlama, predictions: Sequence[Prediction], evaluation: Evaluation
+    cfg: Config,
+    model: EmoLlama,
+    size: Size,
+    predictions: Sequence[Prediction],
+    evaluation: Evaluation,
 ) -> list[pages.Item]:
     """Held-out examples for the page, the classes taken in turn."""
     name = predictions[0].source.partition(":")[0]
@@ -347,7 +353,8 @@ def _items(
     chosen = [i for i in turns if i is not None][:wanted]
     medium = "image" if name == IMAGES else "video"
     question = QUESTION.format(medium=medium)
-    answers = describe(cfg, model, _source(name), chosen, question)
+    batch = size.eval_images if name == IMAGES else size.eval_clips
+    answers = describe(cfg, model, _source(name), chosen, question, batch=batch)
     data = open_source(cfg.data.dir, name, "test")
     priors = open_priors(cfg.data.dir, name, "test")
     items = []

@@ -163,7 +163,13 @@ def predict(
 
 
 def describe(
-    cfg: Config, model: EmoLlama, source: SourceConfig, indices: Sequence[int], question: str
+    cfg: Config,
+    model: EmoLlama,
+    source: SourceConfig,
+    indices: Sequence[int],
+    question: str,
+    *,
+    batch: int,
 ) -> list[str]:
     """The model's free answers to a question about chosen examples of a split.
 
@@ -171,8 +177,10 @@ def describe(
         cfg: of the model's run.
         model: trained.
         source: the data set and split.
-        indices: of the examples.
+        indices: of the examples, at most `batch`.
         question: the same for all.
+        batch: rows that are read together; as many as in `predict`, and the towers are not compiled
+            again.
     """
     encoder = Encoder(cfg)
     data = open_source(cfg.data.dir, source.name, source.split)
@@ -182,8 +190,12 @@ def describe(
         look = encoder.look(data[index]["media"], kind=source.kind, prior=priors[index])
         rows.append(encoder.prompt_row(look, kind=source.kind, question=question, index=index))
     speaker = Speaker(cfg, model)
-    prompt = speaker.read(stack(rows)[0])
-    return speaker.write(prompt, max_new_tokens=cfg.generate.max_new_tokens)
+    padded = rows + rows[-1:] * (batch - len(rows))
+    mesh = make_mesh(ONE_DEVICE, devices=jax.local_devices())
+    with jax.set_mesh(mesh):
+        prompt = speaker.read(place_batch(stack(padded)[0], mesh))
+        texts = speaker.write(prompt, max_new_tokens=cfg.generate.max_new_tokens)
+    return texts[: len(rows)]
 
 
 def _mapped(answer: dict[str, Any], means: Mapping[str, str | None]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from emollama_jax.models.emollama import EmoLlama, Mined, Sight
 from emollama_jax.models.mtcnn import Detector
 
 NO_FACE = "No face was found in the {medium}."
+QUICKLY = {"xla_backend_optimization_level": "0"}  # XLA's flag for less optimising
 MEDIUM = {"image": "image", "clip": "video"}
 
 
@@ -66,6 +67,10 @@ class Answerer:
         self._model, self._llama = nnx.split(model), nnx.split(model.llama)
         self._detect = Detector().many if detect is None else detect
         self._flags = of_backend(cfg.xla_flags)
+        # The towers are compiled for one example. On a CPU optimising their program takes half of
+        # the time to the first answer, and saves hundredths of a second on each picture.
+        on_cpu = jax.default_backend() == "cpu"
+        self._look = reading.look.under(QUICKLY if on_cpu else self._flags)
 
     def look(self, source: Source, *, face: int | None = None) -> Media:
         """Finds the face of a picture or clip, and runs the towers on it.
@@ -134,8 +139,7 @@ class Answerer:
         face: int | None,
     ) -> Media:
         seen = self.encoder.cut(pictures, kind=kind, which=which, boxes=boxes, found=found)
-        look = reading.look.under(self._flags)
-        sight = look(*self._model, seen.frames, seen.faces, seen.found)
+        sight = self._look(*self._model, seen.frames, seen.faces, seen.found)
         prior = _prior(sight, which=which, boxes=boxes, found=found, count=count)
         return Media(
             source=source,
