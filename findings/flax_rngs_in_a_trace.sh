@@ -5,10 +5,10 @@
 # JAX raises an AttributeError whose message walks through all equations traced so far, and flax
 # drops the error. The numbers are right. One would guess that shapes alone cost next to nothing.
 #
-# Seen: shapes of a module of 400 parameters take 10.9 times the function calls of one of 100
-# (7.20 million against 0.66 million; linear: 4). With the count kept in Python: 4.0 times (0.51
-# million against 0.13). Calls are counted, as times vary: 800 parameters against 200 took 8 to 14 times as long.
-# Exits with 1 if that changes.
+# Seen: shapes of a module of 400 parameters take 10.9 times the function calls of one of 100 (7.20
+# million against 0.66 million; linear: 4). With the count kept in Python: 4.0 times (0.51 million
+# against 0.13). Calls are counted, as times vary: 800 parameters against 200 took 8 to 14 times as
+# long. Exits with 1 if that changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -26,9 +26,7 @@ from flax import nnx
 class Net(nnx.Module):
     def __init__(self, count, *, rngs):
         normal = nnx.initializers.normal(0.02)
-        self.weights = nnx.List(
-            nnx.Param(normal(rngs.params(), (4, 4))) for _ in range(count)
-        )
+        self.weights = nnx.List(nnx.Param(normal(rngs.params(), (4, 4))) for _ in range(count))
 
 
 class Counted:

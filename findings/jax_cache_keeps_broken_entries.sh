@@ -14,6 +14,7 @@ python3.11 -m venv "$folder/venv"
 
 cat >"$folder/program.py" <<'PROGRAM'
 import sys
+
 import jax
 import jax.numpy as jnp
 

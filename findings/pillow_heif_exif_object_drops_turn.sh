@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# pillow-heif 1.8.1 with Pillow 13.0.0: `save(..., exif=EXIF)` takes a `PIL.Image.Exif` object or its
-# bytes, yet only the bytes turn the picture. HEIF readers go by the `irot` property and not
+# pillow-heif 1.8.1 with Pillow 13.0.0: `save(..., exif=EXIF)` takes a `PIL.Image.Exif` object or
+# its bytes, yet only the bytes turn the picture. HEIF readers go by the `irot` property and not
 # by the EXIF tag; pillow-heif writes it from the tag, but looks into the object as if it were bytes
 # and drops the AttributeError. The other tags are written. On reading, the tag (6) is reset to 1,
 # as for a picture that `irot` has turned, so `ImageOps.exif_transpose` does not turn it either. One

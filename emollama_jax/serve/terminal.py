@@ -46,19 +46,23 @@ class Wish:
 def split_arguments(given: Sequence[str]) -> tuple[tuple[pathlib.Path, ...], str | None]:
     """Media and the question behind them, if there is one.
 
-    What exists is a medium. The last argument is a question if it has a space or ends in a question
-    mark; what is neither is a path that does not exist, and `check` says so.
+    What exists is a medium. Of what does not, the last argument is a question if it has a space,
+    ends in a question mark, or looks like no path: without a slash and an ending. All else is a
+    path that does not exist, and `check` says so.
     """
     *rest, last = given
     question = None
-    if rest and not _exists(last) and (re.search(r"\s", last.strip()) or last.endswith("?")):
-        question, given = last, rest
+    if rest and not _exists(last):
+        words = last.strip()
+        path = bool(words) and ("/" in words or pathlib.PurePath(words).suffix)
+        if not path or re.search(r"\s", words) or words.endswith("?"):
+            question, given = last, rest
     return tuple(map(pathlib.Path, given)), question
 
 
 def _exists(path: str) -> bool:
     try:
-        return pathlib.Path(path).exists()
+        return bool(path) and pathlib.Path(path).exists()
     except (OSError, ValueError):  # longer than any name, or with a null character
         return False
 
@@ -111,9 +115,8 @@ def ask(wish: Wish, console: Console) -> None:
             try:
                 media = answerer.look(path, face=wish.face)
             except UserError as error:
-                if len(wish.media) == 1:
-                    raise
-                raise UserError(f"{path}: {error}") from None
+                named = str(path) in str(error)
+                raise UserError(str(error) if named else f"{path}: {error}") from None
             talk = _Talk(wish, answerer, media, path, how, began, loading)
             if wish.question is not None:
                 talk.answer(wish.question, status)
