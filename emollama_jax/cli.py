@@ -88,6 +88,9 @@ def data_prepare(
     at_least(0, missing_share=missing_share)
     where = () if dir is None else (f"data.dir={json.dumps(dir)}",)
     cfg = load_config(config, (*where, *overrides))
+    from emollama_jax.paths import on_disk
+
+    on_disk(cfg.data.dir, instead=names.PREPARE_HERE)
     check_writable(cfg.data.dir, option="--dir")
     compile_cache.start()
     from emollama_jax.faces.prepare import load_face, prepare_source

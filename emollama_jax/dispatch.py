@@ -318,7 +318,7 @@ def _report(error: Exception, args: Sequence[str], beside: Sequence[str]) -> str
         [
             *lines,
             f"emollama: {what[:500]}",
-            "This is a fault of emollama, not of what you gave it. Please report it with these "
+            "emollama did not expect this: probably a fault of ours. Please report it with these "
             "lines:",
             f"  command   {command}",
             f"  versions  {version()}, {platform.platform()}",

@@ -94,6 +94,7 @@ BAD = [
     (("data", "prepare", "dfew", "--source", ".", "--fold", "6"), "has the folds 1 … 5"),
     (("data", "prepare", "raf_db", "--source", ".", "--fold", "1"), "raf_db has no folds"),
     (("data", "prepare", "actionfaces/images", "--processes", "0"), "--processes is 0"),
+    (("data", "prepare", "actionfaces/images", "--dir", "gs:/b/d"), "a slash is missing"),
     (("data", "inspect", "dfwe"), "did you mean dfew?"),
     (("data", "inspect", "mafw", "--fold", "9"), "mafw/fold9: no such data set"),
     (("data", "inspect", "own/mine"), "own/mine is not prepared; run `emollama data prepare own/"),
@@ -240,7 +241,7 @@ def test_a_fault_of_ours_asks_for_a_report(capsys, monkeypatch, tmp_path, error)
     failing(monkeypatch, error)
     status, err = run(capsys, "train", "--steps", "7")
     assert status == 70
-    assert "This is a fault of emollama" in err and "emollama train --steps 7" in err
+    assert "probably a fault of ours" in err and "emollama train --steps 7" in err
     assert f"jax {jax.__version__}" in err and "in run\n" in err
     (saved,) = tmp_path.glob("emollama-*.txt")
     assert str(saved) in err and "Traceback" in saved.read_text()

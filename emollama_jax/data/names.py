@@ -22,6 +22,7 @@ OFFICIAL: Mapping[str, int] = {
 }
 EMBEDDED = ("actionfaces/images", "actionfaces/clips")
 OWN = "own"
+PREPARE_HERE = "prepare here, then copy it: gcloud storage cp -r data/* gs://…"
 STORED = {"affectnet7": "affectnet", "affectnet8": "affectnet"}  # views of one stored set
 
 

@@ -12,7 +12,7 @@ from emollama_jax import weights
 from emollama_jax.config import Config
 from emollama_jax.data.builders import actionfaces, registry, store
 from emollama_jax.data.builders.listing import Listing, brief
-from emollama_jax.data.names import check_source
+from emollama_jax.data.names import PREPARE_HERE, check_source
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import Summary, prepare_priors, priors_folder
 from emollama_jax.faces.reader import Reader, local_mesh
@@ -100,7 +100,7 @@ def prepare_source(
     """
     check_source(name, source, fold)
     alone("emollama data prepare")
-    on_disk(cfg.data.dir, instead="prepare here, then copy it: gcloud storage cp -r data/* gs://…")
+    on_disk(cfg.data.dir, instead=PREPARE_HERE)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     lock = hold(pathlib.Path(cfg.data.dir, registry.place_of(name)), instead="choose another --dir")
     with lock, Progress(*columns, TimeRemainingColumn(), console=console) as bars:
