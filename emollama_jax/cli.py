@@ -236,7 +236,10 @@ def train(
     """
     cfg = load_config(config, overrides)
     check_writable(out)
-    names.check_prepared(cfg.data.dir, data or [source.name for source in cfg.data.sources])
+    wanted = data or [source.name for source in cfg.data.sources]
+    for name in wanted:
+        names.check_one_fold(name)
+    names.check_prepared(cfg.data.dir, wanted)
     compile_cache.start()
     from emollama_jax.sharding import distributed
     from emollama_jax.train.loop import fit

@@ -300,7 +300,7 @@ def _report(error: Exception, args: Sequence[str], beside: Sequence[str]) -> str
     """A short traceback, and what to do with the whole of it."""
     whole = "\n".join(["".join(traceback.format_exception(error)), *beside])
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
+    own = [x for x in frames if x.filename.startswith(PACKAGE) and x.filename != __file__]
     shown = [frame for frame in own[-FRAMES:] if frame is not frames[-1]] + [frames[-1]]
     lines = [line.rstrip("\n") for line in traceback.format_list(shown)]
     what = " ".join("".join(traceback.format_exception_only(error)).split())

@@ -82,6 +82,7 @@ BAD = [
     (("train", "tiny", "train.lr=1"), "did you mean train.learning_rate"),
     (("train", "tiny", "train.steps=many"), "train.steps"),
     (("train", "tiny", "train.steps"), "key=value"),
+    (("train", "tiny", "--data", "mafw"), "mafw has folds: name one, e.g. mafw/fold1"),
     (("train", "tiny"), "data: actionfaces/images is not prepared; run `emollama data prepare"),
     (("data", "prepare", "rafdb"), "no such data set (did you mean raf_db?)"),
     (("data", "prepare", "RAF-DB"), "did you mean raf_db?"),

@@ -56,6 +56,17 @@ def check(name: str) -> None:
         raise UserError(f"{name}: no such data set{near}; known are {known()}")
 
 
+def check_one_fold(name: str) -> None:
+    """Refuses a set with folds of which none is named.
+
+    Raises:
+        UserError: with an example.
+    """
+    check(name)
+    if OFFICIAL.get(name, 0):
+        raise UserError(f"{name} has folds: name one, e.g. {name}/fold1")
+
+
 def check_source(name: str, source: pathlib.Path | None, fold: int | None = None) -> None:
     """Refuses a name, a source or a fold that cannot be prepared.
 
@@ -99,5 +110,5 @@ def check_prepared(folder: str, names: Sequence[str]) -> None:
             continue
         source = "" if name in EMBEDDED else " --source DIR"
         raise UserError(
-            f"{folder}: {name} is not prepared; run `emollama data prepare {name}{source}`"
+            f"{folder}: {name} is not prepared; run `emollama data prepare {name}{source}` first"
         )

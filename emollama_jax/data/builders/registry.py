@@ -23,7 +23,7 @@ from emollama_jax.data.builders import (
 )
 from emollama_jax.data.builders.listing import Listing
 from emollama_jax.data.emotions import LabelSpace, label_space
-from emollama_jax.data.names import check
+from emollama_jax.data.names import check, check_one_fold
 from emollama_jax.errors import UserError
 
 Report = Callable[[int, int], None]  # (done, all)
@@ -180,12 +180,9 @@ def find(data_dir: str | os.PathLike, name: str, split: str) -> store.Place:
     Raises:
         UserError: not prepared, or no such split.
     """
-    check(name)
-    builder, slash, _ = name.partition("/")
-    if builder == actionfaces.NAME:
+    check_one_fold(name)
+    if name.partition("/")[0] == actionfaces.NAME:
         return store.Place(name, split, None)
-    if builder in SETS and SETS[builder].folds and not slash:
-        raise UserError(f"{name} has folds: name one, e.g. {name}/fold1")
     return store.find(data_dir, place_of(name), name, split)
 
 
