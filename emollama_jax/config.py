@@ -32,6 +32,7 @@ LARGEST = 1e30  # of a float that has no bound of its own, well within float32
 Size = Annotated[int, Bounds(1, 2**24)]  # rows or columns of an array
 Number = Annotated[int, Bounds(1, INT32)]  # of steps, examples, files
 Few = Annotated[int, Bounds(1, 1024)]
+Examples = Annotated[int, Bounds(1, 2**16)]  # of one step, whose pictures are in memory together
 Side = Annotated[int, Bounds(1, 8192)]  # pixels
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # JAX drops higher bits without a word
 Axis = Annotated[int, Bounds(1, 2**20, also=-1)]  # devices
@@ -308,8 +309,8 @@ class DistributedConfig:
 class TrainConfig:
     steps: Number
     seed: Seed
-    image_batch: Number  # examples of an image step, all hosts together
-    clip_batch: Number
+    image_batch: Examples  # examples of an image step, all hosts together
+    clip_batch: Examples
     accumulation: Number  # micro-batches of an optimizer step
     loss_chunk: Number  # text positions whose logits exist together
     trainable: tuple[str, ...]  # regular expressions over parameter paths, "llama/.*lora_[AB]"

@@ -3,13 +3,14 @@
 A set on which logistic regression on raw pixels does well needs no network, let alone an LLM.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
 SIDE = 48  # pixels
@@ -38,7 +39,7 @@ def pixel_regression(
     x, y = (train[0] - mean) / std, train[1]
     best = (-1.0, 0.0)
     for penalty in PENALTIES:
-        weights = _regress(x, y, classes=classes, penalty=penalty)
+        weights = np.asarray(_regress(x, y, np.float32(penalty), classes=classes))
         right = [
             float(
                 np.mean((((pixels - mean) / std) @ weights[:-1] + weights[-1]).argmax(1) == labels)
@@ -49,8 +50,11 @@ def pixel_regression(
     return best[1]
 
 
-def _regress(x: np.ndarray, y: np.ndarray, *, classes: int, penalty: float) -> np.ndarray:
-    """Weights [P + 1, classes], the bias last: full-batch L-BFGS."""
+@functools.partial(jax.jit, static_argnames="classes")
+def _regress(
+    x: Float[Array, "n p"], y: Int[Array, " n"], penalty: Float[Array, ""], *, classes: int
+) -> Float[Array, "p+1 c"]:
+    """Weights, the bias last: full-batch L-BFGS."""
 
     def loss(weights: jax.Array) -> jax.Array:
         logits = x @ weights[:-1] + weights[-1]
@@ -60,17 +64,12 @@ def _regress(x: np.ndarray, y: np.ndarray, *, classes: int, penalty: float) -> n
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    @jax.jit
-    def solve(weights: jax.Array) -> jax.Array:
-        def step(carry, _):
-            weights, state = carry
-            value, grad = value_and_grad(weights, state=state)
-            updates, state = solver.update(
-                grad, state, weights, value=value, grad=grad, value_fn=loss
-            )
-            return (optax.apply_updates(weights, updates), state), None
+    def step(carry, _):
+        weights, state = carry
+        value, grad = value_and_grad(weights, state=state)
+        updates, state = solver.update(grad, state, weights, value=value, grad=grad, value_fn=loss)
+        return (optax.apply_updates(weights, updates), state), None
 
-        (weights, _), _ = jax.lax.scan(step, (weights, solver.init(weights)), length=STEPS)
-        return weights
-
-    return np.asarray(solve(jnp.zeros((x.shape[1] + 1, classes), jnp.float32)))
+    weights = jnp.zeros((x.shape[1] + 1, classes), jnp.float32)
+    (weights, _), _ = jax.lax.scan(step, (weights, solver.init(weights)), length=STEPS)
+    return weights
