@@ -75,7 +75,8 @@ def data_prepare(
     Args:
         name: data set.
         overrides: changes of the config, e.g. data.face_margin=0.4.
-        source: folder of the official layout; for own/NAME a folder, .csv, .tsv or .jsonl file.
+        source: folder of the official layout; for own/NAME a folder, or a .csv, .tsv, .txt, .json
+            or .jsonl file.
         fold: fold of dfew and mafw, 1 … 5; all that --source has lists of by default.
         config: config of FaceXFormer and the face margin: a name in configs/ or a .yaml file.
         dir: data folder; the config's data.dir by default.
@@ -234,6 +235,9 @@ def train(
             found.
         out: folder of the run: checkpoints, metrics.jsonl, tensorboard; gs:// too.
     """
+    # "=" stands in no set's name: what has one behind --data is a setting.
+    overrides = (*overrides, *(word for word in data if "=" in word))
+    data = tuple(word for word in data if "=" not in word)
     cfg = load_config(config, overrides)
     check_writable(out)
     wanted = data or [source.name for source in cfg.data.sources]

@@ -14,6 +14,7 @@ does as told there (a bucket, for instance), and nothing here acts.
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import pathlib
 import platform
@@ -25,6 +26,8 @@ VARIABLE = "EMOLLAMA_CACHE"
 LARGEST = 2 << 30  # bytes in the folder; a 7B's programs for a TPU are some 100 MB together
 ENDING = ".program"
 DIGEST = hashlib.sha256().digest_size
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -87,8 +90,15 @@ def start() -> None:
 
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return  # a home that cannot be written to: as without
+    except OSError as error:
+        _log.warning(
+            "%s: compiled programs cannot be kept there (%s): every command compiles anew; name "
+            "another folder with %s, or none",
+            place,
+            error.strerror,
+            VARIABLE,
+        )
+        return
     # JAX asks for a folder before it uses any store; the small programs are kept too.
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -123,10 +123,13 @@ class Stub:
 
     def __init__(self):
         self.cfg = config.load("tiny")
+        self.encoder = types.SimpleNamespace(room=300)
         self.looked = 0
 
     def look(self, path, *, face):
         self.looked += 1
+        if path.name == "broken.png":
+            raise UserError("cannot be read")
         found = path.name != "dark.png"
         boxes = np.array([[1, 2, 3, 4], [5, 5, 6, 6]], np.float32)[: 2 if found else 0]
         return types.SimpleNamespace(
@@ -205,7 +208,35 @@ def test_json_has_a_line_for_each_answer(stub, photo, tmp_path, capsys):
 
 
 def test_a_conversation_looks_once(stub, photo, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("How?\nWhy?\n\nnever read\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How?\n\nWhy?"))
     out, _ = run(wish(photo, question="Who?", chat=True), tmp_path, capsys)
     assert out == ["1: Who?", "2: How?", "3: Why?"]
     assert stub.looked == 1
+
+
+def test_every_picture_gets_every_question(stub, photo, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "other.png"
+    other.write_bytes(photo.read_bytes())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How?\nWhy?\n"))
+    out, _ = run(wish(photo, other), tmp_path, capsys)
+    assert out == [f"{path}: {n}" for n in ("1: How?", "2: Why?") for path in (photo, other)]
+
+
+def test_no_question_at_all_is_said(stub, photo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(UserError, match="no question"):
+        run(wish(photo), tmp_path, capsys)
+
+
+def test_one_broken_picture_costs_no_answer_about_the_others(stub, photo, tmp_path, capsys):
+    broken, last = tmp_path / "broken.png", tmp_path / "last.png"
+    for path in (broken, last):
+        path.write_bytes(photo.read_bytes())
+    with pytest.raises(UserError, match=r"broken\.png: cannot be read"):
+        run(wish(photo, broken, last, question="Who?"), tmp_path, capsys)
+    assert capsys.readouterr().out.splitlines() == [f"{photo}: 1: Who?", f"{last}: 1: Who?"]
+
+
+def test_more_tokens_than_positions_are_refused(stub, photo, tmp_path, capsys):
+    with pytest.raises(UserError, match="--max-new-tokens 301: wanted at most 300"):
+        run(wish(photo, question="Who?", max_new_tokens=301), tmp_path, capsys)

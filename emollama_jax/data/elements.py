@@ -99,6 +99,13 @@ class Encoder:
         """T."""
         return {"image": self.cfg.data.text_length, "clip": self.cfg.data.clip_text_length}[kind]
 
+    @property
+    def room(self) -> int:
+        """Tokens that the model's positions leave behind the longer of the two prompts."""
+        llama = self.cfg.model.llama
+        longest = max(self.text_length("image"), self.text_length("clip"))
+        return int(llama.max_positions * llama.rope_scaling) - longest
+
     def visual(self, kind: Kind) -> int:
         """Visual tokens of a turn."""
         return self.frames(kind) * self.cfg.model.tokens_per_frame

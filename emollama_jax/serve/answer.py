@@ -89,9 +89,8 @@ class Answerer:
         picture = read_image(source)
         (faces,) = self._detect([picture])
         if face is not None and not 0 <= face < len(faces.boxes):
-            raise UserError(
-                f"--face {face}: the picture has {len(faces.boxes)} faces, counted from 0"
-            )
+            found = {0: "no face", 1: "one face"}.get(len(faces.boxes), f"{len(faces.boxes)} faces")
+            raise UserError(f"--face {face}: the picture has {found}, counted from 0")
         some = len(faces.boxes) > 0
         chosen = face or 0
         boxes = faces.boxes[chosen : chosen + 1] if some else np.zeros((1, 4), np.float32)

@@ -110,21 +110,37 @@ def ask(wish: Wish, console: Console) -> None:
             status.say("looking for faces")
         how = _how(answerer, wish)
         loading = time.monotonic() - began
+        talks, troubles = [], []
         for path in wish.media:
             began = time.monotonic()
             try:
                 media = answerer.look(path, face=wish.face)
             except UserError as error:
                 named = str(path) in str(error)
-                raise UserError(str(error) if named else f"{path}: {error}") from None
-            talk = _Talk(wish, answerer, media, path, how, began, loading)
+                troubles.append(str(error) if named else f"{path}: {error}")
+                continue
+            talks.append(_Talk(wish, answerer, media, path, how, began, loading))
             if wish.question is not None:
-                talk.answer(wish.question, status)
-            if wish.chat:
-                status.clear()
-                talk.introduce()
-                for question in _questions():
-                    talk.answer(question, status)
+                talks[-1].answer(wish.question, status)
+        if wish.chat and talks:
+            status.clear()
+            asked = _converse(talks, status)
+            if wish.question is None and not asked:
+                raise UserError("no question: put one behind the picture, or on standard input")
+    if troubles:  # told last, so that one file costs no answer about the others
+        raise UserError("; ".join(troubles))
+
+
+def _converse(talks: Sequence["_Talk"], status: Status) -> int:
+    """Puts each question to every picture; returns how many there were."""
+    for talk in talks:
+        talk.introduce()
+    asked = 0
+    for question in _questions():
+        asked += 1
+        for talk in talks:
+            talk.answer(question, status)
+    return asked
 
 
 class _Talk:
@@ -153,7 +169,7 @@ class _Talk:
             return
         count = len(self._media.boxes)
         faces = {0: "no face found", 1: "one face found"}.get(count, f"{count} faces found")
-        print(f"{self._path}: {faces}. Ask about it; an empty line ends.", file=sys.stderr)
+        print(f"{self._path}: {faces}. Ask; an empty line ends.", file=sys.stderr)
 
     def answer(self, question: str, status: Status) -> None:
         """Answers one question."""
@@ -229,15 +245,23 @@ def _load(run: str) -> "Answerer":
 def _how(answerer: "Answerer", wish: Wish) -> "GenerateConfig":
     given = {"temperature": wish.temperature, "max_new_tokens": wish.max_new_tokens}
     changes = {name: value for name, value in given.items() if value is not None}
+    room = answerer.encoder.room
+    if wish.max_new_tokens is not None and wish.max_new_tokens > room:
+        raise UserError(
+            f"--max-new-tokens {wish.max_new_tokens}: wanted at most {room}, which is what the "
+            "model's positions leave beside a prompt"
+        )
     return dataclasses.replace(answerer.cfg.generate, **changes)
 
 
 def _questions() -> Iterator[str]:
-    """Lines of the terminal or of a pipe; an empty one, or the end, ends them."""
+    """Lines of the terminal, which an empty one ends, or of a pipe, where it says nothing."""
+    typed = sys.stdin.isatty()
     while True:
-        if sys.stdin.isatty():
+        if typed:
             print(PROMPT, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
-        if not line:
+        line = sys.stdin.readline()
+        if not line or (typed and not line.strip()):
             return
-        yield line
+        if line.strip():
+            yield line.strip()
