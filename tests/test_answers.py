@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from emollama_jax.data.emotions import LABEL_SPACES
+from emollama_jax.data.emotions import LABEL_SPACES, label_space
 from emollama_jax.evaluate import predictions
 from emollama_jax.evaluate.answers import (
     Parsed,
@@ -297,3 +297,9 @@ def test_a_word_goes_to_the_class_that_it_is_a_form_of():
     two = vocabulary(predictions.named_classes("joy,amusement"))
     assert two["joyful"] == "joy" and "happy" not in two  # which of the two, nobody knows
     assert parse_answer("calm, not neutral", space) == Parsed("calm", "word")
+
+
+@pytest.mark.parametrize("text", ["Emotion: happy -> sad", "happiness → sadness", "fear => anger."])
+def test_an_arrow_between_two_classes_is_ambiguous(text):
+    assert parse_answer(text, label_space("raf_db")) == Parsed(None, "ambiguous")
+    assert parse_answer("smile -> happiness", label_space("raf_db")).label == "happiness"

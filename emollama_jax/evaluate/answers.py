@@ -133,6 +133,9 @@ _OTHER = re.compile(r"\W*(?!(?:yes|sure|well|okay)\b)[^\W\d_]{3,}\W*", re.IGNORE
 _OPTION = re.compile(r"\W*(?:option\s+)?[a-z0-9]\W*", re.IGNORECASE)
 
 
+_ARROW = re.compile(r"-+>|=+>|[→⟶➜➝]")
+
+
 def _bare(text: str) -> str:
     return re.sub(r"^\W+|\W+$", "", text).casefold()
 
@@ -150,7 +153,20 @@ class _Reader:
         """A text without reasoning."""
         if len(text) < _SHORT and (bare := _bare(text)) in self.names:
             return Parsed(self.names[bare], "exact")
+        if self._turns(text):
+            return Parsed(None, "ambiguous")
         return self.read_data(text) or self._marked(text) or self._said(text)
+
+    def _turns(self, text: str) -> bool:
+        """Whether an arrow leads from one class to another ("happy -> sad")."""
+        for arrow in _ARROW.finditer(text):
+            before = re.search(r"([^\W\d_]+)\W{0,4}\Z", text[: arrow.start()])
+            after = re.match(r"\W{0,4}([^\W\d_]+)", text[arrow.end() :])
+            if before and after:
+                first, then = (self.known.get(found[1].casefold()) for found in (before, after))
+                if first and then and first != then:
+                    return True
+        return False
 
     def read_data(self, text: str) -> Parsed | None:
         """A text that is data or a list of scores; None for other texts."""
