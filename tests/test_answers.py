@@ -303,3 +303,18 @@ def test_a_word_goes_to_the_class_that_it_is_a_form_of():
 def test_an_arrow_between_two_classes_is_ambiguous(text):
     assert parse_answer(text, label_space("raf_db")) == Parsed(None, "ambiguous")
     assert parse_answer("smile -> happiness", label_space("raf_db")).label == "happiness"
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("The brows are raised, the eyes are calm. The expression is sadness.", "sadness"),
+        ("The eyes look calm, and the lips are pressed. The face shows anger.", "anger"),
+        ("The gaze is calm and the mouth is open: she is surprised.", "surprise"),
+        ("The eyes are calm and the brows are relaxed. The expression is neutral.", "neutral"),
+        ("The expression is not anger. The eyes are calm.", "neutral"),
+        ("The eyes are calm.", "neutral"),
+    ],
+)
+def test_a_part_of_the_face_is_not_the_answer(text, label):
+    assert parse_answer(text, label_space("actionfaces/images")).label == label

@@ -244,6 +244,9 @@ _MINOR = (
     r"\bemotions? *,? +(?:like|such as|including) +LIST(?: *, *LIST)*",
     r"\b(?:such as|for example|for instance|including),? +(?:NOUN){0,2}?LIST",
     r"\b(?:while|whereas)\b(?:(?!E)[^.,;:!?()]){0,200}LIST",
+    # A part of the face is described: "the eyes are calm".
+    r"\b(?:eye(?:s|brows?|lids?)?|brows?|forehead|gaze|nose|cheeks?|mouth|lips?|jaw|chin)"
+    r" +(?:is|are|looks?|seems?|appears?|remains?)(?: +(?!E)[\w']+){0,2}? +LIST",
 )
 _KIND = (
     r"(?:emotions?|expressions?|feelings?|mood|state|impression|affect|labels?|answer|match|fit"
@@ -259,6 +262,8 @@ _STRONG = (
     rf"\b{_TOP} +(?:[\w']+ +){{0,2}}?{_KIND}\b(?: +(?!not\b)[\w']+){{0,6}}? *{_BE} +"
     r"(?:(?:that|of|likely|clearly|probably|one|indeed|therefore|thus|most) +){0,3}LIST",
     r"\b(?:the|my) answer (?:is|would be|:) *(?:(?:clearly|probably|likely|therefore) +)?LIST",
+    r"(?:^|[.;]) *the (?:facial )?(?:expression|emotion) (?:is|is one of|is that of) +LIST",
+    r"(?:^|[.;]) *the face (?:shows|expresses) +LIST",
     r"\b(?:mostly|primarily|mainly|predominantly|chiefly|above all|ultimately|actually|really"
     r"|in fact|in reality|in truth|truly|most likely|most probably|more likely|best described"
     r" as|best classified as|best labell?ed|better described as|closest to),?"
