@@ -70,9 +70,9 @@ class Size:
 FULL = Size(
     images={"train": 3000, "validation": 300, "test": 1000},
     clips={"train": 800, "validation": 20, "test": 250},
-    steps=200,
-    interrupt=8,
-    compare=16,
+    steps=220,
+    interrupt=10,
+    compare=20,
     eval_images=100,
     eval_clips=25,
 )
