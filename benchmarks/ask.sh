@@ -12,7 +12,8 @@ rounds=${4:-3}
 question="Describe the face in the image and name the emotion."
 
 work=$(mktemp -d)
-trap 'git worktree remove --force "$work/earlier"; rm -rf "$work"' EXIT
+now=$PWD
+trap 'git -C "$now" worktree remove --force "$work/earlier"; rm -rf "$work"' EXIT
 git worktree add --quiet --detach "$work/earlier" "$commit"
 cd "$work" # so that each side imports its own tree
 
@@ -23,7 +24,6 @@ ask() { # tree, cache, answer file
     ask "$photo" "$question" --run "$run" >"$3" 2>/dev/null; } 2>&1 | awk '{print $1 + $2}'
 }
 
-now=$OLDPWD
 for round in $(seq "$rounds"); do
   rm -rf "$work/cache"
   earlier=$(ask "$work/earlier" none "$work/a")
