@@ -52,11 +52,11 @@ def items(predictions, monkeypatch):
     texts = [f"The lips are pressed: {item.label}." for item in predictions]
     texts[2] = "The lips are pressed."
     prior = types.SimpleNamespace(found=[False])
-    monkeypatch.setattr(demo, "describe", lambda *_: texts)
+    monkeypatch.setattr(demo, "describe", lambda *_, batch: texts)
     monkeypatch.setattr(demo, "open_source", lambda *_: [{"media": picture.getvalue()}] * 7)
     monkeypatch.setattr(demo, "open_priors", lambda *_: [prior] * 7)
     evaluation = protocol.evaluate(predictions, SPACE)
-    return demo._items(configs.load("tiny"), None, predictions, evaluation)
+    return demo._items(configs.load("tiny"), None, demo.QUICK, predictions, evaluation)
 
 
 def test_a_card_holds_one_question_its_answer_and_what_that_answer_names(items):
