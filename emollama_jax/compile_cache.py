@@ -23,7 +23,7 @@ import tempfile
 from emollama_jax.errors import UserError
 
 VARIABLE = "EMOLLAMA_CACHE"
-LARGEST = 2 << 30  # bytes in the folder; a 7B's programs for a TPU are some 100 MB together
+LARGEST = 2 << 30  # bytes in the folder
 ENDING = ".program"
 DIGEST = hashlib.sha256().digest_size
 
@@ -184,7 +184,7 @@ class Store:
 
 
 def _install(store: Store) -> None:
-    """Gives JAX the store. There is no public way to: jax 0.10.2 to 0.12 have these names."""
+    """Gives JAX the store. There is no public way to; these names are those of jax 0.10.2."""
     from jax._src import compilation_cache
 
     compilation_cache.reset_cache()
