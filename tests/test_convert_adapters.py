@@ -280,6 +280,7 @@ def test_a_setting_that_is_not_known_is_refused_by_name(adapter, tmp_path, model
 
 
 def test_settings_without_weight_are_read(adapter, tmp_path, model):
+    convert("peft", adapter(), tmp_path / "plain", model)
     folder = adapter(
         revision="main",
         auto_mapping={"base_model_class": "LlavaLlamaForCausalLM"},
@@ -289,6 +290,10 @@ def test_settings_without_weight_are_read(adapter, tmp_path, model):
         merge_weights=None,
     )
     convert("peft", folder, tmp_path / "ours", model)
+    wanted, found = leaves(tmp_path / "plain"), leaves(tmp_path / "ours")
+    assert found.keys() == wanted.keys() and found
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, wanted[path], path)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from emollama_jax.config import Config, GenerateConfig
 from emollama_jax.data import prompts
 from emollama_jax.data.elements import Encoder, Kind
 from emollama_jax.data.instruct import category_question
-from emollama_jax.data.media import Source, is_video, read_frames, read_image
+from emollama_jax.data.media import Clip, Source, is_video, read_frames, read_image
 from emollama_jax.errors import UserError
 from emollama_jax.faces.reader import Detect, Prior
-from emollama_jax.faces.track import Faces, track
+from emollama_jax.faces.track import Faces, Track, track
 from emollama_jax.generate import prompt as reading
 from emollama_jax.generate.decode import Stop, stream
 from emollama_jax.generate.flagged import of_backend
@@ -97,11 +97,8 @@ class Answerer:
         return self._see(
             source,
             kind="image",
-            pictures=[picture],
-            which=np.zeros(1, int),
-            boxes=boxes,
-            found=np.array([some]),
-            count=1,
+            clip=Clip([picture], np.zeros(1, int), count=1, fps=None),
+            followed=Track(boxes, np.array([some])),
             faces=faces,
             face=chosen if some else None,
         )
@@ -115,11 +112,8 @@ class Answerer:
         return self._see(
             source,
             kind="clip",
-            pictures=clip.frames,
-            which=clip.indices,
-            boxes=followed.boxes[back],
-            found=followed.found[back],
-            count=clip.count,
+            clip=clip,
+            followed=Track(followed.boxes[back], followed.found[back]),
             faces=max(faces, key=lambda found: len(found.boxes)),
             face=None,
         )
@@ -129,17 +123,21 @@ class Answerer:
         source: Source,
         *,
         kind: Kind,
-        pictures: Sequence[np.ndarray],
-        which: np.ndarray,
-        boxes: np.ndarray,
-        found: np.ndarray,
-        count: int,
+        clip: Clip,
+        followed: Track,
         faces: Faces,
         face: int | None,
     ) -> Media:
-        seen = self.encoder.cut(pictures, kind=kind, which=which, boxes=boxes, found=found)
+        """Runs the towers on the M frames that the model sees; `followed` is of these."""
+        seen = self.encoder.cut(
+            clip.frames,
+            kind=kind,
+            which=clip.indices,
+            boxes=followed.boxes,
+            found=followed.found,
+        )
         sight = self._look(*self._model, seen.frames, seen.faces, seen.found)
-        prior = _prior(sight, which=which, boxes=boxes, found=found, count=count)
+        prior = _prior(sight, clip, followed)
         return Media(
             source=source,
             kind=kind,
@@ -296,20 +294,18 @@ def probabilities(scores: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(scores, (shares / shares.sum()).tolist(), strict=True))
 
 
-def _prior(
-    sight: Sight, *, which: np.ndarray, boxes: np.ndarray, found: np.ndarray, count: int
-) -> Prior:
+def _prior(sight: Sight, clip: Clip, followed: Track) -> Prior:
     """What is known of the face of a whole clip; frames that were not looked at have no face."""
     said = jax.device_get((sight.landmarks, sight.age, sight.gender, sight.race))
-    _, first = np.unique(which, return_index=True)
-    here = first[found[first]]
-    whole_boxes, whole_found = np.zeros((count, 4), np.float32), np.zeros(count, bool)
-    landmarks = np.zeros((count, 68, 2), np.float32)
-    whole_boxes[which[here]], whole_found[which[here]] = boxes[here], True
-    landmarks[which[here]] = said[0][here]
+    _, first = np.unique(clip.indices, return_index=True)
+    here = first[followed.found[first]]
+    stored = clip.indices[here]
+    boxes, found = np.zeros((clip.count, 4), np.float32), np.zeros(clip.count, bool)
+    landmarks = np.zeros((clip.count, 68, 2), np.float32)
+    boxes[stored], found[stored], landmarks[stored] = followed.boxes[here], True, said[0][here]
     agr, probability = np.zeros(3, np.int32), np.zeros(3, np.float32)
     if len(here):
         means = [head[here].mean(0) for head in said[1:]]
         agr[:] = [mean.argmax() for mean in means]
         probability[:] = [mean.max() for mean in means]
-    return Prior(whole_boxes, whole_found, landmarks, agr, probability)
+    return Prior(boxes, found, landmarks, agr, probability)
