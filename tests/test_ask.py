@@ -62,10 +62,10 @@ def test_an_existing_file_is_no_question(photo, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": -1.0}, "--temperature -1: wanted 0"),
-        ({"temperature": float("nan")}, "--temperature nan"),
-        ({"max_new_tokens": 0}, "--max-new-tokens 0: wanted at least 1"),
-        ({"face": -1}, "--face -1"),
+        ({"temperature": -1.0}, "--temperature is -1, wanted at least 0"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0, wanted at least 1"),
+        ({"face": -1}, "--face is -1, wanted at least 0"),
         ({"question": "  ", "chat": False}, "the question is empty"),
         ({"run": "nowhere"}, "nowhere: no such folder.*make demo"),
     ],

@@ -21,6 +21,7 @@ BASE = {
     "errors",
     "config",
     "batch",
+    "ahead",
     "paths",
     "tables",
     "locks",
@@ -33,6 +34,7 @@ LOWER = BASE | {"models", "data", "sharding", "weights", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
+    "ahead": set(),
     "paths": {"errors"},
     "bounds": set(),
     "yaml_file": {"errors", "paths"},

@@ -268,13 +268,12 @@ class Encoder:
         llama = self.cfg.model.llama
         reach = int(llama.max_positions * llama.rope_scaling) - room
         length = self.text_length(kind)
-        while True:
-            try:
-                return self._prompt(question, kind, agr, earlier, length)
-            except UserError:
-                if length >= reach:
-                    raise
+        longest = self._prompt(question, kind, agr, earlier, max(reach, length))
+        while length < longest.length:
             length = min(2 * length, reach)
+        return dataclasses.replace(
+            longest, ids=longest.ids[:length], labels=longest.labels[:length]
+        )
 
     def fits(self, question: str, **which: Any) -> bool:
         """Whether there is a `prompt` of these arguments."""

@@ -11,20 +11,20 @@ of one static size, split over the devices of a mesh. What is done is on disk pa
 """
 
 import dataclasses
+import functools
 import io
 import json
 import logging
 import pathlib
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from emollama_jax.ahead import ahead
 from emollama_jax.data.builders import registry
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.errors import UserError
@@ -103,7 +103,9 @@ def prepare_priors(
         files.append(parts / f"{start:08d}.npz")
         if not files[-1].exists():
             priors = []
-            for group in _groups(_decoded(examples, range(start, stop), threads)):
+            decode = functools.partial(_decode, examples)
+            decoded = ahead(decode, range(start, stop), threads=threads, waiting=AHEAD)
+            for group in _groups(decoded):
                 priors += _read_group(group, reader=reader, detect=detect)
                 if len(priors) < stop - start:  # the whole part counts once it is on disk
                     progress(start + len(priors), len(examples))
@@ -127,20 +129,6 @@ class _Decoded:
     @property
     def bytes(self) -> int:
         return sum(frame.nbytes for frame in self.frames)
-
-
-def _decoded(
-    examples: Sequence[Mapping[str, Any]], numbers: Iterable[int], threads: int
-) -> Iterator[_Decoded]:
-    """Decodes examples in order, a few ahead."""
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future[_Decoded]] = deque()
-        for number in numbers:
-            ahead.append(pool.submit(_decode, examples, number))
-            if len(ahead) > AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 def _decode(examples: Sequence[Mapping[str, Any]], number: int) -> _Decoded:

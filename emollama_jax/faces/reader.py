@@ -123,11 +123,24 @@ def read_faces(faces: Sequence[Found], reader: Reader) -> list[Prior]:
         rows = slice(start, start + int(face.found.sum()))
         start = rows.stop
         points = np.zeros((len(face.found), 68, 2), np.float32)
-        agr, probability = np.zeros(3, np.int32), np.zeros(3, np.float32)
         if face.found.any():
             points[face.found] = landmarks[rows]
-            means = [head[rows].mean(0) for head in heads]
-            agr[:] = [mean.argmax() for mean in means]
-            probability[:] = [mean.max() for mean in means]
-        priors.append(Prior(face.boxes, face.found, points, agr, probability))
+        agr = age_gender_race([head[rows] for head in heads])
+        priors.append(Prior(face.boxes, face.found, points, *agr))
     return priors
+
+
+def age_gender_race(heads: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Class of each from the mean over frames, int32 [3], and its probability, float32 [3].
+
+    Args:
+        heads: probabilities of age, gender and race in the F frames with a face, [F, classes].
+
+    Returns:
+        Zeros where F is 0.
+    """
+    if not heads or not len(heads[0]):
+        return np.zeros(3, np.int32), np.zeros(3, np.float32)
+    means = [head.mean(0) for head in heads]
+    classes = np.array([mean.argmax() for mean in means], np.int32)
+    return classes, np.array([mean.max() for mean in means], np.float32)

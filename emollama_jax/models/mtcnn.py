@@ -15,10 +15,8 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 from PIL import Image
 
+from emollama_jax.ahead import ahead
 from emollama_jax.models import mtcnn_search as geometry
 from emollama_jax.models.layers import Linear, param, torch_linear, zeros
 from emollama_jax.models.mtcnn_search import Candidates, Level, Tiles
@@ -272,7 +271,8 @@ class Detector:
         tiles: list[Tiles] = []
 
         def cut() -> Iterator[_Rows]:
-            for found in _ahead(_Scene.tiles, scenes):
+            threads = os.cpu_count() or 1  # NumPy's work goes on while the devices are busy
+            for found in ahead(_Scene.tiles, scenes, threads=threads, waiting=threads):
                 tiles.append(found._replace(pixels=found.pixels[:0]))
                 yield {"x": found.pixels, "sizes": found.sizes}
 
@@ -393,22 +393,6 @@ def _groups(pictures: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
             group = []
     if group:
         yield group
-
-
-def _ahead(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """`map` with threads, a few items ahead: NumPy works on them while the devices are busy."""
-    if len(items) == 1:
-        yield function(items[0])
-        return
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Any]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _in_batches(

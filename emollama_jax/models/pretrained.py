@@ -39,7 +39,7 @@ def save(module: nnx.Module, path: pathlib.Path, *, dtype: str = "float16") -> N
 def load(module: nnx.Module, path: pathlib.Path) -> None:
     """Fills a module's parameters in place as float32; adapters keep their start.
 
-    The module may be abstract (`nnx.eval_shape`): nothing that the file holds need be made first.
+    The module may be abstract (`rngs.abstract`): nothing that the file holds need be made first.
 
     Raises:
         UserError: the file is absent, not safetensors, or of another shape or set of names.

@@ -275,13 +275,11 @@ def _split(
 
 
 def _fixed(mesh: Mesh) -> tuple[None, decode.Ending]:
-    """Greedy decoding and what ends an answer; one stop token."""
-    everywhere = replicated(mesh)
-
-    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=everywhere)
-
-    return None, decode.Ending(stop=leaf(1), pad=leaf())
+    """How tokens are drawn, greedily, and what ends an answer; one stop token."""
+    stop, pad = (
+        jax.ShapeDtypeStruct(shape, np.int32, sharding=replicated(mesh)) for shape in ((1,), ())
+    )
+    return None, decode.Ending(stop=stop, pad=pad)
 
 
 def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -15,10 +15,10 @@ from flax import nnx
 from emollama_jax.config import Config, GenerateConfig
 from emollama_jax.data import prompts
 from emollama_jax.data.elements import Encoder, Kind
-from emollama_jax.data.instruct import category_question
+from emollama_jax.data.instruct import MEDIUM, category_question
 from emollama_jax.data.media import Clip, Source, is_video, read_frames, read_image
 from emollama_jax.errors import UserError
-from emollama_jax.faces.reader import Detect, Prior
+from emollama_jax.faces.reader import Detect, Prior, age_gender_race
 from emollama_jax.faces.track import Faces, Track, track
 from emollama_jax.generate import prompt as reading
 from emollama_jax.generate.decode import Stop, stream
@@ -30,7 +30,6 @@ from emollama_jax.models.mtcnn import Detector
 
 NO_FACE = "No face was found in the {medium}."
 QUICKLY = {"xla_backend_optimization_level": "0"}  # XLA's flag for less optimising
-MEDIUM = {"image": "image", "clip": "video"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,9 +302,4 @@ def _prior(sight: Sight, clip: Clip, followed: Track) -> Prior:
     boxes, found = np.zeros((clip.count, 4), np.float32), np.zeros(clip.count, bool)
     landmarks = np.zeros((clip.count, 68, 2), np.float32)
     boxes[stored], found[stored], landmarks[stored] = followed.boxes[here], True, said[0][here]
-    agr, probability = np.zeros(3, np.int32), np.zeros(3, np.float32)
-    if len(here):
-        means = [head[here].mean(0) for head in said[1:]]
-        agr[:] = [mean.argmax() for mean in means]
-        probability[:] = [mean.max() for mean in means]
-    return Prior(boxes, found, landmarks, agr, probability)
+    return Prior(boxes, found, landmarks, *age_gender_race([head[here] for head in said[1:]]))

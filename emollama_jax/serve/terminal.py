@@ -18,6 +18,7 @@ from rich.console import Console
 from emollama_jax import compile_cache
 from emollama_jax.data.media import is_video
 from emollama_jax.errors import UserError
+from emollama_jax.preflight import at_least
 from emollama_jax.runs import find
 from emollama_jax.status import Status
 
@@ -75,12 +76,8 @@ def check(wish: Wish) -> None:
     """
     if wish.question is not None and not wish.question.strip():
         raise UserError("the question is empty")
-    if wish.temperature is not None and not 0 <= wish.temperature < float("inf"):
-        raise UserError(f"--temperature {wish.temperature:g}: wanted 0 (greedy) or more")
-    if wish.max_new_tokens is not None and wish.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {wish.max_new_tokens}: wanted at least 1")
-    if wish.face is not None and wish.face < 0:
-        raise UserError(f"--face {wish.face}: faces are counted from 0, the largest")
+    at_least(0, temperature=wish.temperature, face=wish.face)
+    at_least(1, max_new_tokens=wish.max_new_tokens)
     for path in wish.media:
         if is_video(path) and wish.face is not None:
             raise UserError(
