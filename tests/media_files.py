@@ -97,7 +97,7 @@ def png16(levels, *chunks):
 
 
 def tiff16(levels, **options):
-    tifffile = pytest.importorskip("tifffile")
+    tifffile = pytest.importorskip("tifffile", reason="scikit-image brings tifffile")
     file = io.BytesIO()
     grey = levels.shape[2] == 1
     photometric = {"photometric": "minisblack" if grey else "rgb"} | options

@@ -267,7 +267,7 @@ def assemble(
 
 
 def _hold(out: epath.Path, stack: contextlib.ExitStack) -> None:
-    """Locks the run's folder until the stack ends; the first host does, and all hear of it.
+    """Locks the run's folder until the stack ends. The first host does; if it cannot, all raise.
 
     Raises:
         UserError: another process trains in it, or it cannot be made.
@@ -310,7 +310,7 @@ def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:
     return (
         f"train.steps was {before} and is {cfg.steps} now: warm-up and cosine are those of "
         f"{cfg.steps} steps from here on, and the learning rate goes from {old:.3g} to {new:.3g}; "
-        "this is not the run that had so many steps from its start"
+        "the result differs from that of a run given so many steps from the start"
     )
 
 
