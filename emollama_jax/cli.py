@@ -171,11 +171,15 @@ def data_instruct(options: Inline[InstructOptions], dry_run: bool = False) -> No
 def pretrain(
     config: ConfigName = "tiny",
     out: pathlib.Path = pathlib.Path("pretrained"),
+    real: tuple[str, ...] = (),
+    data: pathlib.Path = pathlib.Path("data"),
     pictures: int = 36_000,
     clips: int = 1_200,
+    teacher_steps: int = 6_000,
     vision_steps: int = 2_500,
     face_steps: int = 2_500,
     llama_steps: int = 800,
+    batch: int = 128,
     seed: int = 0,
     towers: tuple[str, ...] = ("llama", "vision", "face"),
 ) -> None:
@@ -185,28 +189,36 @@ def pretrain(
 
     Args:
         config: config whose model section gives the sizes.
-        out: folder of the weights, their metrics and the drawn pictures.
+        out: folder of the weights, their metrics and the pictures.
+        real: prepared sets of real faces to learn from beside the drawn ones, e.g. ferplus.
+        data: folder of the prepared sets.
         pictures: drawn pictures of training identities.
         clips: clips whose frames join them.
+        teacher_steps: training steps of the real faces' teacher; 0 for none.
         vision_steps: training steps of the vision tower.
         face_steps: training steps of FaceXFormer.
         llama_steps: training steps of the language model.
+        batch: pictures of a training step.
         seed: seed of everything.
         towers: towers to train; two processes in one folder may share the work.
     """
     if unknown := set(towers) - {"llama", "vision", "face"}:
         raise UserError(f"--towers: unknown {', '.join(sorted(unknown))} (llama, vision, face)")
     at_least(1, pictures=pictures, vision_steps=vision_steps, face_steps=face_steps)
-    at_least(1, llama_steps=llama_steps)
-    at_least(0, clips=clips, seed=seed)
+    at_least(1, llama_steps=llama_steps, batch=batch)
+    at_least(0, clips=clips, seed=seed, teacher_steps=teacher_steps)
     cfg = load_config(config)
     check_writable(out)
     compile_cache.start()
     from emollama_jax.train import pretrain as module
 
     plan = module.Plan(
+        real=real,
+        data=str(data),
         pictures=pictures,
         clips=clips,
+        teacher_steps=teacher_steps,
+        batch=batch,
         vision_steps=vision_steps,
         face_steps=face_steps,
         llama_steps=llama_steps,

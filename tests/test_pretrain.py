@@ -15,17 +15,12 @@ from emollama_jax.data.actionfaces.sample import sample_image
 from emollama_jax.data.pictures import Pictures
 from emollama_jax.models.layers import Linear
 from emollama_jax.models.rngs import abstract
-from emollama_jax.train import pretrain
-from emollama_jax.train.learners import (
-    MIRROR,
-    FaceLearner,
-    TextLearner,
-    VisionLearner,
-    blur,
-    mirror,
-    shift,
-)
-from emollama_jax.train.pretrain import fit
+from emollama_jax.train import fit as fit_module
+from emollama_jax.train import learners, pretrain_text
+from emollama_jax.train.augment import MIRROR, Placement, Strength, augment, mix, sample
+from emollama_jax.train.fit import fit
+from emollama_jax.train.learners import FaceLearner, TextLearner, VisionLearner, blur
+from emollama_jax.train.pretrain_data import Plan, picture_batch
 
 
 def test_mirror_order_is_an_involution_of_all_landmarks():
@@ -33,39 +28,154 @@ def test_mirror_order_is_an_involution_of_all_landmarks():
     assert (MIRROR[MIRROR] == np.arange(68)).all()
 
 
-def test_mirror_matches_a_drawn_face():
-    """A frontal face and its mirror image: landmark k lies where its partner lay."""
+def seen_anew(size=48, rows=16, **strength):
+    """A drawn face `rows` times over, and how each is seen anew; pose known in every second."""
     sample = sample_image("train", 3)
-    size = sample.picture.shape[0]
-    landmarks = (sample.landmarks + 0.5) * 2 / size - 1
+    side = sample.picture.shape[0]
+    landmarks = ((sample.landmarks + 0.5) * 2 / side - 1).astype(np.float32)
+    pose = np.repeat(sample.pose[None].astype(np.float32), rows, axis=0)
+    pose[1::2] = np.nan
     batch = {
-        "picture": jnp.asarray(sample.picture)[None],
-        "landmarks": jnp.asarray(landmarks)[None],
-        "pose": jnp.asarray(sample.pose)[None],
+        "picture": jnp.asarray(np.repeat(sample.picture[None], rows, axis=0)),
+        "landmarks": jnp.asarray(np.repeat(landmarks[None], rows, axis=0)),
+        "pose": jnp.asarray(pose),
     }
-    both = mirror(jax.tree.map(lambda x: jnp.concatenate([x, x]), batch), jnp.array([True, False]))
-    np.testing.assert_array_equal(both["picture"][1], sample.picture)
-    np.testing.assert_array_equal(both["picture"][0], sample.picture[:, ::-1])
-    left, right = both["landmarks"][0, 36:42].mean(0), both["landmarks"][0, 42:48].mean(0)
-    assert left[0] < right[0]  # "eye image-left" is still on the left
-    np.testing.assert_allclose(both["landmarks"][0, 8], landmarks[8] * [-1, 1], atol=1e-6)  # chin
-    np.testing.assert_allclose(both["pose"][0], sample.pose * [1, -1, -1], atol=1e-7)
+    seen = augment(batch, jax.random.key(3), size=size, strength=Strength(**strength))
+    return sample, landmarks, {name: np.asarray(value) for name, value in seen.items()}
 
 
-def test_shift_moves_landmarks_with_the_picture():
-    size = 16
-    picture = np.zeros((8, size, size, 3), np.uint8)
-    picture[:, 7, 9] = 255
-    point = (np.array([9, 7]) + 0.5) * 2 / size - 1
-    batch = {
-        "picture": jnp.asarray(picture),
-        "landmarks": jnp.broadcast_to(jnp.asarray(point, jnp.float32), (8, 1, 2)),
+def test_augmented_landmarks_mirror_left_and_right_and_pose_goes_along():
+    sample, landmarks, seen = seen_anew()
+    assert (seen["landmarks"][:, 36:42, 0].mean(1) < seen["landmarks"][:, 42:48, 0].mean(1)).all()
+    mirrored = np.isclose(seen["pose"][::2], sample.pose * [1, -1, -1], atol=1e-6).all(1)
+    kept = np.isclose(seen["pose"][::2], sample.pose, atol=1e-6).all(1)
+    assert (mirrored ^ kept).all() and mirrored.any() and kept.any()
+    assert np.isnan(seen["pose"][1::2]).all()
+    # Where the pose is a label the head is not turned: the eyes keep their slope.
+    eyes = seen["landmarks"][:, 42:48].mean(1) - seen["landmarks"][:, 36:42].mean(1)
+    slope = np.arctan2(eyes[:, 1], eyes[:, 0])
+    whole = landmarks[42:48].mean(0) - landmarks[36:42].mean(0)
+    np.testing.assert_allclose(np.abs(slope[::2]), abs(np.arctan2(*whole[::-1])), atol=1e-4)
+    assert np.std(slope[1::2]) > 0.05
+
+
+def test_small_faces_stand_wholly_within_the_picture_and_sizes_differ():
+    _, landmarks, seen = seen_anew(small=1.0, shift=0.0, scale=(1.0, 1.0), turn=0.0, rows=32)
+    width = np.ptp(seen["landmarks"][..., 0], axis=1) / np.ptp(landmarks[:, 0])
+    assert 0.35 <= width.min() < 0.55 and 0.8 < width.max() <= 1
+    assert np.abs(seen["landmarks"]).max() < 1
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("angle", "scale", "shift"), [(0, 1, (0, 0)), (0.3, 0.6, (0.2, -0.1))])
+def test_a_pixel_is_drawn_where_its_point_goes(flip, angle, scale, shift):
+    picture = np.zeros((1, 32, 32, 3), np.uint8)
+    picture[0, 9:12, 19:22] = 255  # centred on pixel (20, 10)
+    point = (np.array([[[20, 10]]], np.float32) + 0.5) * 2 / 32 - 1
+    placed = Placement(
+        flip=jnp.array([flip]),
+        angle=jnp.array([angle]),
+        scale=jnp.array([float(scale)]),
+        shift=jnp.array([shift], jnp.float32),
+    )
+    (x, y) = np.asarray(placed.forward(jnp.asarray(point)))[0, 0]
+    np.testing.assert_allclose(
+        placed.backward(placed.forward(jnp.asarray(point))), point, atol=1e-6
+    )
+    pixels, inside = sample(jnp.asarray(picture), placed, 64)
+    weight = np.asarray(pixels)[0, :, :, 0]
+    rows, columns = np.indices(weight.shape)
+    found = [((index * weight).sum() / weight.sum() * 2 + 1) / 64 - 1 for index in (columns, rows)]
+    np.testing.assert_allclose(found, [x, y], atol=0.03)
+    assert bool(np.asarray(inside).all()) == (scale == 1)
+
+
+def test_mix_blends_what_is_named_and_says_where():
+    batch = {"picture": jnp.array([[0.0], [8.0]]), "votes": jnp.eye(2), "core": jnp.ones((2, 1))}
+    mixed = mix(batch, jax.random.key(0), jnp.array([False, True]), ("picture", "votes"))
+    kept = float(mixed["votes"][1, 1])
+    assert 0.5 <= kept < 1 and float(mixed["votes"][1, 0]) == pytest.approx(1 - kept)
+    np.testing.assert_allclose(mixed["picture"], [[0], [8 * kept]], rtol=1e-6)
+    assert mixed["mixed"].tolist() == [False, True] and mixed["core"] is batch["core"]
+
+
+def pictures_of(votes, **fields):
+    """N pictures that know nothing but their votes and what is given."""
+    n = len(votes)
+    unknown = {
+        "frames": np.zeros((n, 96, 96, 3), np.uint8),
+        "faces": np.zeros((n, 48, 48, 3), np.uint8),
+        "landmarks": np.full((n, 68, 2), np.nan, np.float32),
+        "frame_landmarks": np.full((n, 68, 2), np.nan, np.float32),
+        "pose": np.full((n, 3), np.nan, np.float32),
+        "agr": np.full((n, 3), -1, np.int32),
+        "attributes": np.full((n, 40), np.nan, np.float32),
+        "action_units": np.full((n, len(ACTION_UNITS)), np.nan, np.float32),
+        "emotion": np.where(votes.sum(1) > 0, votes.argmax(1), -1).astype(np.int32),
+        "votes": votes.astype(np.float32),
     }
-    moved = shift(batch, jax.random.key(0), most=3)
-    for one, (x, y) in zip(moved["picture"], np.asarray(moved["landmarks"][:, 0]), strict=True):
-        column, row = ((x + 1) * size - 1) / 2, ((y + 1) * size - 1) / 2
-        assert one[round(float(row)), round(float(column)), 0] == 255
-    assert len({tuple(p) for p in np.asarray(moved["landmarks"][:, 0]).tolist()}) > 1
+    return Pictures(**unknown | fields)
+
+
+@pytest.mark.parametrize(
+    "make", [FaceLearner, functools.partial(VisionLearner, units=len(ACTION_UNITS))]
+)
+def test_labels_that_a_set_lacks_bear_no_loss(make, tiny_config):
+    """All that is unknown in one picture: its loss is that of the other alone."""
+    learner = make(tiny_config, rngs=nnx.Rngs(0))
+    which = "faces" if isinstance(learner, FaceLearner) else "frames"
+    votes = np.eye(8, dtype=np.float32)[[1, 3]]
+    rng = np.random.default_rng(0)
+    fields = {
+        "landmarks": rng.uniform(-1, 1, (2, 68, 2)),
+        "pose": rng.normal(0, 0.1, (2, 3)),
+        "attributes": rng.integers(0, 2, (2, 40)).astype(float),
+        "action_units": rng.random((2, len(ACTION_UNITS))),
+        "agr": rng.integers(0, 2, (2, 3)),
+    }
+    known = pictures_of(votes, **fields)
+    batch = {
+        name: np.asarray(getattr(known, name if name != "picture" else which))
+        for name in ("picture", "landmarks", "pose", "attributes", "action_units", "agr", "votes")
+    }
+    batch["picture"] = rng.integers(0, 255, batch["picture"].shape).astype(np.uint8)
+    one = jax.tree.map(lambda x: x[:1], batch)
+    blind = {name: np.array(value) for name, value in batch.items()}
+    for name, value in blind.items():
+        if name != "picture":
+            value[1] = {"agr": -1, "votes": 0}.get(name, np.nan)
+    loss = jax.jit(lambda b: learner.loss(b)[0])
+    np.testing.assert_allclose(loss(blind), learner.loss(one)[0], rtol=1e-5)
+    assert abs(float(loss(batch)) - float(loss(blind))) > 1e-3
+
+
+def test_a_real_picture_is_told_by_votes_and_teacher_and_a_drawn_one_by_its_label():
+    logits = jnp.zeros((3, 8)).at[:, 2].set(3.0)
+    log = np.asarray(jax.nn.log_softmax(logits[0]))
+    eye = jnp.eye(8)
+    batch = {
+        "votes": eye[jnp.array([2, 0, 0])],
+        "taught": eye[jnp.array([1, 1, 2])],
+        "real": jnp.array([True, False, True]),
+        "mixed": jnp.array([False, False, True]),
+    }
+    share = learners.TAUGHT
+    wanted = [-(share * log[1] + (1 - share) * log[2]), -log[0], -log[2]]
+    np.testing.assert_allclose(learners._emotion(logits, batch), np.mean(wanted), rtol=1e-5)
+
+
+def test_rare_classes_are_drawn_more_often_and_real_faces_their_share():
+    votes = np.eye(8)[[0] * 900 + [5] * 100]
+    real = pictures_of(votes)
+    drawn = pictures_of(np.eye(8)[[1] * 200])
+    plan = Plan(balance=0.5, real_share=0.75)
+    batch_of = picture_batch(drawn, [real], "faces", plan, size=400, seed=0)
+    batch, again, other = batch_of(1), batch_of(1), batch_of(2)
+    assert (batch["votes"] == again["votes"]).all() and (batch["votes"] != other["votes"]).any()
+    assert batch["real"].tolist() == [True] * 300 + [False] * 100
+    assert (batch["votes"][300:, 1] == 1).all()
+    rare = np.mean([batch_of(step)["votes"][:300, 5].mean() for step in range(20)])
+    assert rare == pytest.approx(0.25, abs=0.02)  # 100/√100 beside 900/√900
 
 
 class _Line(nnx.Module):
@@ -88,7 +198,7 @@ def run(tmp_path):
         fit(
             learner,
             lambda step: {"x": np.full((4, 1), 1 + step % 3, np.float32)},
-            augment=lambda batch, key: batch,
+            augment=lambda batch, key, frozen: batch,
             steps=steps,
             learning_rate=0.05,
             seed=0,
@@ -125,7 +235,7 @@ def told(tiny_config):
     rows["emotion"] = emotion
     rows["action_units"] = np.repeat(emotion[:, None] / 10, len(ACTION_UNITS), axis=1)
     rows["agr"] = np.ones((8, 3), np.int32)
-    return list(pretrain._tell(tiny_config, pretrain.Plan(texts=40), Pictures(**rows)))
+    return list(pretrain_text._tell(tiny_config, Plan(texts=40), Pictures(**rows)))
 
 
 def test_items_are_told_with_their_own_units(told):
@@ -178,7 +288,7 @@ def test_blur_makes_units_unsure_and_hides_tokens():
         "action_units": jnp.full((64, 2, 5), 0.5),
         "shown": jnp.ones((64, 4)),
     }
-    seen = blur(batch, jax.random.key(0))
+    seen = blur(batch, jax.random.key(0), None)
     assert np.array_equal(seen["ids"], batch["ids"])
     noise = np.asarray(seen["action_units"]) - 0.5
     assert abs(noise.mean()) < 0.01 and 0.05 < noise.std() < 0.07
@@ -186,12 +296,10 @@ def test_blur_makes_units_unsure_and_hides_tokens():
     assert 0.5 < seen["shown"].mean() < 0.7
 
 
-@pytest.mark.parametrize(
-    "make", [FaceLearner, functools.partial(VisionLearner, units=3, emotions=2)]
-)
+@pytest.mark.parametrize("make", [FaceLearner, functools.partial(VisionLearner, units=3)])
 def test_only_kernels_decay(make, tiny_config):
     learner = abstract(lambda rngs: make(tiny_config, rngs=rngs))
-    decayed = jax.tree_util.tree_map_with_path(pretrain._decays, nnx.split(learner)[1])
+    decayed = jax.tree_util.tree_map_with_path(fit_module._decays, nnx.split(learner)[1])
     flat = {
         jax.tree_util.keystr(path).removesuffix(".value"): value
         for path, value in jax.tree_util.tree_leaves_with_path(decayed)

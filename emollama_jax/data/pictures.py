@@ -1,17 +1,24 @@
-"""Many drawn pictures as arrays in memory-mapped files: what the towers are pretrained on."""
+"""Many pictures of faces as arrays in memory-mapped files: what the towers are pretrained on.
+
+Those drawn here know everything of themselves; those of a real set (`train/real_faces.py`) what
+its labels and a teacher say. Unknown numbers are nan, unknown classes -1, unknown votes 0.
+"""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
 
+from emollama_jax.data.actionfaces.action_units import EMOTIONS
 from emollama_jax.data.actionfaces.sample import sample_clip, sample_image
+from emollama_jax.data.emotions import label_space
 from emollama_jax.data.media import to_model_frame
 from emollama_jax.faces.track import crop_face, to_crop
 
+CLASSES = label_space("ferplus").classes  # every set's votes are told in these
 CHUNK = 250  # pictures, or clips divided by 10, that one task draws
 
 
@@ -27,7 +34,8 @@ class Pictures:
     agr: np.ndarray  # int32 [N, 3]
     attributes: np.ndarray  # float32 [N, 40], nan where not determined
     action_units: np.ndarray  # float32 [N, K], 0 … 1
-    emotion: np.ndarray  # int32 [N], -1 for a frame of a clip
+    emotion: np.ndarray  # int32 [N], of `EMOTIONS` or `CLASSES`, -1 for a frame of a clip
+    votes: np.ndarray  # float32 [N, CLASSES], shares that sum to 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +93,8 @@ def _draw(task: _Task) -> Pictures:
         drawn["attributes"].append(attributes)
         drawn["action_units"].append(units)
         drawn["emotion"].append(emotion)
+        name = EMOTIONS[emotion] if emotion >= 0 else ""
+        drawn["votes"].append([float(name == other) for other in CLASSES])
     kinds = {"frames": np.uint8, "faces": np.uint8, "agr": np.int32, "emotion": np.int32}
     return Pictures(
         **{name: np.asarray(rows, kinds.get(name, np.float32)) for name, rows in drawn.items()}
@@ -118,9 +128,7 @@ def draw_pictures(
         processes: that draw side by side.
         progress: called with (done, all) tasks.
     """
-    names = [field.name for field in dataclasses.fields(Pictures)]
     if not (folder / "done").exists():
-        folder.mkdir(parents=True, exist_ok=True)
         tasks = [
             _Task(
                 split, start, min(step, total - start), is_clip, seed, frame_size, face_size, margin
@@ -133,7 +141,32 @@ def draw_pictures(
             for chunk in pool.map(_draw, tasks):
                 chunks.append(chunk)
                 progress(len(chunks), len(tasks))
-        for name in names:
-            np.save(folder / f"{name}.npy", np.concatenate([getattr(c, name) for c in chunks]))
-        (folder / "done").touch()
+        save_pictures(folder, chunks)
+    return open_pictures(folder)
+
+
+def save_pictures(folder: pathlib.Path, chunks: Sequence[Pictures]) -> None:
+    """Writes chunks one after the other, one `.npy` file a field, through memory maps.
+
+    Args:
+        folder: gets the files, and `done` last.
+        chunks: of any length.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(len(chunk.emotion) for chunk in chunks)
+    for field in dataclasses.fields(Pictures):
+        first = getattr(chunks[0], field.name)
+        path, shape = folder / f"{field.name}.npy", (total, *first.shape[1:])
+        out = np.lib.format.open_memmap(path, "w+", dtype=first.dtype, shape=shape)
+        at = 0
+        for chunk in chunks:
+            out[at : at + len(chunk.emotion)] = getattr(chunk, field.name)
+            at += len(chunk.emotion)
+        out.flush()
+    (folder / "done").touch()
+
+
+def open_pictures(folder: pathlib.Path) -> Pictures:
+    """What `save_pictures` wrote, through memory maps."""
+    names = [field.name for field in dataclasses.fields(Pictures)]
     return Pictures(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names})

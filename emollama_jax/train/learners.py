@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float
 
 from emollama_jax.batch import IGNORE
 from emollama_jax.config import Config
+from emollama_jax.data.pictures import CLASSES
 from emollama_jax.models.eva_vit import EvaVit, normalise
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.layers import LayerNorm, Linear
@@ -23,17 +23,7 @@ from emollama_jax.models.llama import Llama
 from emollama_jax.models.visual_tokens import merge
 
 LANDMARKS = 68
-# Left and right change places in a mirrored picture (iBUG 68 order).
-MIRROR = np.array(
-    [
-        *range(16, -1, -1),  # jaw
-        *range(26, 16, -1),  # brows
-        *(27, 28, 29, 30, 35, 34, 33, 32, 31),  # nose
-        *(45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40),  # eyes
-        *(54, 53, 52, 51, 50, 49, 48, 59, 58, 57, 56, 55),  # outer lips
-        *(64, 63, 62, 61, 60, 67, 66, 65),  # inner lips
-    ]
-)
+TAUGHT = 0.7  # of the emotion's loss, where a teacher answers beside the votes
 
 
 class HeatMaps(nnx.Module):
@@ -55,17 +45,53 @@ class HeatMaps(nnx.Module):
         return jnp.einsum("bpl,pc->blc", weights, grid) * (side + 1) / side
 
 
+def _emotion(logits: Float[Array, "b c"], batch: dict[str, jax.Array]) -> jax.Array:
+    """Cross-entropy with the votes and, where there is one, with the teacher's answer.
+
+    Of a blended picture the teacher's alone holds.
+    """
+    log = jax.nn.log_softmax(logits)
+    voted = batch["votes"].sum(-1) > 0
+    told = -(batch["votes"] * log).sum(-1)
+    if "taught" not in batch:
+        return _mean(told, voted)
+    taught = -(batch["taught"] * log).sum(-1)
+    share = jnp.where(batch["mixed"], 1.0, jnp.where(voted, TAUGHT, 0.0))
+    share = jnp.where(batch["real"], share, 0.0)  # a teacher of real faces knows nothing of drawn
+    told = jnp.where(voted, told, 0.0)
+    return _mean(share * taught + (1 - share) * told, voted | batch["mixed"])
+
+
+def _mean(values: jax.Array, known: jax.Array) -> jax.Array:
+    """The mean of what is known; 0 where nothing is."""
+    known = jnp.broadcast_to(known, values.shape)
+    return jnp.sum(jnp.where(known, values, 0.0)) / jnp.maximum(known.sum(), 1)
+
+
+def _whole(batch: dict[str, jax.Array]) -> jax.Array:
+    """Which pictures are no blends."""
+    return ~batch.get("mixed", jnp.zeros(batch["votes"].shape[0], bool))
+
+
+def _distance(found: jax.Array, batch: dict[str, jax.Array], name: str) -> jax.Array:
+    """Mean absolute or, of the pose, squared error of places that are known, nan elsewhere."""
+    wanted, whole = batch[name], _whole(batch)
+    known = ~jnp.isnan(wanted) & whole.reshape(-1, *(1,) * (wanted.ndim - 1))
+    error = found - jnp.nan_to_num(wanted)
+    return _mean(jnp.abs(error) if name == "landmarks" else error**2, known)
+
+
 class VisionLearner(nnx.Module):
     """The vision tower with what it is asked in pretraining."""
 
-    def __init__(self, config: Config, units: int, emotions: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, units: int, *, rngs: nnx.Rngs):
         self.cfg = config.model.vision
         self.tower = EvaVit(self.cfg, rngs=rngs)
         self.heat = HeatMaps(self.cfg.width, rngs=rngs)
         self.norm = LayerNorm(self.cfg.width, eps=1e-6, rngs=rngs)
         self.head = Linear(
             self.cfg.width,
-            units + emotions,
+            units + len(CLASSES),
             axes=("embed", "mlp"),
             bias=True,
             dtype="float32",
@@ -84,83 +110,69 @@ class VisionLearner(nnx.Module):
 
     def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         y = self(batch["picture"])
-        labelled = batch["emotion"] >= 0
-        nll = optax.softmax_cross_entropy_with_integer_labels(
-            y["emotion"], jnp.maximum(batch["emotion"], 0)
-        )
         parts = {
-            "emotion": jnp.sum(nll * labelled) / jnp.maximum(labelled.sum(), 1),
-            "action_units": jnp.mean((y["action_units"] - batch["action_units"]) ** 2),
-            "landmarks": jnp.mean(jnp.abs(y["landmarks"] - batch["landmarks"])),
+            "emotion": _emotion(y["emotion"], batch),
+            "action_units": _distance(y["action_units"], batch, "action_units"),
+            "landmarks": _distance(y["landmarks"], batch, "landmarks"),
         }
         return parts["emotion"] + 20 * parts["action_units"] + 5 * parts["landmarks"], parts
 
 
 class FaceLearner(nnx.Module):
-    """FaceXFormer with its own heads, and heat maps on its fused map."""
+    """FaceXFormer with its own heads, heat maps on its fused map, and the emotion.
+
+    The emotion is read from what Face Info Mining reads: the fused map and the task tokens.
+    """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.cfg = config.model.face
         self.tower = FaceXFormer(self.cfg, rngs=rngs)
         self.heat = HeatMaps(self.cfg.width, rngs=rngs)
+        self.norm = LayerNorm(2 * self.cfg.width, eps=1e-6, rngs=rngs)
+        self.head = Linear(
+            2 * self.cfg.width,
+            len(CLASSES),
+            axes=("embed", "mlp"),
+            bias=True,
+            dtype="float32",
+            rngs=rngs,
+        )
 
-    def __call__(self, faces: jax.Array) -> tuple[Any, jax.Array]:
+    def __call__(self, faces: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         y = self.tower(normalise(faces, self.cfg.image_mean, self.cfg.image_std))
-        return y, self.heat(y.fused.reshape(y.fused.shape[0], -1, y.fused.shape[-1]))
+        both = jnp.concatenate([y.fused.mean((1, 2)), y.task_tokens.mean(1)], axis=-1)
+        heat = self.heat(y.fused.reshape(y.fused.shape[0], -1, y.fused.shape[-1]))
+        return y, heat, self.head(self.norm(both))
 
     def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y, heat = self(batch["picture"])
-        nll = optax.softmax_cross_entropy_with_integer_labels
-        known = ~jnp.isnan(batch["attributes"])
-        wanted = jnp.where(known, batch["attributes"], 0)
-        bce = optax.sigmoid_binary_cross_entropy(y.attributes, wanted)
+        y, heat, emotion = self(batch["picture"])
+        whole = _whole(batch)
+        known = ~jnp.isnan(batch["attributes"]) & whole[:, None]
+        wanted = jnp.nan_to_num(batch["attributes"])
+
+        def nll(logits: jax.Array, column: int) -> jax.Array:
+            label = batch["agr"][:, column]
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+            return _mean(each, (label >= 0) & whole)
+
         parts = {
-            "landmarks": jnp.mean(jnp.abs(y.landmarks - batch["landmarks"])),
-            "heat": jnp.mean(jnp.abs(heat - batch["landmarks"])),
-            "pose": jnp.mean((y.headpose - batch["pose"]) ** 2),
-            "attributes": jnp.sum(bce * known) / known.sum(),
-            "age": nll(y.age, batch["agr"][:, 0]).mean(),
-            "gender": nll(y.gender, batch["agr"][:, 1]).mean(),
-            "race": nll(y.race, batch["agr"][:, 2]).mean(),
+            "emotion": _emotion(emotion, batch),
+            "landmarks": _distance(y.landmarks, batch, "landmarks"),
+            "heat": _distance(heat, batch, "landmarks"),
+            "pose": _distance(y.headpose, batch, "pose"),
+            "attributes": _mean(optax.sigmoid_binary_cross_entropy(y.attributes, wanted), known),
+            "age": nll(y.age, 0),
+            "gender": nll(y.gender, 1),
+            "race": nll(y.race, 2),
         }
         loss = (
-            10 * (parts["landmarks"] + parts["heat"])
+            parts["emotion"]
+            + 10 * (parts["landmarks"] + parts["heat"])
             + 5 * parts["pose"]
             + parts["attributes"]
             + 0.5 * (parts["age"] + parts["gender"] + parts["race"])
         )
         return loss, parts
-
-
-def mirror(batch: dict[str, jax.Array], flip: jax.Array) -> dict[str, jax.Array]:
-    """Mirrors the pictures where `flip` holds, and every label with them."""
-    landmarks = batch["landmarks"][:, MIRROR] * jnp.array([-1.0, 1.0])
-    pose = batch["pose"] * jnp.array([1.0, -1.0, -1.0])  # pitch stays; yaw and roll turn
-    return batch | {
-        "picture": jnp.where(
-            flip[:, None, None, None], batch["picture"][:, :, ::-1], batch["picture"]
-        ),
-        "landmarks": jnp.where(flip[:, None, None], landmarks, batch["landmarks"]),
-        "pose": jnp.where(flip[:, None], pose, batch["pose"]),
-    }
-
-
-def shift(batch: dict[str, jax.Array], key: jax.Array, most: int = 4) -> dict[str, jax.Array]:
-    """Moves each picture by up to `most` pixels, edges repeated, landmarks with it."""
-    picture = batch["picture"]
-    size = picture.shape[1]
-    by = jax.random.randint(key, (picture.shape[0], 2), -most, most + 1)  # (y, x)
-    padded = jnp.pad(picture, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
-    cut = jax.vmap(lambda p, d: jax.lax.dynamic_slice(p, (d[0], d[1], 0), (size, size, 3)))
-    landmarks = batch["landmarks"] + by[:, None, ::-1] * 2 / size
-    return batch | {"picture": cut(padded, most - by), "landmarks": landmarks}
-
-
-def augment(batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-    """Half of the pictures mirrored, all of them shifted."""
-    mirrored, moved = jax.random.split(key)
-    flip = jax.random.bernoulli(mirrored, 0.5, (batch["picture"].shape[0],))
-    return shift(mirror(batch, flip), moved)
 
 
 class TextLearner(nnx.Module):
@@ -202,11 +214,12 @@ class TextLearner(nnx.Module):
         return loss, {"loss": loss, "accuracy": right.sum() / borne.sum()}
 
 
-def blur(batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+def blur(batch: dict[str, jax.Array], key: jax.Array, frozen: None) -> dict[str, jax.Array]:
     """Action units as a tower would see them, and some of a frame's tokens kept empty.
 
     What is learned later has to find only one of the places to be understood.
     """
+    del frozen
     noise, dropped = jax.random.split(key)
     units = batch["action_units"]
     return batch | {

@@ -79,7 +79,8 @@ def _row(cells: list[str], where: str) -> listing.Row | None:
         return None
     x1, y1, x2, y2 = map(float, box)
     stem = pathlib.PurePosixPath(cells[0]).stem
-    return listing.Row(stem, votes.index(best), (x1, y1, x2, y2))
+    label = votes.index(best)
+    return listing.Row(stem, label, (x1, y1, x2, y2), votes=tuple(votes[:CLASSES]))
 
 
 def _trap(path: pathlib.Path) -> str:

@@ -36,6 +36,7 @@ class Item:
     box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels
     subject: int = -1  # the person's number; -1 where unknown
     content: bytes | None = None  # an encoded picture that lies in no file of its own
+    votes: tuple[float, ...] = ()  # of the raters for each class, where the set has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Row:
     label: int
     box: tuple[float, float, float, float] | None = None
     subject: int = -1
+    votes: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass
@@ -285,6 +287,10 @@ def best_layout(
     return best
 
 
+def _item(row: Row, media: pathlib.Path) -> Item:
+    return Item(row.id, row.label, media, row.box, row.subject, votes=row.votes)
+
+
 def list_splits(
     name: str,
     space: LabelSpace,
@@ -297,7 +303,7 @@ def list_splits(
     check_labels(rows, space.classes, title=space.title)
     layout, media, missing = best_layout(layouts, (row.id for row in rows))
     stored = {
-        split: [Item(r.id, r.label, media[r.id], r.box, r.subject) for r in rows if r.id in media]
+        split: [_item(r, media[r.id]) for r in rows if r.id in media]
         for split, rows in splits.items()
     }
     return Listing(

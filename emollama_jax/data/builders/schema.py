@@ -37,18 +37,20 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         pass
 
 
-def features(action_units: int) -> tfds.features.FeaturesDict:
+def features(action_units: int = 0, votes: int = 0) -> tfds.features.FeaturesDict:
     """Returns the schema.
 
     Args:
         action_units: K, how many action units the set measures; 0 leaves the field out, since TFDS
             cannot read arrays of width 0.
+        votes: how many classes raters voted for; 0 leaves the field out likewise.
     """
 
     def tensor(*shape: int | None) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=np.float32)
 
     units = {"action_units": tensor(None, action_units)} if action_units else {}  # [F], 0 … 1
+    voted = {"votes": tensor(votes)} if votes else {}  # counts, in the classes' order
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(doc="unique within the set"),
@@ -62,6 +64,7 @@ def features(action_units: int) -> tfds.features.FeaturesDict:
             "landmarks": tensor(None, 68, 2),  # [F], iBUG order, pixels, integers at pixel centres
             "pose": tensor(None, 3),  # [F], pitch, yaw, roll in radians
             **units,
+            **voted,
             "agr": tfds.features.Tensor(shape=(3,), dtype=np.int64, doc="age, gender, race class"),
             "attributes": tensor(40),  # CelebA's, 0, 1 or nan
             "items": tfds.features.Text(doc="JSON list of conversations, the category item first"),

@@ -68,7 +68,7 @@ class Builder(schema.Builder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Encoded media and labels, from the official layout.",
-            features=schema.features(0),
+            features=schema.features(votes=_votes(found)),
             metadata=tfds.core.MetadataDict(
                 kind=found.kind,
                 classes=list(found.classes),
@@ -138,6 +138,7 @@ class _Shard:
     items: tuple[Item, ...]
     kind: Kind
     classes: tuple[str, ...]
+    votes: int = 0
 
     @property
     def done(self) -> pathlib.Path:
@@ -153,6 +154,7 @@ def _shards(found: Listing, split: str, parts: pathlib.Path) -> list[_Shard]:
             tuple(items[start : start + size]),
             found.kind,
             found.classes,
+            _votes(found),
         )
         for start in range(0, len(items), size)
     ]
@@ -183,7 +185,7 @@ def write_shard(shard: _Shard) -> int:
         ArrayRecordWriter,  # compiled, without types
     )
 
-    features, size, digests = schema.features(0), 0, []
+    features, size, digests = schema.features(votes=shard.votes), 0, []
     partial = shard.path.with_suffix(".partial")
     # Groups of one record, as TFDS writes them: each example is read alone.
     writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")
@@ -202,7 +204,7 @@ def write_shard(shard: _Shard) -> int:
 
 
 def make_example(item: Item, kind: Kind, classes: Sequence[str]) -> dict[str, Any]:
-    """An example of `schema.features(0)`; frame folders are packed, files stay as they are.
+    """An example of `schema.features`; frame folders are packed, files stay as they are.
 
     Raises:
         UserError: the file cannot be read at all; what is in it is not looked at.
@@ -228,6 +230,7 @@ def make_example(item: Item, kind: Kind, classes: Sequence[str]) -> dict[str, An
         "agr": np.full(3, -1, np.int64),
         "attributes": np.full(40, np.nan, np.float32),
         "items": json.dumps([category_item(classes, item.label, kind)]),
+        **({"votes": np.array(item.votes, np.float32)} if item.votes else {}),
     }
 
 
@@ -241,7 +244,14 @@ def fingerprint(found: Listing) -> str:
             digest.update(repr((item.id, item.label, item.box, _size(item))).encode())
             if item.subject >= 0:
                 digest.update(repr(item.subject).encode())
+            if item.votes:
+                digest.update(repr(item.votes).encode())
     return digest.hexdigest()
+
+
+def _votes(found: Listing) -> int:
+    """How many classes raters voted for; 0 where the set has labels alone."""
+    return len(next((item.votes for items in found.splits.values() for item in items), ()))
 
 
 def _size(item: Item) -> int | str:

@@ -1,0 +1,119 @@
+"""The faces of a prepared real set as arrays, for pretraining.
+
+Both towers learn from the same cut-out face; where it stands on a larger picture is drawn in
+training (`train/augment.py`). A set's votes are its soft target, else its label; landmarks, age and
+gender come from a teacher's file (`python -m tools.face_teacher`) where one lies beside the set.
+"""
+
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from emollama_jax.data.builders import registry
+from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.data.media import read_image
+from emollama_jax.data.pictures import CLASSES, Pictures, open_pictures, save_pictures
+from emollama_jax.errors import UserError
+from emollama_jax.faces.priors import open_priors
+from emollama_jax.faces.track import crop_face, to_crop
+
+CHUNK = 2048  # pictures decoded before they are written
+
+
+def real_pictures(
+    folder: pathlib.Path,
+    *,
+    data_dir: str,
+    name: str,
+    split: str,
+    frame_size: int,
+    face_size: int,
+    margin: float,
+    units: int,
+    progress: Callable[[int, int], None],
+) -> Pictures:
+    """Cuts the faces of a split out once; a folder that is complete is only opened.
+
+    Args:
+        folder: where the arrays go.
+        data_dir: where sets are prepared.
+        name: of the set, e.g. "ferplus" or "own/mine"; pictures, not clips.
+        split: of the set.
+        frame_size: S of the vision tower.
+        face_size: Sf of FaceXFormer.
+        margin: of the face crop.
+        units: how many action units drawn faces have; a real set has none.
+        progress: called with (done, all) pictures.
+
+    Raises:
+        UserError: the set is not prepared, is one of clips, or shares no class with `CLASSES`.
+    """
+    if (folder / "done").exists():
+        return open_pictures(folder)
+    examples = registry.open_split(data_dir, name, split)
+    priors = open_priors(data_dir, name, split)
+    targets = class_targets(registry.space_of(data_dir, name))
+    known = teacher_labels(data_dir, name, split)
+    chunks, rows = [], []
+    for number, prior in enumerate(priors):
+        if len(prior.found) > 1:
+            raise UserError(f"{name}: pretraining reads pictures, and this is a set of clips")
+        if len(prior.found) and prior.found[0]:
+            example = examples[number]
+            picture = read_image(example["media"])
+            face, crop = crop_face(picture, prior.boxes[0], margin, face_size)
+            frame, _ = crop_face(picture, prior.boxes[0], margin, frame_size)
+            landmarks, agr = known(example["id"])
+            votes = np.asarray(example.get("votes", ()), np.float32)
+            if not votes.sum() > 0:
+                votes = np.eye(len(targets), dtype=np.float32)[example["label"]]
+            rows.append((frame, face, to_crop(landmarks, crop), agr, votes @ targets))
+        if len(rows) == CHUNK or (number == len(priors) - 1 and rows):
+            chunks.append(_chunk(rows, units))
+            rows = []
+            progress(number + 1, len(priors))
+    save_pictures(folder, chunks)
+    return open_pictures(folder)
+
+
+def teacher_labels(data_dir: str, name: str, split: str) -> Callable[[str], tuple]:
+    """What the teacher's file says of an example: landmarks in pixels, and the AGR classes."""
+    path = pathlib.Path(data_dir) / "teacher" / name / f"{split}.npz"
+    if not path.exists():
+        return lambda _: (np.full((68, 2), np.nan, np.float32), np.full(3, -1, np.int32))
+    with np.load(path) as file:
+        rows = {str(i): at for at, i in enumerate(file["id"])}
+        landmarks, agr = file["landmarks"], file["agr"]
+    return lambda example: (landmarks[rows[example]], agr[rows[example]])
+
+
+def class_targets(space: LabelSpace) -> np.ndarray:
+    """Float32 [a set's classes, CLASSES]: 1 where they are the same; a class apart has no target.
+
+    Raises:
+        UserError: they share none.
+    """
+    same = np.array([[a == b for b in CLASSES] for a in space.canonical], np.float32)
+    if not same.any():
+        raise UserError(f"{space.title}: none of its classes is one of {', '.join(CLASSES)}")
+    return same
+
+
+def _chunk(rows: list[tuple], units: int) -> Pictures:
+    frames, faces, landmarks, agr, votes = (np.stack(column) for column in zip(*rows, strict=True))
+    n = len(rows)
+    total = votes.sum(1, keepdims=True)
+    votes = np.divide(votes, total, out=np.zeros_like(votes), where=total > 0)
+    return Pictures(
+        frames=frames,
+        faces=faces,
+        landmarks=landmarks.astype(np.float32),
+        frame_landmarks=landmarks.astype(np.float32),
+        pose=np.full((n, 3), np.nan, np.float32),
+        agr=agr.astype(np.int32),
+        attributes=np.full((n, 40), np.nan, np.float32),
+        action_units=np.full((n, units), np.nan, np.float32),
+        emotion=np.where(total[:, 0] > 0, votes.argmax(1), -1).astype(np.int32),
+        votes=votes.astype(np.float32),
+    )
