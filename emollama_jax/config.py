@@ -15,7 +15,25 @@ import pydantic
 from pydantic import dataclasses as pydantic_dataclasses
 
 from emollama_jax import config_fields, yaml_file
-from emollama_jax.bounds import Bounds
+from emollama_jax.bounds import (
+    Amount,
+    Axis,
+    Bounds,
+    Brightness,
+    Decay,
+    Epsilon,
+    Examples,
+    Few,
+    Margin,
+    Number,
+    Rate,
+    Seed,
+    Share,
+    Side,
+    Size,
+    Spread,
+)
+from emollama_jax.config_overrides import apply, brief
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
 
@@ -25,25 +43,9 @@ Branches = Literal["both", "global", "local", "none"]
 Attention = Literal["xla", "auto", "splash", "cudnn"]  # see models/attention.py
 RUN_SECTIONS = ("mesh", "distributed", "generate")  # that a trained run may be used with others
 Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
-
-INT32 = 2**31 - 1  # what JAX counts in
-LARGEST = 1e30  # of a float that has no bound of its own, well within float32
-
-Size = Annotated[int, Bounds(1, 2**24)]  # rows or columns of an array
-Number = Annotated[int, Bounds(1, INT32)]  # of steps, examples, files
-Few = Annotated[int, Bounds(1, 1024)]
-Examples = Annotated[int, Bounds(1, 2**16)]  # of one step, whose pictures are in memory together
-Side = Annotated[int, Bounds(1, 8192)]  # pixels
-Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # JAX drops higher bits without a word
-Axis = Annotated[int, Bounds(1, 2**20, also=-1)]  # devices
-Epsilon = Annotated[float, Bounds(0.0, 1.0, above=True)]
-Rate = Annotated[float, Bounds(0.0, LARGEST, above=True)]
-Amount = Annotated[float, Bounds(0.0, LARGEST)]
-Margin = Annotated[float, Bounds(0.0, 100.0)]
-Share = Annotated[float, Bounds(0.0, 1.0)]
-Decay = Annotated[float, Bounds(0.0, 1.0, below=True)]
-Brightness = Annotated[float, Bounds(0.0, 1.0)]
-Spread = Annotated[float, Bounds(0.0, 1.0, above=True)]
+Template = Literal["vicuna", "chatml", "llama3", "weights"]  # see data/templates.py
+# What files and runs from before a setting mean.
+BEFORE = {"model.llama.tied": False, "model.llama.rope_llama3": None, "data.template": "vicuna"}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -77,6 +79,25 @@ class LoraConfig:
 
 
 @_config
+class RopeLlama3Config:
+    """Llama 3.1's scaling of rotary angles: waves longer than `original_max_positions /
+    low_freq_factor` grow by `factor`, those below the same of `high_freq_factor` stay."""
+
+    factor: Rate
+    low_freq_factor: Rate
+    high_freq_factor: Rate  # above low_freq_factor
+    original_max_positions: Number  # that the model was first trained with
+
+    @pydantic.field_validator("high_freq_factor")
+    @classmethod
+    def _above(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        low = info.data.get("low_freq_factor", 0.0)
+        if value <= low:
+            raise ValueError(f"wanted more than low_freq_factor {low:g}")
+        return value
+
+
+@_config
 class LlamaConfig:
     """LLaMA / Vicuna decoder (`transformers` `LlamaConfig`, renamed to axis words)."""
 
@@ -91,7 +112,9 @@ class LlamaConfig:
     norm_eps: Epsilon
     rope_theta: Rate
     rope_scaling: Rate  # positions are divided by it; 1 for none (LLaMA-VID stage 3: 16)
+    rope_llama3: RopeLlama3Config | None  # Llama 3.1's scaling, where rope_scaling is 1
     max_positions: Number
+    tied: bool  # the embedding is the head too: one array
     dtype: DType
     remat: Remat
     attention: Attention
@@ -101,6 +124,11 @@ class LlamaConfig:
     def vocab_rows(self) -> int:
         """Rows of the embedding and columns of the head, padding included."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def reach(self) -> int:
+        """Tokens that positions reach. Llama 3.1's `max_positions` counts its scaling already."""
+        return int(self.max_positions * self.rope_scaling)
 
 
 @_config
@@ -244,9 +272,10 @@ class EmoLlamaConfig:
 
 @_config
 class TokenizerConfig:
-    """A tokenizer file. `tiny` names the one that the package carries."""
+    """A tokenizer file. `tiny` names the one that the package carries, `weights` the LLM's that a
+    folder of `weights` carries."""
 
-    kind: Literal["sentencepiece", "bpe", "bert"]
+    kind: Literal["sentencepiece", "bpe", "bert", "json"]  # "json": tokenizer.json, or its folder
     path: str
 
 
@@ -281,6 +310,7 @@ class DataConfig:
     workers: Annotated[int, Bounds(0, 1024)]  # Grain worker processes; 0 reads in the main process
     blank_share: Share  # of training examples shown black, without a face: trains "no face"
     broken_share: Share  # of media that may be unreadable before the run stops
+    template: Template  # of conversations; "weights": what a folder of `weights` carries
     llm_tokenizer: TokenizerConfig
     question_tokenizer: TokenizerConfig
 
@@ -400,7 +430,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         near = config_fields.near(pathlib.PurePath(name).stem, known)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"{_brief(name)}: no such config ({hint}known: {', '.join(known)}; or give a path to a "
+            f"{brief(name)}: no such config ({hint}known: {', '.join(known)}; or give a path to a "
             ".yaml file)"
         )
     tree = yaml_file.read(path)
@@ -408,7 +438,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     tree.setdefault("distributed", {})  # a section that files may leave out
     for override in overrides:
-        _override(tree, override)
+        apply(tree, override, Config)
     return from_dict(tree, origin=str(name))
 
 
@@ -426,7 +456,7 @@ def how_to_run(overrides: Sequence[str]) -> DistributedConfig:
     tree: dict[str, Any] = {"distributed": {}}
     for change in overrides:
         if change.startswith("distributed."):
-            _override(tree, change)
+            apply(tree, change, Config)
     return _checked(DistributedConfig, tree["distributed"], "distributed")
 
 
@@ -434,14 +464,14 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     """A config with `key=value` overrides, as of `load`."""
     tree = to_dict(config)
     for change in overrides:
-        _override(tree, change)
+        apply(tree, change, Config)
     return from_dict(tree, origin=config.name)
 
 
 def from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
     """Checks a plain tree, e.g. of a YAML file or a checkpoint, and makes the config."""
     try:
-        return _checked(Config, tree, "")
+        return _checked(Config, config_fields.completed(tree, BEFORE), "")
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
 
@@ -461,26 +491,3 @@ def _checked(cls: Any, tree: Any, section: str) -> Any:
         return pydantic.TypeAdapter(cls).validate_python(tree)
     except pydantic.ValidationError as error:
         raise UserError(config_fields.explain(error, Config, section)) from None
-
-
-def _brief(text: str) -> str:
-    return text if len(text) <= 120 else f"{text[:60]}…"
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"{override}: an override is key=value, e.g. train.steps=200")
-    name = _brief(override)
-    *parents, leaf = names = key.split(".")
-    if "" in names:
-        raise UserError(f"{name}: an override is key=value, e.g. train.steps=200")
-    node: Any = tree
-    for place, part in enumerate(parents):
-        if part not in node:
-            hint = config_fields.did_you_mean(parents[: place + 1], Config)
-            raise UserError(f"{name}: no section {part!r} in the config{hint}")
-        node = node[part]
-        if not isinstance(node, dict):
-            raise UserError(f"{name}: {'.'.join(parents[: place + 1])} is no section; set it whole")
-    node[leaf] = yaml_file.parse(value, name=name)

@@ -122,7 +122,8 @@ def tiny_sizes(meta: Mapping[str, Any]) -> tuple[LlamaConfig, EvaVitConfig, QFor
 def _llama(**fields: Any) -> LlamaConfig:
     """A LLaMA without padding of its vocabulary, scaling of positions or adapters."""
     head_dim = fields["width"] // fields["heads"]
-    plain = {"vocab_multiple": 1, "rope_scaling": 1.0, "lora": NO_LORA}
+    plain = {"vocab_multiple": 1, "lora": NO_LORA, "tied": False}
+    plain |= {"rope_scaling": 1.0, "rope_llama3": None}
     return LlamaConfig(**fields, **plain, **FLOAT32, head_dim=head_dim, attention="xla")
 
 
