@@ -45,7 +45,12 @@ RUN_SECTIONS = ("mesh", "distributed", "generate")  # that a trained run may be 
 Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
 Template = Literal["vicuna", "chatml", "llama3", "weights"]  # see data/templates.py
 # What files and runs from before a setting mean.
-BEFORE = {"model.llama.tied": False, "model.llama.rope_llama3": None, "data.template": "vicuna"}
+BEFORE = {
+    "model.llama.tied": False,
+    "model.llama.rope_llama3": None,
+    "model.vision.last_norm": False,
+    "data.template": "vicuna",
+}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -133,7 +138,7 @@ class LlamaConfig:
 
 @_config
 class EvaVitConfig:
-    """EVA-CLIP's ViT as LAVIS builds it: pre-norm, learned positions, no final norm."""
+    """EVA-CLIP's ViT as LAVIS builds it: pre-norm, learned positions. DINOv2 is one too."""
 
     image_size: Side
     patch_size: Side
@@ -142,6 +147,7 @@ class EvaVitConfig:
     heads: Size
     mlp_width: Size
     norm_eps: Epsilon
+    last_norm: bool  # a norm after the last block: DINOv2 has it, LLaMA-VID's EVA has not
     image_mean: tuple[Brightness, Brightness, Brightness]
     image_std: tuple[Spread, Spread, Spread]
     dtype: DType

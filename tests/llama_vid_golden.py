@@ -49,6 +49,7 @@ TINY_VISION = EvaVitConfig(
     heads=2,
     mlp_width=139,
     norm_eps=1e-6,
+    last_norm=False,
     image_mean=CLIP_MEAN,
     image_std=CLIP_STD,
     attention="xla",

@@ -181,6 +181,7 @@ CHANGES = {
         "heads": 4,
         "mlp_width": 64,
         "norm_eps": 1e-2,
+        "last_norm": True,
         "image_mean": (0.5, 0.5, 0.5),
         "image_std": (0.5, 0.5, 0.5),
         "dtype": "bfloat16",

@@ -206,7 +206,7 @@ def convert(
         files={path.name: size for path, size in plan.opened.files.items()},
         fingerprint=fingerprint(plan.leaves),
         dtype=DTYPES[dtype],
-        model=sizes(plan.model, plan.kind.sections),
+        model=sizes(plan.model, plan.kind.sections, free=plan.kind.free),
         notes=notes,
     )
     columns = (
@@ -306,12 +306,15 @@ def _another(source: str, tensors: Mapping[str, Tensor], model: EmoLlamaConfig) 
 def _resized(
     tensors: dict[str, Tensor], model: EmoLlamaConfig, notes: list[str]
 ) -> dict[str, Tensor]:
-    """EVA-ViT's position embeddings at the config's picture size, where they have another."""
+    """A vision tower's position embeddings at the config's picture size, where they have another."""
     wanted = 1 + model.vision.patches
     changed = dict(tensors)
     for key, tensor in tensors.items():
         name = key.rsplit(".", 1)[-1]
-        if name not in ("pos_embed", "position_embedding") or len(tensor.shape) != 3:
+        if (
+            name not in ("pos_embed", "position_embedding", "position_embeddings")
+            or len(tensor.shape) != 3
+        ):
             continue
         found = tensor.shape[1]
         if found == wanted:

@@ -129,9 +129,8 @@ def _llama(**fields: Any) -> LlamaConfig:
 
 def _vision(**fields: Any) -> EvaVitConfig:
     """A tower; its pictures come normalised."""
-    return EvaVitConfig(
-        **fields, **FLOAT32, image_mean=(0.0,) * 3, image_std=(1.0,) * 3, attention="xla"
-    )
+    plain = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3, "last_norm": False}
+    return EvaVitConfig(**fields, **FLOAT32, **plain, attention="xla")
 
 
 def _qformer(**fields: Any) -> QFormerConfig:

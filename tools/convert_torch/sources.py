@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from emollama_jax.config import EmoLlamaConfig
-from tools.convert_torch import adapters, facexformer, mtcnn, peft
+from emollama_jax.weights import FREE
+from tools.convert_torch import adapters, bert, dinov2, facexformer, mtcnn, peft
 from tools.convert_torch import llama_vid as lv
 from tools.convert_torch.engine import Row
 from tools.convert_torch.files import Opened, open_paths
@@ -80,6 +81,7 @@ class Source:
         open: reads paths.
         fit: what the settings beside the weights make of a config, and rows for tensors that the
             naming does not know; its problems and notes go to what is opened.
+        free: fields of its sections that its weights do not depend on.
     """
 
     about: str
@@ -89,6 +91,7 @@ class Source:
     namings: tuple[Naming, ...]
     open: Callable[[Sequence[pathlib.Path]], Opened] = open_paths
     fit: Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list[Row]]] = _as_it_is
+    free: tuple[str, ...] = FREE
 
     def holding(self, rows: Sequence[Row]) -> "Source":
         """The source with leaves that some more rows fill."""
@@ -222,6 +225,24 @@ SOURCES: dict[str, Source] = {
             ),
         ),
     ),
+    "dinov2": Source(
+        about="DINOv2: Hugging Face's files, or an ONNX export",
+        sections=("vision",),
+        parts=("vision",),
+        fills=r"vision/.*",
+        open=dinov2.open_dinov2,
+        fit=dinov2.fit,
+        # Its pictures are not normalised as EVA's are: a config that says otherwise is refused.
+        free=tuple(name for name in FREE if not name.startswith("image_")),
+        namings=(
+            Naming(
+                "transformers",
+                dinov2.SIGN,
+                lambda cfg, prefix: dinov2.rows(prefix),
+                _always(dinov2.IGNORE),
+            ),
+        ),
+    ),
     "qformer": Source(
         about="the Q-Former of InstructBLIP or BLIP-2, of LAVIS or transformers",
         sections=("qformer",),
@@ -246,6 +267,23 @@ SOURCES: dict[str, Source] = {
                 r"(.*)qformer\.layernorm\.weight",
                 _qformer(lv.BLIP2),
                 _QFORMER_IGNORE,
+            ),
+        ),
+    ),
+    "bert": Source(
+        about="a BERT as the start of a Q-Former",
+        sections=("qformer",),
+        parts=("qformer",),
+        fills=bert.FILLS,
+        open=bert.open_bert,
+        fit=bert.fit,
+        free=(*FREE, *bert.FREE),
+        namings=(
+            Naming(
+                "transformers",
+                bert.SIGN,
+                lambda cfg, prefix: bert.rows(cfg.qformer.cross_attention_every, prefix),
+                _always(bert.IGNORE),
             ),
         ),
     ),
