@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, dataclass_transform
 import pydantic
 from pydantic import dataclasses as pydantic_dataclasses
 
-from emollama_jax import config_fields, yaml_file
+from emollama_jax import config_fields, config_weights, yaml_file
 from emollama_jax.bounds import (
     Amount,
     Axis,
@@ -382,8 +382,8 @@ class Config:
     mesh: MeshConfig
     train: TrainConfig
     generate: GenerateConfig
-    # What a run starts from: the package's tiny towers, random numbers, or imported weights: the
-    # folders that `python -m tools.convert_torch` wrote, which may be several.
+    # What a run starts from: the package's tiny towers, random numbers, or a list of folders that
+    # `python -m tools.convert_torch` wrote, and of the package's towers, e.g. "tiny:face".
     weights: str | tuple[str, ...] = "none"
     # Flags of XLA for what trains and answers on a TPU, each "name=value", e.g.
     # "xla_tpu_enable_async_collective_fusion=true"; `emollama plan` shows what they change.
@@ -393,9 +393,7 @@ class Config:
     @pydantic.field_validator("weights")
     @classmethod
     def _weights(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if isinstance(value, str) and value not in ("tiny", "none"):
-            raise ValueError(f"{value!r} is neither 'tiny' nor 'none' nor a list of folders")
-        return value
+        return config_weights.checked(value)
 
     @pydantic.field_validator("xla")
     @classmethod

@@ -39,6 +39,7 @@ from tools.convert_torch.sources import SOURCES, Source, guess
 TOGETHER = 320 << 20  # bytes that are written at once; as much is read meanwhile
 READERS = 2  # threads that bring tensors into our layout; NumPy lets go of the lock meanwhile
 FIRST = 64 << 10  # bytes of each tensor that its fingerprint reads
+POSITIONS = ("pos_embed", "position_embedding", "position_embeddings")  # of vision towers
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "source": "source"}
 
 
@@ -306,15 +307,12 @@ def _another(source: str, tensors: Mapping[str, Tensor], model: EmoLlamaConfig) 
 def _resized(
     tensors: dict[str, Tensor], model: EmoLlamaConfig, notes: list[str]
 ) -> dict[str, Tensor]:
-    """A vision tower's position embeddings at the config's picture size, where they have another."""
+    """A vision tower's positions at the config's picture size, where they have another."""
     wanted = 1 + model.vision.patches
     changed = dict(tensors)
     for key, tensor in tensors.items():
         name = key.rsplit(".", 1)[-1]
-        if (
-            name not in ("pos_embed", "position_embedding", "position_embeddings")
-            or len(tensor.shape) != 3
-        ):
+        if name not in POSITIONS or len(tensor.shape) != 3:
             continue
         found = tensor.shape[1]
         if found == wanted:

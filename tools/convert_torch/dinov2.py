@@ -5,8 +5,8 @@ What DINOv2 has and EVA-ViT has not goes where it changes no number:
 
 - LayerScale, λ·(W x + b), into the projection before it: kernel λ·W and bias λ·b.
 - The bias of k adds the same to all logits of a query: no softmax changes, so it is left out.
-- The last norm is the tower's own, `vision/norm`: `model.vision.last_norm` must be true. EVA has one
-  too, which LLaMA-VID does not run; DINOv2's features are meant to be read behind it.
+- The last norm is the tower's own, `vision/norm`: `model.vision.last_norm` must be true. EVA has
+  one too, which LLaMA-VID does not run; DINOv2's features are meant to be read behind it.
 
 Positions are resized by PyTorch's bicubic interpolation, as `transformers` does. Siblings with
 register tokens or a SwiGLU have no place in ours and are refused.

@@ -72,7 +72,7 @@ class Graph:
         return name
 
     def back(self, name: str, kinds: Iterable[str]) -> Any:
-        """The operator that makes a value, before those of some kinds; None: a constant or input."""
+        """The operator that makes a value, before those of some kinds; None: there is none."""
         node = self._makers.get(name)
         while node is not None and node.op_type in kinds:
             node = self._makers.get(node.input[0])
