@@ -235,7 +235,8 @@ class Checkpoints:
         """
         path = self.directory / str(self.latest)
         saved = _read_metadata(path)
-        difference = _first_difference(saved["config"], self._metadata["config"])
+        before = config.completed(saved["config"])
+        difference = _first_difference(before, self._metadata["config"])
         if difference is not None:
             raise UserError(
                 f"{path}: checkpoint of another config: {difference}; go back to that config or "

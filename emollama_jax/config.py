@@ -475,9 +475,14 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
     """Checks a plain tree, e.g. of a YAML file or a checkpoint, and makes the config."""
     try:
-        return _checked(Config, config_fields.completed(tree, BEFORE), "")
+        return _checked(Config, completed(tree), "")
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A plain tree with the settings that are newer than it."""
+    return config_fields.completed(tree, BEFORE)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
