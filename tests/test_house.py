@@ -219,7 +219,7 @@ def test_public_names_exist():
 # ------------------------------------------------------------------ parameters
 
 
-@pytest.mark.parametrize("name", ["tiny", "emollama_7b", "emollama_13b"])
+@pytest.mark.parametrize("name", ["tiny", "emollama_135m", "emollama_7b", "emollama_13b"])
 def test_every_parameter_names_its_axes(name, abstract_model):
     wrong = [
         f"{path} {leaf.shape}: {axes}"

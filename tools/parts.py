@@ -295,9 +295,8 @@ def _one_line(out: pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # Orbax wraps the system's errors in its own
-        found = error.errno if isinstance(error, OSError) else None
         known = [os.strerror(each) for each in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-        said = [text for text in known if text in str(error) or found and text == error.strerror]
+        said = [text for text in known if text in str(error)]
         if not said:
             raise
         raise UserError(

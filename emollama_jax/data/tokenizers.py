@@ -22,6 +22,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from emollama_jax import config_weights
 from emollama_jax.config import TokenizerConfig
 from emollama_jax.data.templates import CONTROL
 from emollama_jax.errors import UserError
@@ -204,7 +205,7 @@ def carried_by(weights: str | tuple[str, ...] | None, file: str, *, key: str) ->
     Raises:
         UserError: no such folder, or several.
     """
-    folders = [] if weights is None or isinstance(weights, str) else [*map(as_path, weights)]
+    folders = [*map(as_path, config_weights.folders(weights or "none"))]
     found = [folder / file for folder in folders if (folder / file).exists()]
     if len(found) != 1:
         there = f"{len(found)} of them carry" if found else "none of them carries"
