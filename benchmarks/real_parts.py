@@ -1,7 +1,7 @@
 """The converted DINOv2 against the ONNX file that it came from, on a real photograph.
 
 The file's own operators are run, by onnxruntime where it is installed and else by the reference
-implementation in the package onnx, and their output after the last norm is compared with our tower's.
+implementation in the package onnx; what they give after the last norm is compared with our tower.
 
     python benchmarks/real_parts.py parts/dinov2_small vit_s_focus.onnx
 """
@@ -57,9 +57,8 @@ def main() -> None:
     cfg = config.load("emollama_135m").model.vision
     tower = abstract(lambda rngs: EvaVit(cfg, rngs=rngs))
     leaves = named_parameters(tower)
-    for path, value in weights.load_numpy(
-        args.folder, [f"vision/{name}" for name in leaves]
-    ).items():
+    paths = [f"vision/{name}" for name in leaves]
+    for path, value in weights.load_numpy(args.folder, paths).items():
         leaves[path.removeprefix("vision/")].set_value(jnp.asarray(value))
     picture = pathlib.Path(skimage.__file__).parent / "data" / "astronaut.png"
     size = (cfg.image_size, cfg.image_size)
