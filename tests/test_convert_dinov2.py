@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from convert_live import assert_same, convert, leaves, randomise, run_tower, sized, torch
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from transformers import (
     Dinov2Config,
@@ -19,6 +20,7 @@ from transformers import (
 from emollama_jax import weights
 from emollama_jax.errors import UserError
 from tools.convert_torch.dinov2 import IMAGE_MEAN, IMAGE_STD, open_dinov2
+from tools.convert_torch.export import export as export_ours
 
 SMALL = dict(
     hidden_size=24,
@@ -120,10 +122,22 @@ def test_the_tower_is_that_of_transformers(tmp_path, settings, size):
     assert ("interpolated from 5 × 5" in said) == (size != 35)
 
 
-def test_a_config_for_another_tower_is_refused(tmp_path):
+def test_what_it_does_not_fit_refuses_it(tmp_path):
     dinov2().save_pretrained(tmp_path / "theirs")
     right = fitting(SMALL, image_size=28)
     convert("dinov2", tmp_path / "theirs", tmp_path / "ours", right)
+    for to in ("eva-vit", "llama-vid"):
+        with pytest.raises(UserError, match="ends in a norm, as DINOv2's"):
+            export_ours(
+                to,
+                tmp_path / "ours",
+                tmp_path / "back",
+                base=(),
+                merge=True,
+                dtype="source",
+                shard_gb=1,
+                console=Console(quiet=True),
+            )
     shapes = {path: leaf.shape for path, leaf in leaves(tmp_path / "ours").items()}
     for field, value in (
         ("last_norm", False),

@@ -142,6 +142,11 @@ def export(
     wanted = [path for row in rows for path in row.paths]
     if to == "peft" and not wanted:
         raise UserError(f"{src}: holds no LoRA adapters")
+    if to in ("eva-vit", "llama-vid") and ours.model.vision.last_norm:
+        raise UserError(
+            f"{src}: its vision tower ends in a norm, as DINOv2's, for which {to} has no place: "
+            "export ours"
+        )
     absent = [path for path in wanted if path not in ours.paths]
     if absent:
         raise UserError(
