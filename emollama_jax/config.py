@@ -93,14 +93,6 @@ class RopeLlama3Config:
     high_freq_factor: Rate  # above low_freq_factor
     original_max_positions: Number  # that the model was first trained with
 
-    @pydantic.field_validator("high_freq_factor")
-    @classmethod
-    def _above(cls, value: float, info: pydantic.ValidationInfo) -> float:
-        low = info.data.get("low_freq_factor", 0.0)
-        if value <= low:
-            raise ValueError(f"wanted more than low_freq_factor {low:g}")
-        return value
-
 
 @_config
 class LlamaConfig:

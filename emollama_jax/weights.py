@@ -9,6 +9,8 @@ renames it at the end, so a folder that is there is whole.
     weights/llama_vid_7b/   llama/…, vision/…, qformer/…, visual_tokens/…
     weights/facexformer/    face/…
 
+A folder with a language model carries its tokenizer's files too, and its conversation format.
+
 A config names such folders under `weights`; together they are the base of a run.
 """
 
@@ -86,14 +88,22 @@ class Writer:
     calls, each with its own shards.
     """
 
-    def __init__(self, out: pathlib.Path, manifest: Manifest):
+    def __init__(
+        self, out: pathlib.Path, manifest: Manifest, *, files: Mapping[str, bytes] | None = None
+    ):
         """Opens the folder to be.
+
+        Args:
+            out: its path.
+            manifest: what it will say of itself.
+            files: what else it will hold, by name.
 
         Raises:
             UserError: it is there already, cannot be made, or is a bucket's.
         """
         on_disk(out, instead="write here, then copy it: gcloud storage cp -r FOLDER gs://…")
         self.out = out.absolute()
+        self._files = dict(files or {})
         if out.exists():
             raise UserError(f"{out}: is there already: delete it, or name another folder")
         try:
@@ -166,6 +176,9 @@ class Writer:
     def finish(self) -> None:
         """Makes the folder appear."""
         self._wait()
+        if jax.process_index() == 0:
+            for name, content in self._files.items():
+                (self.out.parent / f"{self.out.name}.partial_save" / name).write_bytes(content)
         with self._context, _quiet():
             ocp.partial.finalize(self.out)
         self._finished = True

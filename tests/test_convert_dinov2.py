@@ -213,16 +213,20 @@ def test_a_classifier_and_the_names_in_memory(tmp_path):
 
 @pytest.mark.parametrize("file", ["folder", "onnx"])
 def test_siblings_are_refused_by_name(tmp_path, file):
-    registers = dinov2(Dinov2WithRegistersModel)
-    for name, model, what in (
-        ("registers", registers, "register tokens"),
-        ("giant", dinov2(use_swiglu_ffn=True), "SwiGLU"),
-    ):
-        path = tmp_path / name
+    siblings = {
+        "register tokens": dinov2(Dinov2WithRegistersModel),
+        "SwiGLU": dinov2(use_swiglu_ffn=True),
+    }
+    for what, model in siblings.items():
+        path = tmp_path / what.replace(" ", "_")
         if file == "onnx":
             path.mkdir()
             path = path / "model.onnx"
-            export(model, path, size=28)
+            # Its exporter has no antialiased interpolation, which those with registers do.
+            model.embeddings.interpolate_pos_encoding = lambda *_: (
+                model.embeddings.position_embeddings
+            )
+            export(model, path, size=35)
         else:
             model.save_pretrained(path)
         assert what in refused(path, tmp_path / "ours")

@@ -100,9 +100,9 @@ class JsonTokenizer:
         self._names = (bos, eos, pad)
         self.bos = None if bos is None else self._tokenizer.token_to_id(bos)
         self.eos, self.pad = map(self._tokenizer.token_to_id, (eos, pad))
-        added = self._tokenizer.get_added_tokens_decoder().items()
-        self._special = {i for i, token in added if token.special}
-        self._special |= {self._tokenizer.token_to_id(token) for token in wanted}
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = [*wanted, *(token.content for token in added if token.special)]
+        self._special = {self._tokenizer.token_to_id(token) for token in special}
 
     def __reduce__(self):
         return _json_tokenizer, (self._tokenizer.to_str(), *self._names)

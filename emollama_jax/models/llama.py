@@ -141,8 +141,8 @@ class Llama(nnx.Module):
     """The decoder with its embedding and its head; of a tied one, the embedding is the head.
 
     Raises:
-        UserError: heads that kv_heads do not divide, a head width without halves to rotate, or two
-            scalings of the angles.
+        UserError: heads that kv_heads do not divide, a head width without halves to rotate, or
+            scalings of the angles that do not fit.
     """
 
     def __init__(self, cfg: LlamaConfig, *, rngs: Rngs):
@@ -151,10 +151,16 @@ class Llama(nnx.Module):
                 f"model.llama: heads {cfg.heads}, kv_heads {cfg.kv_heads}, head_dim "
                 f"{cfg.head_dim}: kv_heads must divide heads and head_dim must be even"
             )
-        if cfg.rope_llama3 is not None and cfg.rope_scaling != 1:
+        llama3 = cfg.rope_llama3
+        if llama3 is not None and cfg.rope_scaling != 1:
             raise UserError(
                 f"model.llama.rope_scaling is {cfg.rope_scaling:g} beside rope_llama3, wanted 1: "
                 "angles have one scaling"
+            )
+        if llama3 is not None and llama3.high_freq_factor <= llama3.low_freq_factor:
+            raise UserError(
+                f"model.llama.rope_llama3.high_freq_factor is {llama3.high_freq_factor:g}, wanted "
+                f"more than low_freq_factor {llama3.low_freq_factor:g}"
             )
         self.cfg = cfg
         self.embed_tokens = param(

@@ -21,6 +21,7 @@ from tools.convert_torch.settings import _number as number
 from tools.convert_torch.settings import _size as size
 from tools.convert_torch.settings import _Wrong as Wrong
 
+VOCABULARY = "vocab.txt"  # that the folder carries
 SIGN = r"((?:.*\.)?)embeddings\.token_type_embeddings\.weight"
 FILLS = r"qformer/(?!query$)(?!.*/crossattention/).*"
 FREE = ("queries", "encoder_width", "encoder_norm_eps")  # of what is not BERT's
@@ -96,7 +97,7 @@ def rows(every: int, prefix: str) -> list[Row]:
 
 def open_bert(paths: Sequence[pathlib.Path]) -> Opened:
     """Opens Hugging Face's files; the first token type's embedding goes into the positions."""
-    opened = open_paths(paths)
+    opened = open_paths(paths, carried=(VOCABULARY,))
     prefix = next((found[1] for key in opened.tensors if (found := re.fullmatch(SIGN, key))), None)
     if prefix is None:
         return opened

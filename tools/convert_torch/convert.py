@@ -220,7 +220,7 @@ def convert(
     buffers = Buffers()
     with (
         Progress(*columns, console=console) as progress,
-        Writer(out, manifest) as writer,
+        Writer(out, manifest, files=plan.opened.carried) as writer,
         ThreadPoolExecutor(READERS) as pool,
     ):
         task = progress.add_task(source, total=sum(leaf.nbytes for leaf in plan.leaves))
@@ -273,7 +273,8 @@ def fingerprint(leaves: Sequence[Leaf]) -> str:
     }
     digests = {}
     for key, tensor in sorted(tensors.items(), key=lambda pair: (pair[1].file, pair[0])):
-        values = tensor.read().reshape(-1)[: FIRST // tensor.dtype.itemsize]
+        values = (tensor.read() if tensor.raw is None else tensor.raw).reshape(-1)
+        values = values[: FIRST // values.dtype.itemsize]
         digests[key] = hashlib.sha256(values.tobytes()).hexdigest()
     PICKLED.release()
     whole = hashlib.sha256()

@@ -123,8 +123,8 @@ def _llama(**fields: Any) -> LlamaConfig:
     """A LLaMA without padding of its vocabulary, scaling of positions or adapters."""
     head_dim = fields["width"] // fields["heads"]
     plain = {"vocab_multiple": 1, "lora": NO_LORA, "tied": False}
-    plain |= {"rope_scaling": 1.0, "rope_llama3": None}
-    return LlamaConfig(**fields, **plain, **FLOAT32, head_dim=head_dim, attention="xla")
+    rope = {"rope_scaling": 1.0, "rope_llama3": None}
+    return LlamaConfig(**fields, **plain, **rope, **FLOAT32, head_dim=head_dim, attention="xla")
 
 
 def _vision(**fields: Any) -> EvaVitConfig:
