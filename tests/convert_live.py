@@ -185,6 +185,16 @@ def filled(module, cfg, folder: pathlib.Path):
     return network
 
 
+def partly_filled(module, cfg, folder: pathlib.Path):
+    """A network with what a folder holds, and zeros for the rest."""
+    network = nnx.eval_shape(lambda: module(cfg))
+    values = leaves(folder)
+    for path, leaf in named_parameters(network).items():
+        leaf.set_value(jnp.asarray(values.pop(path, np.zeros(leaf.shape, np.float32))))
+    assert values == {}
+    return network
+
+
 def assert_same(folder: pathlib.Path, other: pathlib.Path) -> None:
     """Two folders hold the same leaves, bit for bit."""
     one, two = leaves(folder), leaves(other)

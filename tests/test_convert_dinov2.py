@@ -223,9 +223,8 @@ def test_siblings_are_refused_by_name(tmp_path, file):
             path.mkdir()
             path = path / "model.onnx"
             # Its exporter has no antialiased interpolation, which those with registers do.
-            model.embeddings.interpolate_pos_encoding = lambda *_: (
-                model.embeddings.position_embeddings
-            )
+            whole = model.embeddings.position_embeddings
+            model.embeddings.interpolate_pos_encoding = lambda *_, whole=whole: whole
             export(model, path, size=35)
         else:
             model.save_pretrained(path)

@@ -19,6 +19,7 @@ from convert_live import (
     assert_close,
     convert,
     leaves,
+    partly_filled,
     sized,
     text_alone,
     torch,
@@ -29,7 +30,7 @@ from safetensors.numpy import load_file
 from emollama_jax import weights
 from emollama_jax.config import TokenizerConfig
 from emollama_jax.data.tokenizers import load_tokenizer
-from emollama_jax.models.pretrained import WEIGHTS, named_parameters
+from emollama_jax.models.pretrained import WEIGHTS
 from tools.convert_torch.golden import jitted
 
 UNREACHABLE = re.compile(r"connection|timed out|resolution|proxy|unreachable|HTTP error 5", re.I)
@@ -124,10 +125,7 @@ def test_a_real_bert_inside_the_qformer(wheel, tmp_path):
             attention_mask=torch.from_numpy(mask.astype(np.int64)),
             output_hidden_states=True,
         ).hidden_states
-    network = Queries(model.qformer)
-    parameters = named_parameters(network)
-    for path, value in leaves(tmp_path / "ours").items():
-        parameters[path].set_value(jnp.asarray(value))
+    network = partly_filled(Queries, model.qformer, tmp_path / "ours")
     got = jitted(network, text_alone)(jnp.asarray(text), jnp.asarray(mask))
     assert len(got) == len(wanted) == 1 + of.num_hidden_layers
     for ours, reference in zip(got, wanted, strict=True):

@@ -237,27 +237,32 @@ def _download(folder: pathlib.Path, part: Part, title: str, console: Console) ->
     said: list[str] = []
     with Progress(*columns, TransferSpeedColumn(), console=console) as progress:
         task = progress.add_task(title, total=part.size)
-        process = subprocess.Popen(
-            [*command, part.wheel], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        pip = [*command, part.wheel]
+        with subprocess.Popen(
+            pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            try:
+                for line in process.stdout or ():
+                    if found := PROGRESS.search(line):
+                        done, size = map(int, found.groups())
+                        _check_size(part, size)
+                        progress.update(task, completed=done)
+                    else:
+                        said.append(line.strip())
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            raise UserError(_why(part, said))
+        progress.update(task, completed=part.size)
+
+
+def _check_size(part: Part, size: int) -> None:
+    if size > part.size:
+        raise UserError(
+            f"{part.wheel}: {size / 1e6:,.1f} MB, wanted {part.size / 1e6:,.1f}: not the file that "
+            "is pinned: check the index that pip uses (pip config list)"
         )
-        try:
-            for line in process.stdout or ():
-                if found := PROGRESS.search(line):
-                    done, size = map(int, found.groups())
-                    if size > part.size:
-                        raise UserError(
-                            f"{part.wheel}: {size / 1e6:,.1f} MB, wanted {part.size / 1e6:,.1f}: "
-                            "not the file that is pinned: check the index that pip uses"
-                        )
-                    progress.update(task, completed=done)
-                else:
-                    said.append(line.strip())
-            if process.wait():
-                raise UserError(_why(part, said))
-            progress.update(task, completed=part.size)
-        finally:
-            process.kill()
-            process.wait()
 
 
 def _pip() -> tuple[int, ...]:

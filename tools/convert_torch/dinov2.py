@@ -22,14 +22,13 @@ import numpy as np
 
 from emollama_jax.config import EmoLlamaConfig
 from tools.convert_torch.engine import FLOATS, PATCHES, QKV, Row, drop_leading, linear, norm
-from tools.convert_torch.files import CONFIG, Opened, Tensor, open_paths
+from tools.convert_torch.files import CONFIG, ONNX, Opened, Tensor, open_paths
 from tools.convert_torch.onnx_graph import read_dinov2
 from tools.convert_torch.pickled import Unreadable
 from tools.convert_torch.settings import _number as number
 from tools.convert_torch.settings import _size as size
 from tools.convert_torch.settings import _Wrong as Wrong
 
-ONNX = ".onnx"
 SIGN = r"(.*)encoder\.layer\.0\.norm1\.weight"
 MODULES = {  # what `transformers` 5 calls in memory what its files call otherwise
     "attention.q_proj.": "attention.attention.query.",
@@ -44,9 +43,8 @@ IGNORE = {
     r"classifier\.(weight|bias)": "head of another task",
 }
 REFUSED = {
-    "embeddings.register_tokens": "register tokens",
-    "encoder.layer.0.mlp.weights_in.weight": "a SwiGLU feed-forward (the giant)",
-    "encoder.layer.0.mlp.weights_in.bias": "a SwiGLU feed-forward (the giant)",
+    r"embeddings\.register_tokens": "register tokens",
+    r"encoder\.layer\.0\.mlp\.(weights_in|gate_proj)\.bias": "a SwiGLU feed-forward (the giant)",
 }
 PLAIN: dict[str, tuple[Any, ...]] = {  # settings that must be as here, or absent
     "model_type": ("dinov2",),
@@ -90,10 +88,10 @@ def open_dinov2(paths: Sequence[pathlib.Path]) -> Opened:
     prefix = next((found[1] for key in tensors if (found := re.fullmatch(SIGN, key))), None)
     if prefix is None:
         return opened
-    for key, what in REFUSED.items():
-        if prefix + key in tensors:
+    for pattern, what in REFUSED.items():
+        if found := [key for key in tensors if re.fullmatch(re.escape(prefix) + pattern, key)]:
             opened.problems.append(
-                f"{prefix}{key}: DINOv2 with {what}, which our EVA-ViT does not have: take "
+                f"{found[0]}: DINOv2 with {what}, which our EVA-ViT does not have: take "
                 "dinov2-small, -base or -large"
             )
             return opened

@@ -21,7 +21,8 @@ from tools.convert_torch.pickled import PICKLED, Unreadable
 SAFETENSORS = (".safetensors",)
 GGUF = (".gguf",)
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
-ELSEWHERE = (".ckpt", ".npz", ".h5", ".msgpack", *GGUF, ".onnx")  # weights that are not read
+ONNX = ".onnx"
+ELSEWHERE = (".ckpt", ".npz", ".h5", ".msgpack", *GGUF, ONNX)  # weights that are not read
 # What a folder's weights are called, the safe format first; the index of several files before one.
 NAMES = (
     "model.safetensors.index.json",
@@ -118,6 +119,9 @@ class Opened:
             path: of the file.
             prefix: put before every key, where several files use the same.
         """
+        if path.suffix == ONNX:
+            self.problems.append(f"{path}: an ONNX file, which only the source dinov2 reads")
+            return set()
         try:
             found = _safetensors(path) if path.suffix in SAFETENSORS else self._pickled(path)
         except Unreadable as error:

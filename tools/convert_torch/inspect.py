@@ -14,9 +14,9 @@ from emollama_jax import weights
 from emollama_jax.config import EmoLlamaConfig
 from emollama_jax.errors import UserError
 from tools.convert_torch.bert import open_bert
-from tools.convert_torch.dinov2 import ONNX, open_dinov2
+from tools.convert_torch.dinov2 import open_dinov2
 from tools.convert_torch.engine import Row, matches_any
-from tools.convert_torch.files import ADAPTER, Opened, Tensor, open_paths
+from tools.convert_torch.files import ADAPTER, ONNX, Opened, Tensor, open_paths
 from tools.convert_torch.sources import SOURCES, guess
 
 
