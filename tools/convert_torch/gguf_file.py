@@ -102,7 +102,7 @@ def add(opened: Opened, path: pathlib.Path) -> None:
 
 
 def _unreadable(error: Exception) -> str:
-    unknown = re.match(r"(\d+) is not a valid GGMLQuantizationType", str(error))
+    unknown = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
     if unknown:
         return (
             f"a tensor is of type {unknown[1]}, which the package gguf {_version()} does not know: "
