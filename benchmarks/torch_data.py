@@ -20,6 +20,7 @@ from PIL import Image
 
 from emollama_jax import config
 from emollama_jax.data import prompts
+from emollama_jax.data.chat import open_chat
 from emollama_jax.data.tokenizers import load_tokenizer
 from emollama_jax.faces.track import crop_box
 
@@ -61,7 +62,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, cfg: config.Config, folder: pathlib.Path, clips: int, length: int):
         self.cfg, self.folder, self.clips, self.length = cfg, folder, clips, length
-        self.llm = load_tokenizer(cfg.data.llm_tokenizer)
+        self.chat = open_chat(cfg)
         self.question = load_tokenizer(cfg.data.question_tokenizer)
         self.priors = [dict(np.load(folder / f"{i}.npz")) for i in range(clips)]
         self.items = [json.loads((folder / f"{i}.json").read_text()) for i in range(clips)]
@@ -100,7 +101,7 @@ class Clips(torch.utils.data.Dataset):
             turns,
             n_visual=data.clip_frames * model.tokens_per_frame,
             agr=agr if data.agr else "",
-            tokenizer=self.llm,
+            chat=self.chat,
             text_length=data.clip_text_length,
         )
         question, mask = prompts.encode_question(

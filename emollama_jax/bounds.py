@@ -1,4 +1,4 @@
-"""Bounds of a number in a config, declared beside its field: `Annotated[int, Bounds(1, 1024)]`."""
+"""Bounds of a number in a config, declared beside its field, and the kinds of numbers there are."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -58,3 +58,23 @@ def _no_truth_value(value: Any) -> Any:
 
 def _digits(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+INT32 = 2**31 - 1  # what JAX counts in
+LARGEST = 1e30  # of a float that has no bound of its own, well within float32
+
+Size = Annotated[int, Bounds(1, 2**24)]  # rows or columns of an array
+Number = Annotated[int, Bounds(1, INT32)]  # of steps, examples, files
+Few = Annotated[int, Bounds(1, 1024)]
+Examples = Annotated[int, Bounds(1, 2**16)]  # of one step, whose pictures are in memory together
+Side = Annotated[int, Bounds(1, 8192)]  # pixels
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # JAX drops higher bits without a word
+Axis = Annotated[int, Bounds(1, 2**20, also=-1)]  # devices
+Epsilon = Annotated[float, Bounds(0.0, 1.0, above=True)]
+Rate = Annotated[float, Bounds(0.0, LARGEST, above=True)]
+Amount = Annotated[float, Bounds(0.0, LARGEST)]
+Margin = Annotated[float, Bounds(0.0, 100.0)]
+Share = Annotated[float, Bounds(0.0, 1.0)]
+Decay = Annotated[float, Bounds(0.0, 1.0, below=True)]
+Brightness = Annotated[float, Bounds(0.0, 1.0)]
+Spread = Annotated[float, Bounds(0.0, 1.0, above=True)]

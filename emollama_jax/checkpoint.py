@@ -25,7 +25,7 @@ import orbax.checkpoint.experimental.v1 as ocp  # where Orbax 0.12 keeps its v1 
 from etils import epath
 from jax.sharding import Mesh
 
-from emollama_jax import config, weights
+from emollama_jax import config, config_weights, weights
 from emollama_jax.config import Config, MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models import pretrained
@@ -137,7 +137,8 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
         imported, {name: wanted[name] for name in imported if name not in elsewhere}
     )
     if tiny:
-        read = pretrained.read_tiny({name: leaf.shape for name, leaf in leaves.items()})
+        shapes = {name: leaf.shape for name, leaf in leaves.items()}
+        read = pretrained.read_tiny(shapes, config_weights.towers(cfg.weights))
         values |= {
             name: put(tensor.astype(wanted[name].dtype), shardings[name])
             for name, tensor in read.items()
@@ -152,16 +153,19 @@ def base_reference(cfg: Config) -> dict[str, Any]:
     """What the frozen weights are made from, so that a checkpoint can tell them apart."""
     if cfg.weights == "none":
         return {"weights": "none", "seed": cfg.train.seed}
-    if cfg.weights != "tiny":
-        manifests = [weights.read_manifest(folder) for folder in cfg.weights]
-        prints = sorted([manifest.source, manifest.fingerprint] for manifest in manifests)
-        return {"weights": "imported", "fingerprints": prints, "seed": cfg.train.seed}
-    files = {name: pretrained.WEIGHTS / f"{name}.safetensors" for name in pretrained.TINY.values()}
+    names = [pretrained.TINY[tower] for tower in config_weights.towers(cfg.weights)]
+    files = {name: pretrained.WEIGHTS / f"{name}.safetensors" for name in names}
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{path}: the package's weights are missing: install it again")
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return {"weights": "tiny", "sha256": digests}
+    if cfg.weights == "tiny":
+        return {"weights": "tiny", "sha256": digests}
+    folders = config_weights.folders(cfg.weights)
+    manifests = [weights.read_manifest(folder) for folder in folders]
+    prints = sorted([manifest.source, manifest.fingerprint] for manifest in manifests)
+    found = {"weights": "imported", "fingerprints": prints, "seed": cfg.train.seed}
+    return {**found, "sha256": digests} if digests else found
 
 
 class State(Protocol):
@@ -231,7 +235,8 @@ class Checkpoints:
         """
         path = self.directory / str(self.latest)
         saved = _read_metadata(path)
-        difference = _first_difference(saved["config"], self._metadata["config"])
+        before = config.completed(saved["config"])
+        difference = _first_difference(before, self._metadata["config"])
         if difference is not None:
             raise UserError(
                 f"{path}: checkpoint of another config: {difference}; go back to that config or "
@@ -285,20 +290,21 @@ def load_for_inference(
 
 def _imported(cfg: Config, leaves: dict[str, Any]) -> dict[str, epath.Path]:
     """The parameters that imported weights fill, and the folder of each."""
-    if isinstance(cfg.weights, str):
-        return {}
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    return weights.check_base(cfg.weights, cfg.model, shapes)
+    where = weights.check_base(config_weights.folders(cfg.weights), cfg.model, shapes)
+    for path in _tiny_paths(cfg, where):
+        tower = f"{config_weights.ONE}{path.split('/')[0]}"
+        raise UserError(f"{path}: both in {where[path]} and in {tower}: name one of them")
+    return where
 
 
 def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
-    """The parameters that the package's tiny towers fill."""
-    if cfg.weights != "tiny":
-        return set()
+    """The parameters that the package's towers fill."""
+    towers = config_weights.towers(cfg.weights)
     return {
         path
         for path in paths
-        if path.split("/")[0] in pretrained.TINY and not path.endswith(("lora_A", "lora_B"))
+        if path.split("/")[0] in towers and not path.endswith(("lora_A", "lora_B"))
     }
 
 

@@ -14,8 +14,26 @@ from typing import Annotated, Any, Literal, dataclass_transform
 import pydantic
 from pydantic import dataclasses as pydantic_dataclasses
 
-from emollama_jax import config_fields, yaml_file
-from emollama_jax.bounds import Bounds
+from emollama_jax import config_fields, config_weights, yaml_file
+from emollama_jax.bounds import (
+    Amount,
+    Axis,
+    Bounds,
+    Brightness,
+    Decay,
+    Epsilon,
+    Examples,
+    Few,
+    Margin,
+    Number,
+    Rate,
+    Seed,
+    Share,
+    Side,
+    Size,
+    Spread,
+)
+from emollama_jax.config_overrides import apply, brief
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
 
@@ -25,25 +43,14 @@ Branches = Literal["both", "global", "local", "none"]
 Attention = Literal["xla", "auto", "splash", "cudnn"]  # see models/attention.py
 RUN_SECTIONS = ("mesh", "distributed", "generate")  # that a trained run may be used with others
 Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
-
-INT32 = 2**31 - 1  # what JAX counts in
-LARGEST = 1e30  # of a float that has no bound of its own, well within float32
-
-Size = Annotated[int, Bounds(1, 2**24)]  # rows or columns of an array
-Number = Annotated[int, Bounds(1, INT32)]  # of steps, examples, files
-Few = Annotated[int, Bounds(1, 1024)]
-Examples = Annotated[int, Bounds(1, 2**16)]  # of one step, whose pictures are in memory together
-Side = Annotated[int, Bounds(1, 8192)]  # pixels
-Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # JAX drops higher bits without a word
-Axis = Annotated[int, Bounds(1, 2**20, also=-1)]  # devices
-Epsilon = Annotated[float, Bounds(0.0, 1.0, above=True)]
-Rate = Annotated[float, Bounds(0.0, LARGEST, above=True)]
-Amount = Annotated[float, Bounds(0.0, LARGEST)]
-Margin = Annotated[float, Bounds(0.0, 100.0)]
-Share = Annotated[float, Bounds(0.0, 1.0)]
-Decay = Annotated[float, Bounds(0.0, 1.0, below=True)]
-Brightness = Annotated[float, Bounds(0.0, 1.0)]
-Spread = Annotated[float, Bounds(0.0, 1.0, above=True)]
+Template = Literal["vicuna", "chatml", "llama3", "weights"]  # see data/templates.py
+# What files and runs from before a setting mean.
+BEFORE = {
+    "model.llama.tied": False,
+    "model.llama.rope_llama3": None,
+    "model.vision.last_norm": False,
+    "data.template": "vicuna",
+}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -77,6 +84,17 @@ class LoraConfig:
 
 
 @_config
+class RopeLlama3Config:
+    """Llama 3.1's scaling of rotary angles: waves longer than `original_max_positions /
+    low_freq_factor` grow by `factor`, those below the same of `high_freq_factor` stay."""
+
+    factor: Rate
+    low_freq_factor: Rate
+    high_freq_factor: Rate  # above low_freq_factor
+    original_max_positions: Number  # that the model was first trained with
+
+
+@_config
 class LlamaConfig:
     """LLaMA / Vicuna decoder (`transformers` `LlamaConfig`, renamed to axis words)."""
 
@@ -91,7 +109,9 @@ class LlamaConfig:
     norm_eps: Epsilon
     rope_theta: Rate
     rope_scaling: Rate  # positions are divided by it; 1 for none (LLaMA-VID stage 3: 16)
+    rope_llama3: RopeLlama3Config | None  # Llama 3.1's scaling, where rope_scaling is 1
     max_positions: Number
+    tied: bool  # the embedding is the head too: one array
     dtype: DType
     remat: Remat
     attention: Attention
@@ -102,10 +122,15 @@ class LlamaConfig:
         """Rows of the embedding and columns of the head, padding included."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def reach(self) -> int:
+        """Tokens that positions reach. Llama 3.1's `max_positions` counts its scaling already."""
+        return int(self.max_positions * self.rope_scaling)
+
 
 @_config
 class EvaVitConfig:
-    """EVA-CLIP's ViT as LAVIS builds it: pre-norm, learned positions, no final norm."""
+    """EVA-CLIP's ViT as LAVIS builds it: pre-norm, learned positions. DINOv2 is one too."""
 
     image_size: Side
     patch_size: Side
@@ -114,6 +139,7 @@ class EvaVitConfig:
     heads: Size
     mlp_width: Size
     norm_eps: Epsilon
+    last_norm: bool  # a norm after the last block: DINOv2 has it, LLaMA-VID's EVA has not
     image_mean: tuple[Brightness, Brightness, Brightness]
     image_std: tuple[Spread, Spread, Spread]
     dtype: DType
@@ -244,9 +270,10 @@ class EmoLlamaConfig:
 
 @_config
 class TokenizerConfig:
-    """A tokenizer file. `tiny` names the one that the package carries."""
+    """A tokenizer file. `tiny` names the one that the package carries, `weights` the LLM's that a
+    folder of `weights` carries."""
 
-    kind: Literal["sentencepiece", "bpe", "bert"]
+    kind: Literal["sentencepiece", "bpe", "bert", "json"]  # "json": tokenizer.json, or its folder
     path: str
 
 
@@ -281,6 +308,7 @@ class DataConfig:
     workers: Annotated[int, Bounds(0, 1024)]  # Grain worker processes; 0 reads in the main process
     blank_share: Share  # of training examples shown black, without a face: trains "no face"
     broken_share: Share  # of media that may be unreadable before the run stops
+    template: Template  # of conversations; "weights": what a folder of `weights` carries
     llm_tokenizer: TokenizerConfig
     question_tokenizer: TokenizerConfig
 
@@ -346,8 +374,8 @@ class Config:
     mesh: MeshConfig
     train: TrainConfig
     generate: GenerateConfig
-    # What a run starts from: the package's tiny towers, random numbers, or imported weights: the
-    # folders that `python -m tools.convert_torch` wrote, which may be several.
+    # What a run starts from: the package's tiny towers, random numbers, or a list of folders that
+    # `python -m tools.convert_torch` wrote, and of the package's towers, e.g. "tiny:face".
     weights: str | tuple[str, ...] = "none"
     # Flags of XLA for what trains and answers on a TPU, each "name=value", e.g.
     # "xla_tpu_enable_async_collective_fusion=true"; `emollama plan` shows what they change.
@@ -357,9 +385,7 @@ class Config:
     @pydantic.field_validator("weights")
     @classmethod
     def _weights(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if isinstance(value, str) and value not in ("tiny", "none"):
-            raise ValueError(f"{value!r} is neither 'tiny' nor 'none' nor a list of folders")
-        return value
+        return config_weights.checked(value)
 
     @pydantic.field_validator("xla")
     @classmethod
@@ -400,7 +426,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         near = config_fields.near(pathlib.PurePath(name).stem, known)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"{_brief(name)}: no such config ({hint}known: {', '.join(known)}; or give a path to a "
+            f"{brief(name)}: no such config ({hint}known: {', '.join(known)}; or give a path to a "
             ".yaml file)"
         )
     tree = yaml_file.read(path)
@@ -408,7 +434,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     tree.setdefault("distributed", {})  # a section that files may leave out
     for override in overrides:
-        _override(tree, override)
+        apply(tree, override, Config)
     return from_dict(tree, origin=str(name))
 
 
@@ -426,7 +452,7 @@ def how_to_run(overrides: Sequence[str]) -> DistributedConfig:
     tree: dict[str, Any] = {"distributed": {}}
     for change in overrides:
         if change.startswith("distributed."):
-            _override(tree, change)
+            apply(tree, change, Config)
     return _checked(DistributedConfig, tree["distributed"], "distributed")
 
 
@@ -434,16 +460,21 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     """A config with `key=value` overrides, as of `load`."""
     tree = to_dict(config)
     for change in overrides:
-        _override(tree, change)
+        apply(tree, change, Config)
     return from_dict(tree, origin=config.name)
 
 
 def from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
     """Checks a plain tree, e.g. of a YAML file or a checkpoint, and makes the config."""
     try:
-        return _checked(Config, tree, "")
+        return _checked(Config, completed(tree), "")
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A plain tree with the settings that are newer than it."""
+    return config_fields.completed(tree, BEFORE)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -461,26 +492,3 @@ def _checked(cls: Any, tree: Any, section: str) -> Any:
         return pydantic.TypeAdapter(cls).validate_python(tree)
     except pydantic.ValidationError as error:
         raise UserError(config_fields.explain(error, Config, section)) from None
-
-
-def _brief(text: str) -> str:
-    return text if len(text) <= 120 else f"{text[:60]}…"
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"{override}: an override is key=value, e.g. train.steps=200")
-    name = _brief(override)
-    *parents, leaf = names = key.split(".")
-    if "" in names:
-        raise UserError(f"{name}: an override is key=value, e.g. train.steps=200")
-    node: Any = tree
-    for place, part in enumerate(parents):
-        if part not in node:
-            hint = config_fields.did_you_mean(parents[: place + 1], Config)
-            raise UserError(f"{name}: no section {part!r} in the config{hint}")
-        node = node[part]
-        if not isinstance(node, dict):
-            raise UserError(f"{name}: {'.'.join(parents[: place + 1])} is no section; set it whole")
-    node[leaf] = yaml_file.parse(value, name=name)

@@ -10,7 +10,7 @@ import inspect
 import re
 import reprlib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -88,6 +88,25 @@ def near(word: str, known: Sequence[str]) -> list[str]:
     return [lower[name] for name in difflib.get_close_matches(word.lower(), lower, n=1)]
 
 
+def completed(tree: Any, given: Mapping[str, Any]) -> Any:
+    """A plain tree with leaves that it lacks, where it has their sections.
+
+    Args:
+        tree: as of a YAML file; not changed.
+        given: values by dotted key.
+    """
+    for key, value in given.items():
+        tree = _with(tree, key.split("."), value)
+    return tree
+
+
+def _with(tree: Any, parts: Sequence[str], value: Any) -> Any:
+    first, *rest = parts
+    if not isinstance(tree, dict) or (first in tree) != bool(rest):
+        return tree
+    return {**tree, first: _with(tree[first], rest, value) if rest else value}
+
+
 def section_of(cls: Any, root: Any) -> str:
     """The section that a class describes; empty if there are several, or none."""
     homes = {key.rpartition(".")[0] for key, _, owner in _owned(root) if owner is cls}
@@ -103,7 +122,8 @@ def _owned(root: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
         if section is None:
             yield prefix + field.name, field, root
         else:
-            mark = "" if section is field.type else "[]"
+            optional = type(None) in typing.get_args(field.type)
+            mark = "" if section is field.type or optional else "[]"
             yield from _owned(section, f"{prefix}{field.name}{mark}.")
 
 

@@ -9,6 +9,8 @@ renames it at the end, so a folder that is there is whole.
     weights/llama_vid_7b/   llama/…, vision/…, qformer/…, visual_tokens/…
     weights/facexformer/    face/…
 
+A folder with a language model carries its tokenizer's files too, and its conversation format.
+
 A config names such folders under `weights`; together they are the base of a run.
 """
 
@@ -27,7 +29,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +47,7 @@ VERSION = 2  # of the format
 LAYER = "@"  # between a leaf's path and the number of a layer of it; "#" would end a gs:// URL
 TOGETHER = 512 << 20  # bytes of leaves that are read at once
 SETTLE = 0.5  # seconds for the other reads of a checkpoint after one failed
-# What of a network's config its weights do not depend on.
+# What of a network's config weights do not depend on, as a rule.
 FREE = ("dtype", "remat", "attention", "dropout", "lora", "image_mean", "image_std", "race_labels")
 
 
@@ -61,17 +63,20 @@ class Manifest:
     notes: tuple[str, ...]  # what was left out and why
 
 
-def sizes(cfg: EmoLlamaConfig, sections: Iterable[str]) -> dict[str, dict[str, Any]]:
+def sizes(
+    cfg: EmoLlamaConfig, sections: Iterable[str], *, free: Collection[str]
+) -> dict[str, dict[str, Any]]:
     """The fields of a model's sections that weights must fit, e.g. heads, eps, theta.
 
     Args:
         cfg: of the model.
         sections: names of its fields; "lora" stands for LLaMA's adapters.
+        free: fields that they need not fit.
     """
     found = {}
     for section in sections:
         part = cfg.llama.lora if section == "lora" else getattr(cfg, section)
-        fields = {key: value for key, value in to_dict(part).items() if key not in FREE}
+        fields = {key: value for key, value in to_dict(part).items() if key not in free}
         found[section] = json.loads(json.dumps(fields))  # as a manifest gives it back
     return found
 
@@ -83,14 +88,22 @@ class Writer:
     calls, each with its own shards.
     """
 
-    def __init__(self, out: pathlib.Path, manifest: Manifest):
+    def __init__(
+        self, out: pathlib.Path, manifest: Manifest, *, files: Mapping[str, bytes] | None = None
+    ):
         """Opens the folder to be.
+
+        Args:
+            out: its path.
+            manifest: what it will say of itself.
+            files: what else it will hold, by name.
 
         Raises:
             UserError: it is there already, cannot be made, or is a bucket's.
         """
         on_disk(out, instead="write here, then copy it: gcloud storage cp -r FOLDER gs://…")
         self.out = out.absolute()
+        self._files = dict(files or {})
         if out.exists():
             raise UserError(f"{out}: is there already: delete it, or name another folder")
         try:
@@ -163,6 +176,9 @@ class Writer:
     def finish(self) -> None:
         """Makes the folder appear."""
         self._wait()
+        if jax.process_index() == 0:
+            for name, content in self._files.items():
+                (self.out.parent / f"{self.out.name}.partial_save" / name).write_bytes(content)
         with self._context, _quiet():
             ocp.partial.finalize(self.out)
         self._finished = True
@@ -407,7 +423,7 @@ def check_base(
     where: dict[str, epath.Path] = {}
     for folder in map(as_path, folders):
         manifest, leaves = read_manifest(folder), leaves_of(folder)
-        now = sizes(cfg, manifest.model)
+        now = sizes(cfg, manifest.model, free=())
         for section, fields in manifest.model.items():
             for key, value in fields.items():
                 if now.get(section, {}).get(key) != value:

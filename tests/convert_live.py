@@ -18,7 +18,7 @@ from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.layers import LayerNorm
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.pretrained import named_parameters
-from emollama_jax.models.qformer import QFormer
+from emollama_jax.models.qformer import MASKED, QFormer
 from tools.convert_torch import convert as conversion
 from tools.convert_torch.golden import jitted, off, pixels
 
@@ -185,6 +185,16 @@ def filled(module, cfg, folder: pathlib.Path):
     return network
 
 
+def partly_filled(module, cfg, folder: pathlib.Path):
+    """A network with what a folder holds, and zeros for the rest."""
+    network = nnx.eval_shape(lambda: module(cfg))
+    values = leaves(folder)
+    for path, leaf in named_parameters(network).items():
+        leaf.set_value(jnp.asarray(values.pop(path, np.zeros(leaf.shape, np.float32))))
+    assert values == {}
+    return network
+
+
 def assert_same(folder: pathlib.Path, other: pathlib.Path) -> None:
     """Two folders hold the same leaves, bit for bit."""
     one, two = leaves(folder), leaves(other)
@@ -208,3 +218,18 @@ def run_queries(folder: pathlib.Path, cfg: QFormerConfig, visual, text, mask) ->
     """Our Q-Former with a folder's weights on vision tokens that are not normed yet."""
     run = jitted(filled(Queries, cfg, folder), Queries.read)
     return np.asarray(run(jnp.asarray(visual), jnp.asarray(text, jnp.int32), jnp.asarray(mask)))
+
+
+def text_alone(network: Queries, text: jax.Array, mask: jax.Array) -> list[jax.Array]:
+    """BERT's hidden states out of the Q-Former's layers: text without queries."""
+    qformer = network.qformer
+    x = qformer.word_embeddings[...][text] + qformer.position_embeddings[: text.shape[1]]
+    states = [qformer.norm(x)]
+    bias = jnp.where(mask, 0.0, MASKED)
+    graphdef, stacked = nnx.split(qformer.groups)
+    for i in range(qformer.cfg.layers // qformer.cfg.cross_attention_every):
+        group = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        for layer in (group.cross, *group.plain):
+            x = layer.attention(states[-1], keys=states[-1], bias=bias, dropout_key=None)
+            states.append(layer.text_ffn(x, dropout_key=None))
+    return states

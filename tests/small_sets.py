@@ -10,9 +10,9 @@ from PIL import Image
 
 from emollama_jax import config
 from emollama_jax.batch import Batch
-from emollama_jax.data import prompts
 from emollama_jax.data.emotions import label_space
 from emollama_jax.data.pipeline import make_train_iterator
+from emollama_jax.data.templates import SYSTEM
 from emollama_jax.data.tokenizers import train_bpe
 
 FIELDS = [field.name for field in dataclasses.fields(Batch)]
@@ -114,7 +114,7 @@ class Store:
 def small_bpe() -> str:
     """The JSON of a small tokenizer."""
     words = " ".join(CLASSES)
-    texts = [prompts.SYSTEM, f"USER: ASSISTANT: the facial expression {words} Choose one from"] * 9
+    texts = [SYSTEM, f"USER: ASSISTANT: the facial expression {words} Choose one from"] * 9
     return train_bpe(texts, 420)
 
 

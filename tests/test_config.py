@@ -183,8 +183,12 @@ def outside(bounds, whole):
     yield from (2**70, -(2**70)) if whole else (math.inf, -math.inf, math.nan)
 
 
+LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_positions": 8192}
+
+
 def put(tree, key, value):
     """Sets one number of a plain tree, in lists the first."""
+    tree["model"]["llama"]["rope_llama3"] = dict(LLAMA3)
     *parents, leaf = re.split(r"\.", key)
     for part in parents:
         tree = tree[part.removesuffix("[]")]

@@ -168,13 +168,13 @@ def test_a_config_beside_the_weights_gives_llamas_sizes(tmp_path, model):
     sizes = weights.read_manifest(tmp_path / "ours").model["llama"]
     assert (sizes["heads"], sizes["kv_heads"], sizes["head_dim"]) == (8, 4, 4)
     assert (sizes["norm_eps"], sizes["rope_scaling"], sizes["max_positions"]) == (1e-3, 16.0, 64)
-    bad = settings | {"tie_word_embeddings": True, "hidden_act": "gelu"}
+    bad = settings | {"attention_bias": True, "hidden_act": "gelu"}
     (tmp_path / "config.json").write_text(
         json.dumps(bad | {"rope_scaling": {"rope_type": "yarn", "factor": 2}})
     )
     lines = refused("llama", tmp_path, tmp_path / "two", model)
     assert lines[0] == "llama: nothing was written, 3 problems:"
-    for word in ("tie_word_embeddings", "hidden_act is 'gelu', wanted 'silu'", "'yarn'"):
+    for word in ("attention_bias", "hidden_act is 'gelu', wanted 'silu'", "'yarn'"):
         assert any(word in line for line in lines)
 
 

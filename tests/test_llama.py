@@ -12,13 +12,19 @@ from llama_vid_golden import LAYER, WHOLE
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
+from emollama_jax.models.layers import stretch
 from emollama_jax.models.llama import KVCache, Llama
 from emollama_jax.models.rngs import abstract
 from tools.convert_torch import engine
 from tools.convert_torch.golden import off
+from tools.convert_torch.llama_vid import TIED
 from tools.convert_torch.llama_vid import llama as llama_rows
 
 GQA = dataclasses.replace(lv.TINY_LLAMA, heads=6, kv_heads=2, head_dim=8)
+# Of eight wavelengths, three are short, four are long, and one lies between.
+LLAMA3 = config.RopeLlama3Config(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=256
+)
 LORA = config.LoraConfig(rank=2, alpha=6.0, dropout=0.5, targets=("q_proj", "down_proj"))
 
 
@@ -52,6 +58,10 @@ def reference(cfg, seed=0):
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_scaling != 1:
         rope |= {"rope_type": "linear", "factor": cfg.rope_scaling}
+    if cfg.rope_llama3 is not None:
+        fields = dataclasses.asdict(cfg.rope_llama3)
+        rope |= {"original_max_position_embeddings": fields.pop("original_max_positions")}
+        rope |= {"rope_type": "llama3", **fields}
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=cfg.vocab_size,
@@ -64,7 +74,7 @@ def reference(cfg, seed=0):
             rms_norm_eps=cfg.norm_eps,
             rope_parameters=rope,
             max_position_embeddings=cfg.max_positions,
-            tie_word_embeddings=False,
+            tie_word_embeddings=cfg.tied,
             attn_implementation="eager",
         )
     ).eval()
@@ -73,14 +83,19 @@ def reference(cfg, seed=0):
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
     ours = nnx.eval_shape(lambda: Holder(cfg))
     tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    engine.assign(ours, tensors, llama_rows(cfg), ignore={})
+    engine.assign(ours, tensors, llama_rows(cfg), ignore=TIED if cfg.tied else {})
     return torch, theirs, ours.llama
 
 
 @pytest.mark.parametrize(
     "cfg",
-    [lv.TINY_LLAMA, GQA, dataclasses.replace(GQA, rope_scaling=16.0, rope_theta=500.0)],
-    ids=["multi-head", "grouped-query", "linear rope scaling"],
+    [
+        lv.TINY_LLAMA,
+        GQA,
+        dataclasses.replace(GQA, rope_scaling=16.0, rope_theta=500.0),
+        dataclasses.replace(GQA, rope_llama3=LLAMA3, head_dim=16, tied=True),
+    ],
+    ids=["multi-head", "grouped-query", "linear rope scaling", "tied, Llama 3.1's rope"],
 )
 def test_logits_are_transformers(cfg):
     torch, theirs, ours = reference(cfg)
@@ -287,7 +302,37 @@ def test_real_sizes(name, count):
     assert (logits.shape, logits.dtype) == ((2, 3, 32000), jnp.float32)
 
 
+def test_llama3s_wavelengths():
+    """Short ones stay, long ones grow by the factor, the one between by less."""
+    waves = 2 * np.pi * 10000 ** (np.arange(8) / 8)
+    times = np.asarray(stretch(jnp.asarray(waves, jnp.float32), LLAMA3))
+    assert [wave < 64 for wave in waves] == [True] * 3 + [False] * 5
+    assert [wave > 256 for wave in waves] == [False] * 4 + [True] * 4
+    np.testing.assert_allclose(times[:3], 1)
+    np.testing.assert_allclose(times[4:], 8)
+    share = (256 / waves[3] - 1) / 3
+    np.testing.assert_allclose(times[3], 1 / ((1 - share) / 8 + share), rtol=1e-5)
+
+
+def test_a_tied_head_is_no_leaf_of_its_own():
+    other = dataclasses.replace(GQA, tied=True)
+    tied = abstract(lambda rngs: Llama(other, rngs=rngs))
+    untied = abstract(lambda rngs: Llama(GQA, rngs=rngs))
+    assert lv.parameters(untied).keys() - lv.parameters(tied).keys() == {"lm_head/kernel"}
+    assert lv.parameters(tied)["embed_tokens"].axes == ("vocab", "embed")
+    model = make(other)
+    hidden = jnp.asarray(embeds_of((2, GQA.width)))
+    np.testing.assert_allclose(
+        model.logits(hidden), hidden @ model.embed_tokens[...].T, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_refusals():
+    with pytest.raises(UserError, match="rope_scaling is 2 beside rope_llama3, wanted 1"):
+        Llama(dataclasses.replace(GQA, rope_llama3=LLAMA3, rope_scaling=2.0), rngs=nnx.Rngs(0))
+    upside_down = dataclasses.replace(LLAMA3, high_freq_factor=1.0)
+    with pytest.raises(UserError, match="high_freq_factor is 1, wanted more than low_freq"):
+        Llama(dataclasses.replace(GQA, rope_llama3=upside_down), rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="heads 6, kv_heads 4"):
         Llama(dataclasses.replace(GQA, kv_heads=4), rngs=nnx.Rngs(0))
     model = make(dataclasses.replace(GQA, max_positions=4))

@@ -166,7 +166,11 @@ CHANGES = {
         "norm_eps": 1e-2,
         "rope_theta": 500.0,
         "rope_scaling": 4.0,
+        "rope_llama3": config.RopeLlama3Config(
+            factor=4.0, low_freq_factor=1.0, high_freq_factor=2.0, original_max_positions=16
+        ),
         "max_positions": 8,
+        "tied": True,
         "dtype": "bfloat16",
         "remat": "full",
         "attention": "cudnn",
@@ -181,6 +185,7 @@ CHANGES = {
         "heads": 4,
         "mlp_width": 64,
         "norm_eps": 1e-2,
+        "last_norm": True,
         "image_mean": (0.5, 0.5, 0.5),
         "image_std": (0.5, 0.5, 0.5),
         "dtype": "bfloat16",

@@ -67,7 +67,7 @@ class Speaker:
     """A model that sees the first class in every picture."""
 
     def __init__(self, cfg, model):
-        self.tokenizer = evaluation.load_tokenizer(cfg.data.llm_tokenizer)
+        self.chat = evaluation.open_chat(cfg)
 
     def read(self, batch):
         return len(batch.weight)

@@ -13,7 +13,9 @@ import pytest
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN
 from emollama_jax.config import TokenizerConfig
 from emollama_jax.data import prompts, tokenizers
-from emollama_jax.data.prompts import SYSTEM, Turn, build_prompt, build_training, read_turns
+from emollama_jax.data.chat import Chat
+from emollama_jax.data.prompts import Turn, build_prompt, build_training, read_turns
+from emollama_jax.data.templates import SYSTEM, TEMPLATES
 from emollama_jax.data.tokenizers import SentencePieceTokenizer, load_tokenizer, train_bpe
 from emollama_jax.errors import UserError
 
@@ -63,6 +65,10 @@ def bert(bert_file):
     return load_tokenizer(TokenizerConfig(kind="bert", path=str(bert_file)))
 
 
+def vicuna(tokenizer) -> Chat:
+    return Chat(TEMPLATES["vicuna"], tokenizer)
+
+
 def pieces(tokenizer: SentencePieceTokenizer, ids) -> list:
     return [i if i < 0 else tokenizer._processor.id_to_piece(int(i)) for i in ids]
 
@@ -109,7 +115,7 @@ def llava_reference(tokenizer, text: str, n_visual: int) -> tuple[list[int], lis
 
 def test_exact_ids_of_one_turn(llama):
     prompt = build_training(
-        [Turn("What is it?", "joy")], n_visual=2, agr="", tokenizer=llama, text_length=60
+        [Turn("What is it?", "joy")], n_visual=2, agr="", chat=vicuna(llama), text_length=60
     )
     ids = prompt.ids[: prompt.length].tolist()
     system = [1, 330, 10706, 1444, 264, 13903, 2188, 304, 396, 18278, 10895, 13892, 28723, 415]
@@ -145,7 +151,7 @@ def test_ids_and_labels_equal_llavas(llama, turns, n_visual):
         [Turn(*turn) for turn in turns],
         n_visual=n_visual,
         agr="",
-        tokenizer=llama,
+        chat=vicuna(llama),
         text_length=300,
     )
     assert prompt.ids[: prompt.length].tolist() == ids
@@ -165,7 +171,9 @@ def test_visual_tokens_before_or_after_later_questions(llama):
     found = set()
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        prompt = build_training(turns, n_visual=1, agr="", tokenizer=llama, text_length=90, rng=rng)
+        prompt = build_training(
+            turns, n_visual=1, agr="", chat=vicuna(llama), text_length=90, rng=rng
+        )
         ids = prompt.ids[: prompt.length].tolist()
         assert prompt.labels[: prompt.length].tolist() in (
             llava_reference(llama, before, 1)[1],
@@ -180,9 +188,9 @@ def test_visual_tokens_before_or_after_later_questions(llama):
 
 def test_a_prompt_is_the_beginning_of_its_training(llama):
     agr = "The person in the image is a man."
-    prompt = build_prompt("What is it?", n_visual=3, agr=agr, tokenizer=llama, text_length=80)
+    prompt = build_prompt("What is it?", n_visual=3, agr=agr, chat=vicuna(llama), text_length=80)
     training = build_training(
-        [Turn("What is it?", "joy")], n_visual=3, agr=agr, tokenizer=llama, text_length=80
+        [Turn("What is it?", "joy")], n_visual=3, agr=agr, chat=vicuna(llama), text_length=80
     )
     assert prompt.ids[: prompt.length].tolist() == training.ids[: prompt.length].tolist()
     assert training.length == prompt.length + 2
@@ -190,17 +198,21 @@ def test_a_prompt_is_the_beginning_of_its_training(llama):
         "▁ASS", "IST", "ANT", ":"
     ]  # fmt: skip
     assert (prompt.labels == IGNORE).all()
-    assert prompts.answer_ids("joy", tokenizer=llama) == [10186]
+    assert prompts.answer_ids("joy", chat=vicuna(llama)) == [10186, 2]
     short = prompt.length - 1
     message = rf"the prompt has {prompt.length} tokens, 3 of .* length is {short}: ask a shorter"
     with pytest.raises(UserError, match=message):
-        build_prompt("What is it?", n_visual=3, agr=agr, tokenizer=llama, text_length=short)
+        build_prompt("What is it?", n_visual=3, agr=agr, chat=vicuna(llama), text_length=short)
 
 
 def test_where_the_agr_sentence_stands(bpe):
     turns = [Turn("Who?", "joy"), Turn("Why?", "So.")]
     prompt = build_training(
-        turns, n_visual=2, agr="The person in the image is a man.", tokenizer=bpe, text_length=200
+        turns,
+        n_visual=2,
+        agr="The person in the image is a man.",
+        chat=vicuna(bpe),
+        text_length=200,
     )
     ids = prompt.ids[: prompt.length].tolist()
     first = ids.index(IMAGE_TOKEN)
@@ -212,7 +224,9 @@ def test_where_the_agr_sentence_stands(bpe):
     assert bpe.decode(ids[second + 2 :]) == "\nWhy? ASSISTANT: So."
     labels = [i for i in prompt.labels if i != IGNORE]
     assert labels == [*bpe.encode(" joy"), 2, *bpe.encode(" So."), 2]
-    assert prompts.render(turns, agr="The person in the image is a man.") == [
+    assert prompts.render(
+        turns, agr="The person in the image is a man.", template=TEMPLATES["vicuna"]
+    ) == [
         f"{SYSTEM} USER: ",
         "\nThe person in the image is a man.\nWho? ASSISTANT: joy",
         "USER: ",
@@ -222,18 +236,22 @@ def test_where_the_agr_sentence_stands(bpe):
 
 def test_long_text_is_cut_at_the_right_and_says_so(llama):
     turns = [Turn("What is it?", "joy and more joy")]
-    whole = build_training(turns, n_visual=1, agr="", tokenizer=llama, text_length=100)
-    cut = build_training(turns, n_visual=1, agr="", tokenizer=llama, text_length=whole.length - 2)
+    whole = build_training(turns, n_visual=1, agr="", chat=vicuna(llama), text_length=100)
+    cut = build_training(
+        turns, n_visual=1, agr="", chat=vicuna(llama), text_length=whole.length - 2
+    )
     assert cut.lost == 2 and cut.length == whole.length - 2 == len(cut.ids)
     assert cut.ids.tolist() == whole.ids[: cut.length].tolist()
     assert (cut.labels != IGNORE).sum() == 3
-    gone = build_training(turns, n_visual=1, agr="", tokenizer=llama, text_length=whole.length - 5)
+    gone = build_training(
+        turns, n_visual=1, agr="", chat=vicuna(llama), text_length=whole.length - 5
+    )
     assert (gone.labels == IGNORE).all()
 
 
 def test_text_alone_has_no_visual_place(llama):
     prompt = build_training(
-        [Turn("What?", "joy")], n_visual=0, agr="", tokenizer=llama, text_length=80
+        [Turn("What?", "joy")], n_visual=0, agr="", chat=vicuna(llama), text_length=80
     )
     text = f"{SYSTEM} USER: <image>\nWhat? ASSISTANT: joy</s>"
     assert prompt.ids[: prompt.length].tolist() == llava_reference(llama, text, 0)[0]
@@ -242,7 +260,7 @@ def test_text_alone_has_no_visual_place(llama):
 def test_special_tokens_in_a_question_are_text(llama, bpe):
     for tokenizer in (llama, bpe):
         prompt = build_prompt(
-            "</s>USER: <s> <unk>", n_visual=1, agr="", tokenizer=tokenizer, text_length=120
+            "</s>USER: <s> <unk>", n_visual=1, agr="", chat=vicuna(tokenizer), text_length=120
         )
         ids = prompt.ids[: prompt.length].tolist()
         assert ids.count(1) == 1 and 2 not in ids and 0 not in ids
@@ -416,7 +434,7 @@ def test_a_tokenizer_that_joins_question_and_answer_is_refused():
 
     with pytest.raises(UserError, match="joins 'ASSISTANT:' with the answer 'joy'"):
         build_training(
-            [Turn("What?", "joy")], n_visual=1, agr="", tokenizer=Joining(), text_length=9
+            [Turn("What?", "joy")], n_visual=1, agr="", chat=vicuna(Joining()), text_length=9
         )
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float32, Int, Int32, UInt8
 from emollama_jax.batch import IGNORE, Batch
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data import prompts
+from emollama_jax.data.chat import open_chat
 from emollama_jax.data.media import (
     Source,
     fps_indices,
@@ -66,7 +67,8 @@ class Encoder:
             UserError: they or the text lengths do not fit the model.
         """
         self.cfg = cfg
-        self.llm = load_tokenizer(cfg.data.llm_tokenizer)
+        self.chat = open_chat(cfg)
+        self.llm = self.chat.tokenizer
         self.question = load_tokenizer(cfg.data.question_tokenizer)
         for name, size, rows in (
             ("llm", self.llm.size, cfg.model.llama.vocab_size),
@@ -102,9 +104,8 @@ class Encoder:
     @property
     def room(self) -> int:
         """Tokens that the model's positions leave behind the longer of the two prompts."""
-        llama = self.cfg.model.llama
         longest = max(self.text_length("image"), self.text_length("clip"))
-        return int(llama.max_positions * llama.rope_scaling) - longest
+        return self.cfg.model.llama.reach - longest
 
     def visual(self, kind: Kind) -> int:
         """Visual tokens of a turn."""
@@ -220,7 +221,7 @@ class Encoder:
             turns,
             n_visual=self.visual(kind),
             agr=look.agr,
-            tokenizer=self.llm,
+            chat=self.chat,
             text_length=self.text_length(kind),
             rng=rng,
         )
@@ -265,8 +266,7 @@ class Encoder:
         Raises:
             UserError: it is too long.
         """
-        llama = self.cfg.model.llama
-        reach = int(llama.max_positions * llama.rope_scaling) - room
+        reach = self.cfg.model.llama.reach - room
         length = self.text_length(kind)
         longest = self._prompt(question, kind, agr, earlier, max(reach, length))
         while length < longest.length:
@@ -290,7 +290,7 @@ class Encoder:
             question,
             n_visual=self.visual(kind),
             agr=agr,
-            tokenizer=self.llm,
+            chat=self.chat,
             text_length=length,
             earlier=earlier,
         )
@@ -304,12 +304,12 @@ class Encoder:
     def sentinel(self, kind: Kind, index: int, trouble: str) -> Row:
         """What stands for a training row that cannot be made."""
         encoded = prompts.Encoded(
-            ids=np.full(self.text_length(kind), self.llm.pad, np.int32),
+            ids=np.full(self.text_length(kind), self.chat.pad, np.int32),
             labels=np.full(self.text_length(kind), IGNORE, np.int32),
             length=1,  # a row without a token would have nothing to attend to
             lost=0,
         )
-        encoded.ids[0] = self.llm.bos
+        encoded.ids[0] = self.chat.first
         look = self.empty_look(kind)
         row = self._row(look, encoded, [], rounds=self.cfg.data.rounds, index=index)
         return row | {"weight": np.float32(0), "trouble": trouble}

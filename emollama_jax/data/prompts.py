@@ -1,12 +1,14 @@
-"""LLaMA-VID's conversation template `imgsp_v1` as token ids, the label mask, and the AGR sentence.
+"""Prompts as token ids: a conversation format (`templates.py`), the label mask, the AGR sentence.
+
+With LLaMA-VID's format, `vicuna`:
 
     <s> SYSTEM USER: [visual]\\n{AGR sentence}\\n{question} ASSISTANT: {answer}</s>
     USER: [visual]\\n{question} ASSISTANT: {answer}</s> …
 
 Every human turn carries the visual tokens, so that each question gets its own context tokens. Text
-is encoded in pieces, cut at every visual place and every `</s>`; each piece has its own
-dummy-prefix space, one <s> stands at the start of all. Loss is borne by the answers and their
-`</s>` alone. Ids equal those of LLaMA-VID's `tokenizer_image_token` and `preprocess_imgsp_v1`.
+is encoded in pieces, cut at every visual place and every special token; with LLaMA's tokenizer each
+piece has its own dummy-prefix space. Loss is borne by the answers and their end alone. Ids of
+`vicuna` equal those of LLaMA-VID's `tokenizer_image_token` and `preprocess_imgsp_v1`.
 
 What differs: the visual place is expanded here, to one IMAGE_TOKEN for each visual token, so that
 `text_length` bounds the real length (LLaMA-VID cuts before the expansion); the Q-Former reads the
@@ -17,21 +19,19 @@ only); the AGR sentence (EMO-LLaMA) stands after the first visual place.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN
+from emollama_jax.data.chat import Chat
+from emollama_jax.data.templates import Template, Token
 from emollama_jax.data.tokenizers import Tokenizer
 from emollama_jax.errors import UserError
 from emollama_jax.faces.labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions."
-)
 PLACE = "<image>"  # LLaMA-VID's place holder, of images and videos alike
 
 Conversation = Sequence[Mapping[str, str]]  # LLaVA's [{"from": "human"|"gpt", "value": text}, …]
@@ -131,7 +131,7 @@ def build_training(
     *,
     n_visual: int,
     agr: str,
-    tokenizer: Tokenizer,
+    chat: Chat,
     text_length: int,
     rng: np.random.Generator | None = None,
 ) -> Encoded:
@@ -141,28 +141,21 @@ def build_training(
         turns: of one conversation.
         n_visual: visual tokens of a turn (frames × tokens of a frame); 0 for text alone.
         agr: the AGR sentence, or "".
-        tokenizer: the LLM's.
+        chat: the conversation format and the LLM's tokenizer.
         text_length: T; what goes beyond is cut off at the right. `labels` of a prompt whose
             answers are all cut off holds IGNORE alone.
         rng: draws for every turn but the first whether the visual tokens stand before or after
             the question, as LLaMA-VID does; None: before.
     """
-    ids, labels = [tokenizer.bos], [IGNORE]
-    for number, turn in enumerate(turns):
-        after = number > 0 and rng is not None and rng.random() < 0.5
-        before, human = _human(turn.question, agr=agr, first=number == 0, after=after)
-        head = [*_encode(tokenizer, before), *[IMAGE_TOKEN] * n_visual]
-        prompt = list(_encode(tokenizer, human))
-        whole = tokenizer.encode(f"{human} {turn.answer}")
-        if whole[: len(prompt)] != prompt:
-            raise UserError(
-                f"the LLM's tokenizer joins 'ASSISTANT:' with the answer {turn.answer!r}, so that "
-                "the loss has no border; use one that splits words at spaces"
-            )
-        answer = [*whole[len(prompt) :], tokenizer.eos]
-        ids += head + prompt + answer
-        labels += [IGNORE] * (len(head) + len(prompt)) + answer
-    return _fit(ids, labels, pad=tokenizer.pad, text_length=text_length)
+    pieces = _pieces(
+        turns,
+        n_visual=n_visual,
+        agr=agr,
+        template=chat.template,
+        after=[n > 0 and rng is not None and rng.random() < 0.5 for n in range(len(turns))],
+        open_ended=False,
+    )
+    return _fit(*_encoded(pieces, chat), pad=chat.pad, text_length=text_length)
 
 
 def build_prompt(
@@ -170,11 +163,11 @@ def build_prompt(
     *,
     n_visual: int,
     agr: str,
-    tokenizer: Tokenizer,
+    chat: Chat,
     text_length: int,
     earlier: Sequence[Turn] = (),
 ) -> Encoded:
-    """A prompt that ends in `ASSISTANT:`, to be continued. Arguments as `build_training`.
+    """A prompt that ends where the answer begins. Arguments as `build_training`.
 
     Args:
         question: to be answered.
@@ -183,36 +176,142 @@ def build_prompt(
     Raises:
         UserError: it is longer than `text_length`.
     """
-    ids = [tokenizer.bos]
-    for number, turn in enumerate([*earlier, Turn(question, "")]):
-        before, human = _human(turn.question, agr=agr, first=number == 0, after=False)
-        ids += [*_encode(tokenizer, before), *[IMAGE_TOKEN] * n_visual]
-        if number < len(earlier):
-            ids += [*tokenizer.encode(f"{human} {turn.answer}"), tokenizer.eos]
-        else:
-            ids += _encode(tokenizer, human)
+    pieces = _pieces(
+        [*earlier, Turn(question, "")],
+        n_visual=n_visual,
+        agr=agr,
+        template=chat.template,
+        after=[False] * (len(earlier) + 1),
+        open_ended=True,
+    )
+    ids, _ = _encoded(pieces, chat)
     if len(ids) > text_length:
         raise UserError(
             f"the prompt has {len(ids)} tokens, {n_visual * (len(earlier) + 1)} of them visual, "
             f"and the text length is {text_length}: ask a shorter question or raise "
             "data.text_length, for clips data.clip_text_length"
         )
-    return _fit(ids, [IGNORE] * len(ids), pad=tokenizer.pad, text_length=text_length)
+    return _fit(ids, [IGNORE] * len(ids), pad=chat.pad, text_length=text_length)
 
 
-def answer_ids(answer: str, *, tokenizer: Tokenizer) -> list[int]:
-    """The ids that an answer has after `ASSISTANT:`, its space included, its end left out."""
-    opening = tokenizer.encode("ASSISTANT:")
-    return tokenizer.encode(f"ASSISTANT: {answer}")[len(opening) :]
+def answer_ids(answer: str, *, chat: Chat) -> list[int]:
+    """The ids that an answer has after its question, a space between included, its end too."""
+    template, tokenizer = chat.template, chat.tokenizer
+    opening = template.assistant[-1].lstrip(" ")
+    whole = tokenizer.encode(f"{opening}{template.gap}{answer}")
+    return [*whole[len(tokenizer.encode(opening)) :], chat.end]
 
 
-def render(turns: Sequence[Turn], *, agr: str) -> list[str]:
+def render(turns: Sequence[Turn], *, agr: str, template: Template) -> list[str]:
     """The text pieces that `build_training` encodes, e.g. to train a tokenizer on."""
-    pieces = []
+    pieces = _pieces(
+        turns,
+        n_visual=1,
+        agr=agr,
+        template=template,
+        after=[False] * len(turns),
+        open_ended=False,
+    )
+    return [piece.text + piece.answer for piece in pieces if isinstance(piece, _Text)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """Text that is encoded in one, and where it ends in an answer, that."""
+
+    text: str
+    answer: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visual:
+    """A visual place."""
+
+    tokens: int
+
+
+class _End(Token):
+    """A token that bears loss."""
+
+
+_Piece = _Text | _Visual | Token
+
+
+def _pieces(
+    turns: Sequence[Turn],
+    *,
+    n_visual: int,
+    agr: str,
+    template: Template,
+    after: Sequence[bool],
+    open_ended: bool,
+) -> Iterator[_Piece]:
+    """A conversation piece by piece. Text that stands beside text is one piece with it.
+
+    Args:
+        turns: of it.
+        n_visual: visual tokens of a turn.
+        agr: the AGR sentence, or "".
+        template: the format.
+        after: whether a turn's visual tokens stand after its question.
+        open_ended: the last turn's answer is left out, with all behind it.
+    """
+    text = ""
+    place = n_visual > 0 or template.placed
     for number, turn in enumerate(turns):
-        before, human = _human(turn.question, agr=agr, first=number == 0, after=False)
-        pieces += [before, f"{human} {turn.answer}"]
-    return pieces
+        question, answer = turn.question, turn.answer
+        if template.trims:
+            question, answer = question.strip(), answer.strip()
+        line = "\n" if place else ""
+        prior = f"{agr}\n" if agr and number == 0 else ""
+        asked = [question, line, _Visual(n_visual)]
+        if not after[number]:
+            asked = [_Visual(n_visual), line, prior, question]
+        opening = template.start if number == 0 else (template.between,)
+        for piece in (*opening, *template.user, *asked, *template.assistant):
+            if isinstance(piece, _Visual) and not place:
+                continue
+            if isinstance(piece, Token | _Visual):
+                if text:
+                    yield _Text(text)
+                yield piece
+                text = ""
+            else:
+                text += piece
+        if open_ended and number == len(turns) - 1:
+            break
+        yield _Text(text, template.gap + answer)
+        yield _End(template.end)
+        text = ""
+    text += "" if open_ended else template.between
+    if text:
+        yield _Text(text)
+
+
+def _encoded(pieces: Iterable[_Piece], chat: Chat) -> tuple[list[int], list[int]]:
+    """Ids and labels."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, _Visual):
+            new, borne = [IMAGE_TOKEN] * piece.tokens, 0
+        elif isinstance(piece, Token):
+            new, borne = [chat.id(piece)], int(isinstance(piece, _End))
+        elif not piece.answer:
+            new, borne = list(_encode(chat.tokenizer, piece.text)), 0
+        else:
+            before = list(_encode(chat.tokenizer, piece.text))
+            new = chat.tokenizer.encode(piece.text + piece.answer)
+            if new[: len(before)] != before:
+                raise UserError(
+                    f"the LLM's tokenizer joins {piece.text.split(' ')[-1]!r} with the answer "
+                    f"{piece.answer.strip()!r}, so that the loss has no border; use one that "
+                    "splits words at spaces"
+                )
+            borne = len(new) - len(before)
+        ids += new
+        labels += [IGNORE] * (len(new) - borne) + new[len(new) - borne :]
+    return ids, labels
 
 
 def encode_question(
@@ -234,15 +333,6 @@ def encode_question(
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Ids of text that comes again and again: the system's, the questions of templates."""
     return tuple(tokenizer.encode(text))
-
-
-def _human(question: str, *, agr: str, first: bool, after: bool) -> tuple[str, str]:
-    """The text before and after a turn's visual tokens, up to `ASSISTANT:`."""
-    opening = f"{SYSTEM} USER: " if first else "USER: "
-    if after:
-        return f"{opening}{question}\n", " ASSISTANT:"
-    prior = f"{agr}\n" if agr and first else ""
-    return opening, f"\n{prior}{question} ASSISTANT:"
 
 
 def _fit(ids: list[int], labels: list[int], *, pad: int, text_length: int) -> Encoded:

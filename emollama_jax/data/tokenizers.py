@@ -5,25 +5,37 @@
   special tokens is encoded by itself and so gets its own dummy-prefix space.
 - `bpe`: a byte-level BPE in the JSON format of the `tokenizers` library; the package carries one.
 - `bert`: WordPiece from a `vocab.txt`, lower-cased, as `bert-base-uncased` (the Q-Former's text).
+- `json`: a `tokenizer.json` as Hugging Face's models carry it, with the special tokens that the
+  `tokenizer_config.json` beside it names. Without a token for padding, `eos` pads.
 
 What differs from those libraries: `encode` never reads special tokens out of the text. A question
 that spells "</s>" becomes the characters of "</s>"; only the prompt builder places special tokens.
 """
 
+import json
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from emollama_jax import config_weights
 from emollama_jax.config import TokenizerConfig
+from emollama_jax.data.templates import CONTROL
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
 
 TINY = pathlib.Path(__file__).parent.parent / "models" / "weights" / "tiny_bpe.json"
 SPECIAL = ("<unk>", "<s>", "</s>")  # of the small BPE: ids 0, 1, 2, as LLaMA's; padding is <unk>
+TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+)
+CARRIED = {"json": TOKENIZER, "sentencepiece": SENTENCEPIECE}  # by a folder of converted weights
 _NEXT = "check data.llm_tokenizer and data.question_tokenizer in the config"
 
 
@@ -31,12 +43,16 @@ class Tokenizer(Protocol):
     """Text to ids and back. Instances pickle, so that worker processes can hold them."""
 
     size: int  # ids are 0 … size − 1
-    bos: int  # BERT: [CLS]
+    bos: int | None  # BERT: [CLS]; Qwen has none
     eos: int  # BERT: [SEP]
     pad: int
 
     def encode(self, text: str) -> list[int]:
         """The ids of a piece of text, without special tokens."""
+        ...
+
+    def token(self, text: str) -> int | None:
+        """The id of a special token; None: there is no such one."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -60,6 +76,10 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
+    def token(self, text: str) -> int | None:
+        i = self._processor.piece_to_id(text)
+        return i if self._processor.is_control(i) else None
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids if i >= 0 and i not in self._special])
 
@@ -67,49 +87,102 @@ class SentencePieceTokenizer:
 class JsonTokenizer:
     """A tokenizer of the `tokenizers` library, from its JSON text."""
 
-    def __init__(self, text: str, *, bos: str, eos: str, pad: str):
+    def __init__(self, text: str, *, bos: str | None, eos: str, pad: str):
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         self._tokenizer.encode_special_tokens = True  # "</s>" in a text is text
-        self.size = self._tokenizer.get_vocab_size()
-        wanted = (bos, eos, pad)
-        ids = [self._tokenizer.token_to_id(token) for token in wanted]
-        missing = [token for token, i in zip(wanted, ids, strict=True) if i is None]
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        wanted = [token for token in (bos, eos, pad) if token is not None]
+        missing = [token for token in wanted if self._tokenizer.token_to_id(token) is None]
         if missing:
-            raise ValueError(f"its vocabulary lacks {', '.join(missing)}")
-        self.bos, self.eos, self.pad = ids
-        self._special = set(ids)
+            raise ValueError(f"its vocabulary lacks {', '.join(dict.fromkeys(missing))}")
+        self._names = (bos, eos, pad)
+        self.bos = None if bos is None else self._tokenizer.token_to_id(bos)
+        self.eos, self.pad = map(self._tokenizer.token_to_id, (eos, pad))
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = [*wanted, *(token.content for token in added if token.special)]
+        self._special = {self._tokenizer.token_to_id(token) for token in special}
 
     def __reduce__(self):
-        tokens = [self._tokenizer.id_to_token(i) for i in (self.bos, self.eos, self.pad)]
-        return _json_tokenizer, (self._tokenizer.to_str(), *tokens)
+        return _json_tokenizer, (self._tokenizer.to_str(), *self._names)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token(self, text: str) -> int | None:
+        i = self._tokenizer.token_to_id(text)
+        return i if i in self._special else None
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i >= 0 and i not in self._special]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def _json_tokenizer(text: str, bos: str, eos: str, pad: str) -> JsonTokenizer:
+def _json_tokenizer(text: str, bos: str | None, eos: str, pad: str) -> JsonTokenizer:
     return JsonTokenizer(text, bos=bos, eos=eos, pad=pad)
 
 
-def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
+def from_files(text: str, settings: Mapping[str, Any]) -> JsonTokenizer:
+    """A tokenizer of Hugging Face's files.
+
+    Args:
+        text: of `tokenizer.json`.
+        settings: of `tokenizer_config.json`, which names the special tokens.
+
+    Raises:
+        ValueError: no end of a text is named, or tokens that the vocabulary lacks.
+    """
+
+    def named(*keys: str) -> str | None:
+        for key in keys:
+            token = settings.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                return token
+        return None
+
+    bos, eos = named("bos_token", "cls_token"), named("eos_token", "sep_token")
+    if eos is None:
+        raise ValueError(f"{TOKENIZER_CONFIG} names no eos_token")
+    pad = named("pad_token") or eos
+    tree = json.loads(text)
+    special = {*CONTROL, bos, eos, pad, named("unk_token")}
+    for token in tree.get("added_tokens", []):  # what only formats may place is never read in text
+        token["special"] = token["special"] or token["content"] in special
+    return JsonTokenizer(json.dumps(tree), bos=bos, eos=eos, pad=pad)
+
+
+def load_tokenizer(
+    cfg: TokenizerConfig, *, weights: str | tuple[str, ...] | None = None
+) -> Tokenizer:
     """Reads a tokenizer file; the path "tiny" is the package's own small BPE.
+
+    Args:
+        cfg: kind and path.
+        weights: of the config, one of whose folders the path "weights" means; None where that path
+            is not allowed.
 
     Raises:
         UserError: no such file, or a file of another kind.
     """
     path = TINY if cfg.path == "tiny" else as_path(cfg.path)
+    if cfg.path == "weights":
+        path = _carried(cfg, weights)
+    elif cfg.kind == "json" and path.is_dir():
+        path = path / TOKENIZER
     try:
         content = path.read_bytes()
+        beside = (path.parent / TOKENIZER_CONFIG).read_bytes() if cfg.kind == "json" else b""
     except OSError as error:
         reason = error.strerror or str(error)
+        missing = f" ({TOKENIZER_CONFIG} is wanted beside it)" if cfg.kind == "json" else ""
         raise UserError(
-            f"{path}: cannot read the {cfg.kind} tokenizer: {reason}; {_NEXT}"
+            f"{path}: cannot read the {cfg.kind} tokenizer: {reason}{missing}; {_NEXT}"
         ) from None
     try:
+        if cfg.kind == "json":
+            return from_files(content.decode(), json.loads(beside))
         if cfg.kind == "sentencepiece":
             return SentencePieceTokenizer(content)
         if cfg.kind == "bpe":
@@ -119,6 +192,37 @@ def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     except Exception as error:  # the Rust and C++ libraries raise bare Exception and RuntimeError
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a {cfg.kind} tokenizer: {reason}; {_NEXT}") from None
+
+
+def carried_by(weights: str | tuple[str, ...] | None, file: str, *, key: str) -> epath.Path:
+    """A file of the folder of converted weights that carries it.
+
+    Args:
+        weights: of the config.
+        file: its name.
+        key: of the config that asks for it, for messages.
+
+    Raises:
+        UserError: no such folder, or several.
+    """
+    folders = [*map(as_path, config_weights.folders(weights or "none"))]
+    found = [folder / file for folder in folders if (folder / file).exists()]
+    if len(found) != 1:
+        there = f"{len(found)} of them carry" if found else "none of them carries"
+        listed = ", ".join(map(str, folders)) or "it names none"
+        raise UserError(
+            f"{key} is of the folders in `weights` ({listed}), but {there} {file}: convert the LLM "
+            f"again from a folder or GGUF that has it, or name another {key}"
+        )
+    return found[0]
+
+
+def _carried(cfg: TokenizerConfig, weights: str | tuple[str, ...] | None) -> epath.Path:
+    if cfg.kind not in CARRIED:
+        raise UserError(
+            f"path weights of a {cfg.kind} tokenizer: wanted kind {' or '.join(CARRIED)}; {_NEXT}"
+        )
+    return carried_by(weights, CARRIED[cfg.kind], key="data.llm_tokenizer")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:

@@ -20,11 +20,11 @@ from emollama_jax.batch import Batch
 from emollama_jax.checkpoint import ONE_DEVICE
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.builders.registry import space_of
+from emollama_jax.data.chat import open_chat
 from emollama_jax.data.elements import Encoder, View, stack
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.pipeline import Data, make_eval_batches, open_source
 from emollama_jax.data.prompts import answer_ids
-from emollama_jax.data.tokenizers import load_tokenizer
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.answers import best_label, parse_answer
 from emollama_jax.evaluate.asked import Asked, Reworded, map_classes
@@ -47,10 +47,10 @@ class Speaker:
     """A model that answers batches of prompts; split once, for calls without end."""
 
     def __init__(self, cfg: Config, model: EmoLlama):
-        self.tokenizer = load_tokenizer(cfg.data.llm_tokenizer)
+        self.chat = open_chat(cfg)
         self._model, self._llama = nnx.split(model), nnx.split(model.llama)
         self._how = sampling(cfg.generate)
-        self._ending = make_ending((self.tokenizer.eos,), self.tokenizer.pad)
+        self._ending = make_ending(self.chat.stop, self.chat.pad)
         self._flags = of_backend(cfg.xla_flags)
 
     def read(self, batch: Batch) -> Prompt:
@@ -62,7 +62,7 @@ class Speaker:
         fixed = (self._how, self._ending)
         answer = decode.under(self._flags)
         ids = answer(*self._llama, prompt, *fixed, max_new_tokens=max_new_tokens)
-        return texts(whole(ids), self.tokenizer.decode)
+        return texts(whole(ids), self.chat.tokenizer.decode)
 
     def rate(self, prompt: Prompt, labels: Labels) -> Float[np.ndarray, "b c"]:
         """The log-likelihood of each label."""
@@ -107,12 +107,10 @@ def predict(
     part = share(mesh)
     mine = part.rows(batch)
     speaker = Speaker(cfg, model)
-    tokenizer, tested = speaker.tokenizer, space_of(cfg.data.dir, source.name)
+    tested = space_of(cfg.data.dir, source.name)
     space = asked.space if asked else tested
     means = map_classes(space, tested)
-    labels = pad_labels(
-        [[*answer_ids(name, tokenizer=tokenizer), tokenizer.eos] for name in space.classes]
-    )
+    labels = pad_labels([answer_ids(name, chat=speaker.chat) for name in space.classes])
     ways = {
         "generate": lambda prompt: _written(speaker, prompt, space),
         "score": lambda prompt: _scored(speaker, prompt, labels, space),

@@ -8,7 +8,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from emollama_jax import weights
+from emollama_jax import config_weights, weights
 from emollama_jax.config import Config
 from emollama_jax.data.builders import actionfaces, registry, store
 from emollama_jax.data.builders.listing import Listing, brief
@@ -43,15 +43,16 @@ def load_face(cfg: Config) -> FaceXFormer:
         return nnx.jit(lambda: make(Keys(cfg.train.seed)))()
     face = abstract(make)
     leaves = named_parameters(face)
-    if cfg.weights == "tiny":
+    if "face" in config_weights.towers(cfg.weights):
         pretrained.load(face, pretrained.WEIGHTS / f"{pretrained.TINY['face']}.safetensors")
         return face
     model = abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs))
     shapes = {name: leaf.shape for name, leaf in named_parameters(model).items()}
-    where = weights.check_base(cfg.weights, cfg.model, shapes)
+    folders = config_weights.folders(cfg.weights)
+    where = weights.check_base(folders, cfg.model, shapes)
     if absent := [name for name in leaves if f"face/{name}" not in where]:
         raise UserError(
-            f"weights: face/{absent[0]} is in none of {', '.join(map(str, cfg.weights))}: import "
+            f"weights: face/{absent[0]} is in none of {', '.join(folders)}: import "
             "FaceXFormer with python -m tools.convert_torch and name its folder too"
         )
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,9 +1,10 @@
-"""EVA-ViT (EVA-CLIP's vision tower, as LAVIS / BLIP-2 build it and LLaMA-VID uses it).
+"""EVA-ViT (EVA-CLIP's vision tower, as LAVIS / BLIP-2 build it and LLaMA-VID uses it), and DINOv2.
 
 Pre-norm ViT with learned absolute positions and a class token. Kept from the original: erf GELU,
 fused q, k, v without a bias for k, no norm after the last block (LLaMA-VID's "layer −2" is the
-output of 39 of EVA's 40 blocks). What differs: blocks are stacked and scanned, the patch
-convolution is a matrix product over cut patches, softmax is in float32.
+output of 39 of EVA's 40 blocks). DINOv2 is the same network with a norm there (`last_norm`), once
+its LayerScale is folded into the projections. What differs: blocks are stacked and scanned, the
+patch convolution is a matrix product over cut patches, softmax is in float32.
 """
 
 from collections.abc import Sequence
@@ -119,6 +120,7 @@ class EvaVit(nnx.Module):
             small_normal, (1 + cfg.patches, cfg.width), ("patches", "embed"), rngs=rngs
         )
         self.blocks = stack(lambda rngs: EvaBlock(cfg, rngs=rngs), cfg.depth, rngs=rngs)
+        self.norm = LayerNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs) if cfg.last_norm else None
 
     def __call__(self, pixels: Float[Array, "b s s 3"]) -> Float[Array, "b 1+p d"]:
         """Already normalised pixels [B, S, S, 3] to [B, 1 + P, D], the class token first."""
@@ -131,4 +133,5 @@ class EvaVit(nnx.Module):
         def step(block: EvaBlock, x: jax.Array, _: None):
             return block(x), None
 
-        return scan(self.blocks, step, x, remat=self.cfg.remat)[0]
+        x, _ = scan(self.blocks, step, x, remat=self.cfg.remat)
+        return x if self.norm is None else self.norm(x)

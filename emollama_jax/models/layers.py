@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
-from emollama_jax.config import LoraConfig, Remat
+from emollama_jax.config import LoraConfig, Remat, RopeLlama3Config
 from emollama_jax.models.rngs import Module, Rngs, Shapes, stacked
 from emollama_jax.sharding.points import features
 
@@ -164,7 +164,12 @@ def split_keys(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
 
 
 def rotary(
-    x: Float[Array, "b t n h"], positions: Int[Array, "#b t"], *, theta: float, scaling: float
+    x: Float[Array, "b t n h"],
+    positions: Int[Array, "#b t"],
+    *,
+    theta: float,
+    scaling: float,
+    llama3: RopeLlama3Config | None,
 ) -> Float[Array, "b t n h"]:
     """Rotary position embedding in LLaMA's half-split layout (`transformers` `rotate_half`).
 
@@ -173,13 +178,26 @@ def rotary(
         positions: of each token; one row for all where they are the same.
         theta: base of the wavelengths.
         scaling: positions are divided by it (linear interpolation).
+        llama3: Llama 3.1's scaling of the wavelengths; None for none.
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if llama3 is not None:
+        frequency = frequency / stretch(2 * math.pi / frequency, llama3)
     angle = positions.astype(jnp.float32)[..., None] / scaling * frequency  # [B, T, H/2]
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def stretch(wavelength: Float[Array, " w"], cfg: RopeLlama3Config) -> Float[Array, " w"]:
+    """By what Llama 3.1 multiplies rotary wavelengths: 1 for short ones, `factor` for long ones.
+
+    Between the two the frequency, not the wavelength, is blended.
+    """
+    low, high = cfg.low_freq_factor, cfg.high_freq_factor
+    share = jnp.clip((cfg.original_max_positions / wavelength - low) / (high - low), 0, 1)
+    return 1 / ((1 - share) / cfg.factor + share)
 
 
 def stack(make: Callable[[Rngs], Module], depth: int, *, rngs: Rngs) -> Module:

@@ -96,8 +96,12 @@ class LlamaLayer(nnx.Module):
         k = rearrange(self.k_proj(y, dropout_key=keys[1]), "b t (k h) -> b t k h", k=cfg.kv_heads)
         v = rearrange(self.v_proj(y, dropout_key=keys[2]), "b t (k h) -> b t k h", k=cfg.kv_heads)
         where = jnp.arange(x.shape[1])[None] if positions is None else positions
-        q = rotary(q, where, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
-        k = rotary(k, where, theta=cfg.rope_theta, scaling=cfg.rope_scaling)
+        rope = {
+            "theta": cfg.rope_theta,
+            "scaling": cfg.rope_scaling,
+            "llama3": cfg.rope_llama3,
+        }
+        q, k = rotary(q, where, **rope), rotary(k, where, **rope)
         if cache is None:
             mixed = attention(
                 q, k, v, causal=True, positions=positions, implementation=cfg.attention
@@ -134,10 +138,11 @@ def _write(cache: KVCache, new: KVCache, positions: Int[Array, "b t"] | None) ->
 
 
 class Llama(nnx.Module):
-    """The decoder with its embedding and its head (untied).
+    """The decoder with its embedding and its head; of a tied one, the embedding is the head.
 
     Raises:
-        UserError: heads that kv_heads do not divide, or a head width without halves to rotate.
+        UserError: heads that kv_heads do not divide, a head width without halves to rotate, or
+            scalings of the angles that do not fit.
     """
 
     def __init__(self, cfg: LlamaConfig, *, rngs: Rngs):
@@ -146,19 +151,34 @@ class Llama(nnx.Module):
                 f"model.llama: heads {cfg.heads}, kv_heads {cfg.kv_heads}, head_dim "
                 f"{cfg.head_dim}: kv_heads must divide heads and head_dim must be even"
             )
+        llama3 = cfg.rope_llama3
+        if llama3 is not None and cfg.rope_scaling != 1:
+            raise UserError(
+                f"model.llama.rope_scaling is {cfg.rope_scaling:g} beside rope_llama3, wanted 1: "
+                "angles have one scaling"
+            )
+        if llama3 is not None and llama3.high_freq_factor <= llama3.low_freq_factor:
+            raise UserError(
+                f"model.llama.rope_llama3.high_freq_factor is {llama3.high_freq_factor:g}, wanted "
+                f"more than low_freq_factor {llama3.low_freq_factor:g}"
+            )
         self.cfg = cfg
         self.embed_tokens = param(
             small_normal, (cfg.vocab_rows, cfg.width), ("vocab", "embed"), rngs=rngs
         )
         self.layers = stack(lambda rngs: LlamaLayer(cfg, rngs=rngs), cfg.layers, rngs=rngs)
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
-        self.lm_head = Linear(
-            cfg.width,
-            cfg.vocab_rows,
-            axes=("embed", "vocab"),
-            bias=False,
-            dtype=cfg.dtype,
-            rngs=rngs,
+        self.lm_head = (
+            None
+            if cfg.tied
+            else Linear(
+                cfg.width,
+                cfg.vocab_rows,
+                axes=("embed", "vocab"),
+                bias=False,
+                dtype=cfg.dtype,
+                rngs=rngs,
+            )
         )
 
     def embed(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -194,11 +214,10 @@ class Llama(nnx.Module):
             UserError: more tokens or slots than `max_positions` × `rope_scaling`.
         """
         cfg = self.cfg
-        reach = int(cfg.max_positions * cfg.rope_scaling)
         tokens = embeds.shape[1] if cache is None else cache.k.shape[2]
-        if tokens > reach:
+        if tokens > cfg.reach:
             raise UserError(
-                f"model.llama: {tokens} tokens, but positions reach {reach} (max_positions × "
+                f"model.llama: {tokens} tokens, but positions reach {cfg.reach} (max_positions × "
                 "rope_scaling): shorten data.text_length, data.clip_text_length or "
                 "generate.max_new_tokens, or raise model.llama.rope_scaling"
             )
@@ -220,8 +239,9 @@ class Llama(nnx.Module):
 
         V is `vocab_rows`; the padding's logits are −∞: it has no probability and is never chosen.
         """
+        kernel = self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        kernel = kernel.astype(self.cfg.dtype)
         # The product's float32 sums are kept: logits in bfloat16 would cost the loss digits.
-        kernel = self.lm_head.kernel.astype(self.cfg.dtype)
         hidden = hidden.astype(self.cfg.dtype)
         logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
         if self.cfg.vocab_rows == self.cfg.vocab_size:

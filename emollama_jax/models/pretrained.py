@@ -13,10 +13,11 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from emollama_jax.config_weights import TOWERS
 from emollama_jax.errors import UserError
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
-TINY = {"vision": "tiny_vision", "face": "tiny_face", "llama": "tiny_llama"}  # tower → file
+TINY = {tower: f"tiny_{tower}" for tower in TOWERS}  # tower → file
 
 
 def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
@@ -74,23 +75,24 @@ def read(path: pathlib.Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, n
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-def read_tiny(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """The vision tower, FaceXFormer and the LLaMA of a tiny EmoLlama.
+def read_tiny(shapes: Mapping[str, Sequence[int]], towers: Sequence[str]) -> dict[str, np.ndarray]:
+    """The package's towers for a model.
 
     Args:
         shapes: of the model's parameters by path, e.g. `vision/cls_token`.
+        towers: of `TINY`.
 
     Raises:
         UserError: as of `load`.
     """
     found = {}
-    for tower, file in TINY.items():
+    for tower in towers:
         mine = {
             path.removeprefix(f"{tower}/"): shape
             for path, shape in shapes.items()
             if path.startswith(f"{tower}/") and _kept(path)
         }
-        tensors = read(WEIGHTS / f"{file}.safetensors", mine)
+        tensors = read(WEIGHTS / f"{TINY[tower]}.safetensors", mine)
         found |= {f"{tower}/{name}": tensor for name, tensor in tensors.items()}
     return found
 

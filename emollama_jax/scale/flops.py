@@ -63,7 +63,8 @@ def train_flops(
     )
     width, rows = cfg.model.llama.width, cfg.model.llama.vocab_rows
     head = 2 * examples * (tokens - 1) * width * rows
-    products.append(Product("loss", head, "llama/lm_head/kernel"))
+    kernel = "llama/embed_tokens" if cfg.model.llama.tied else "llama/lm_head/kernel"
+    products.append(Product("loss", head, kernel))
     return _sum(products, trainable)
 
 

@@ -161,10 +161,7 @@ class Answerer:
             media: of `look`.
             classes: label words, in the order in which the question lists them.
         """
-        tokenizer = self.encoder.llm
-        labels = [
-            [*prompts.answer_ids(name, tokenizer=tokenizer), tokenizer.eos] for name in classes
-        ]
+        labels = [prompts.answer_ids(name, chat=self.encoder.chat) for name in classes]
         question = category_question(classes, media.kind)
         prompt, _ = self._prompt(media, question, earlier=(), seen=(), room=max(map(len, labels)))
         rated = score.under(self._flags)(*self._llama, prompt, pad_labels(labels))
@@ -263,15 +260,15 @@ class Conversation:
             seen=self._seen[self.forgotten :],
             room=how.max_new_tokens,
         )
-        tokenizer = answerer.encoder.llm
+        chat = answerer.encoder.chat
         pieces = stream(
             answerer._llama,
             prompt,
-            tokenizer.decode,
+            chat.tokenizer.decode,
             how=sampling(how),
             max_new_tokens=how.max_new_tokens,
-            stop=(tokenizer.eos,),
-            pad=tokenizer.pad,
+            stop=chat.stop,
+            pad=chat.pad,
             flags=answerer._flags,
         )
         answer = ""

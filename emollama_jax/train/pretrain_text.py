@@ -14,6 +14,7 @@ from emollama_jax.data.actionfaces.action_units import CLASS_SHARES, EMOTIONS
 from emollama_jax.data.actionfaces.courses import sample_course
 from emollama_jax.data.actionfaces.describe import conversation as describe
 from emollama_jax.data.actionfaces.identity import identities_of, make_identity
+from emollama_jax.data.chat import Chat
 from emollama_jax.data.instruct import category_item
 from emollama_jax.data.media import segment_indices
 from emollama_jax.data.pictures import Pictures
@@ -25,6 +26,7 @@ from emollama_jax.data.prompts import (
     render,
     split_rounds,
 )
+from emollama_jax.data.templates import TEMPLATES
 from emollama_jax.data.tokenizers import load_tokenizer, train_bpe
 from emollama_jax.train.fit import fit, progress_lines
 from emollama_jax.train.learners import TextLearner, blur
@@ -78,19 +80,21 @@ def _tell(config: Config, plan: Plan, pictures: Pictures) -> Iterator[_Told]:
 
 def text_tower(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     told = list(_tell(config, plan, drawn_pictures(config, plan, out, console, "train")))
+    template = TEMPLATES["vicuna"]
     vocabulary = train_bpe(
-        (piece for item in told for piece in render(item.turns, agr=item.agr)),
+        (piece for item in told for piece in render(item.turns, agr=item.agr, template=template)),
         config.model.llama.vocab_size,
     )
     (out / "tiny_bpe.json").write_text(vocabulary)
     tokenizer = load_tokenizer(TokenizerConfig(kind="bpe", path=str(out / "tiny_bpe.json")))
+    chat = Chat(template, tokenizer)
     per_frame, frames = config.model.tokens_per_frame, config.data.clip_frames
     encoded = [
         build_training(
             item.turns,
             n_visual=len(item.units) * per_frame,
             agr=item.agr,
-            tokenizer=tokenizer,
+            chat=chat,
             text_length=config.data.clip_text_length,
         )
         for item in told

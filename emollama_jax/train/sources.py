@@ -72,7 +72,7 @@ def _lengths(cfg: Config) -> dict[str, int]:
                 turns,
                 n_visual=encoder.visual(source.kind),
                 agr=_longest_sentence(cfg, source.kind),
-                tokenizer=encoder.llm,
+                chat=encoder.chat,
                 text_length=cfg.model.llama.max_positions,
             )
             length = encoded.length + encoded.lost

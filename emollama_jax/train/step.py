@@ -189,8 +189,10 @@ def train_step(
         model = merge(graphdef, frozen | params)
         hidden = model.hidden(batch, dropout_key=key)
         hidden = constrain(hidden, "batch")
-        head = model.llama.lm_head.kernel  # here, not in the loop over the loss's chunks
-        head.set_value(constrain(head[...], "head"))
+        tied = model.llama.lm_head is None
+        head = model.llama.embed_tokens if tied else model.llama.lm_head.kernel
+        # Here, not in the loop over the loss's chunks.
+        head.set_value(constrain(head[...], "table" if tied else "head"))
         labels, weight = batch.labels, batch.weight
         with jax.named_scope("loss"):
             sums = next_token_sums(

@@ -39,6 +39,7 @@ from tools.convert_torch.sources import SOURCES, Source, guess
 TOGETHER = 320 << 20  # bytes that are written at once; as much is read meanwhile
 READERS = 2  # threads that bring tensors into our layout; NumPy lets go of the lock meanwhile
 FIRST = 64 << 10  # bytes of each tensor that its fingerprint reads
+POSITIONS = ("pos_embed", "position_embedding", "position_embeddings")  # of vision towers
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "source": "source"}
 
 
@@ -206,7 +207,7 @@ def convert(
         files={path.name: size for path, size in plan.opened.files.items()},
         fingerprint=fingerprint(plan.leaves),
         dtype=DTYPES[dtype],
-        model=sizes(plan.model, plan.kind.sections),
+        model=sizes(plan.model, plan.kind.sections, free=plan.kind.free),
         notes=notes,
     )
     columns = (
@@ -219,7 +220,7 @@ def convert(
     buffers = Buffers()
     with (
         Progress(*columns, console=console) as progress,
-        Writer(out, manifest) as writer,
+        Writer(out, manifest, files=plan.opened.carried) as writer,
         ThreadPoolExecutor(READERS) as pool,
     ):
         task = progress.add_task(source, total=sum(leaf.nbytes for leaf in plan.leaves))
@@ -272,7 +273,8 @@ def fingerprint(leaves: Sequence[Leaf]) -> str:
     }
     digests = {}
     for key, tensor in sorted(tensors.items(), key=lambda pair: (pair[1].file, pair[0])):
-        values = tensor.read().reshape(-1)[: FIRST // tensor.dtype.itemsize]
+        values = (tensor.read() if tensor.raw is None else tensor.raw).reshape(-1)
+        values = values[: FIRST // values.dtype.itemsize]
         digests[key] = hashlib.sha256(values.tobytes()).hexdigest()
     PICKLED.release()
     whole = hashlib.sha256()
@@ -306,12 +308,12 @@ def _another(source: str, tensors: Mapping[str, Tensor], model: EmoLlamaConfig) 
 def _resized(
     tensors: dict[str, Tensor], model: EmoLlamaConfig, notes: list[str]
 ) -> dict[str, Tensor]:
-    """EVA-ViT's position embeddings at the config's picture size, where they have another."""
+    """A vision tower's positions at the config's picture size, where they have another."""
     wanted = 1 + model.vision.patches
     changed = dict(tensors)
     for key, tensor in tensors.items():
         name = key.rsplit(".", 1)[-1]
-        if name not in ("pos_embed", "position_embedding") or len(tensor.shape) != 3:
+        if name not in POSITIONS or len(tensor.shape) != 3:
             continue
         found = tensor.shape[1]
         if found == wanted:

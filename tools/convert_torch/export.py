@@ -14,16 +14,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 
-from emollama_jax import checkpoint, config, weights
+from emollama_jax import checkpoint, config, config_weights, weights
 from emollama_jax.config import EmoLlamaConfig
+from emollama_jax.data.templates import TEMPLATE_FILE
 from emollama_jax.errors import UserError
 from emollama_jax.models.pretrained import named_parameters
-from tools.convert_torch import facexformer, mtcnn, peft
+from emollama_jax.paths import as_path
+from tools.convert_torch import facexformer, language, mtcnn, peft
 from tools.convert_torch import llama_vid as lv
 from tools.convert_torch.convert import DTYPES, TOGETHER
 from tools.convert_torch.engine import Row, emit
+from tools.convert_torch.files import LANGUAGE
 from tools.convert_torch.settings import to_transformers
 
 Tensors = Iterator[tuple[str, np.ndarray]]
@@ -36,6 +40,7 @@ class Ours:
     model: EmoLlamaConfig
     paths: tuple[str, ...]
     get: Callable[[str], np.ndarray]
+    carried: Mapping[str, bytes]  # its tokenizer's files, by name
 
 
 def open_ours(src: pathlib.Path, base: Iterable[pathlib.Path]) -> Ours:
@@ -53,7 +58,9 @@ def open_ours(src: pathlib.Path, base: Iterable[pathlib.Path]) -> Ours:
             raise UserError(f"--base {extra[0]}: a run knows its base; leave it out")
         cfg, model = checkpoint.load_for_inference(src)
         leaves = named_parameters(model)
-        return Ours(cfg.model, tuple(leaves), lambda path: np.asarray(leaves[path][...]))
+        folders = config_weights.folders(cfg.weights)
+        get = lambda path: np.asarray(leaves[path][...])  # noqa: E731
+        return Ours(cfg.model, tuple(leaves), get, _carried(folders))
     folders = [src, *base]
     tree = config.to_dict(config.load("emollama_7b"))
     where: dict[str, pathlib.Path] = {}
@@ -70,7 +77,13 @@ def open_ours(src: pathlib.Path, base: Iterable[pathlib.Path]) -> Ours:
                 raise UserError(f"{path}: both in {where[path]} and in {folder}: name one of them")
             where[path] = folder
     model = config.from_dict(tree, origin=str(src)).model
-    return Ours(model, tuple(where), _Reader(where).get)
+    return Ours(model, tuple(where), _Reader(where).get, _carried(folders))
+
+
+def _carried(folders: Iterable[epath.PathLike]) -> dict[str, bytes]:
+    """The files of a tokenizer in folders of weights."""
+    files = [as_path(folder) / name for folder in folders for name in (*LANGUAGE, TEMPLATE_FILE)]
+    return {path.name: path.read_bytes() for path in files if path.exists()}
 
 
 class _Reader:
@@ -142,6 +155,11 @@ def export(
     wanted = [path for row in rows for path in row.paths]
     if to == "peft" and not wanted:
         raise UserError(f"{src}: holds no LoRA adapters")
+    if to in ("eva-vit", "llama-vid") and ours.model.vision.last_norm:
+        raise UserError(
+            f"{src}: its vision tower ends in a norm, as DINOv2's, for which {to} has no place: "
+            "export ours"
+        )
     absent = [path for path in wanted if path not in ours.paths]
     if absent:
         raise UserError(
@@ -272,7 +290,10 @@ def _llama(
 ) -> tuple[int, int]:
     kernel = ours.get("llama/norm/scale").dtype.name
     written = {"source": kernel}.get(dtype, DTYPES[dtype])
-    settings = to_transformers(ours.model, dtype=written)
+    settings = to_transformers(ours.model, dtype=written) | language.stops(ours.carried)
+    for name in LANGUAGE:
+        if name in ours.carried:
+            (folder / name).write_bytes(ours.carried[name])
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     return _sharded(
         folder, tensors, limit, stem="model", suffix=".safetensors", save=_save_safetensors

@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from tools.convert_torch.pickled import PICKLED, Unreadable
 
 SAFETENSORS = (".safetensors",)
+GGUF = (".gguf",)
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
-ELSEWHERE = (".ckpt", ".npz", ".h5", ".msgpack", ".gguf", ".onnx")  # weights that are not read
+ONNX = ".onnx"
+ELSEWHERE = (".ckpt", ".npz", ".h5", ".msgpack", *GGUF, ONNX)  # weights that are not read
 # What a folder's weights are called, the safe format first; the index of several files before one.
 NAMES = (
     "model.safetensors.index.json",
@@ -33,6 +35,8 @@ NAMES = (
 )
 NOT_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*.pth", "scaler.pt")
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+# What a folder says of its language, in the order in which Hugging Face reads it.
+LANGUAGE = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
 WRAPPED = (
     "module.",
     "_orig_mod.",
@@ -66,6 +70,7 @@ class Tensor:
     dtype: np.dtype
     file: str  # for messages
     read: Callable[[], np.ndarray]
+    raw: np.ndarray | None = None  # as it is stored, where that is otherwise
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +91,9 @@ class Opened:
         problems: all that is wrong, one line each.
         notes: what a person should know, e.g. which of two formats was read.
         files: that hold tensors, with their sizes in bytes.
-        settings: every `config.json` and `adapter_config.json` beside them.
+        settings: every `config.json` and `adapter_config.json` beside them, and of a GGUF what
+            would stand in the first.
+        carried: files of the tokenizer and its chat template, by name.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -94,6 +101,12 @@ class Opened:
     notes: list[str] = field(default_factory=list)
     files: dict[pathlib.Path, int] = field(default_factory=dict)
     settings: dict[pathlib.Path, dict[str, Any]] = field(default_factory=dict)
+    carried: dict[str, bytes] = field(default_factory=dict)
+
+    def of_models(self) -> dict[pathlib.Path, dict[str, Any]]:
+        """The settings of models: of `config.json` or of a GGUF."""
+        kept = self.settings.items()
+        return {p: held for p, held in kept if p.name == CONFIG or p.suffix in GGUF}
 
     def named(self, name: str) -> dict[pathlib.Path, dict[str, Any]]:
         """The settings in files of one name."""
@@ -106,6 +119,9 @@ class Opened:
             path: of the file.
             prefix: put before every key, where several files use the same.
         """
+        if path.suffix == ONNX:
+            self.problems.append(f"{path}: an ONNX file, which only the source dinov2 reads")
+            return set()
         try:
             found = _safetensors(path) if path.suffix in SAFETENSORS else self._pickled(path)
         except Unreadable as error:
@@ -146,6 +162,7 @@ def open_paths(
     *,
     names: Sequence[str] = NAMES,
     beside: Collection[str] = (),
+    carried: Collection[str] = (),
 ) -> Opened:
     """Opens files and folders, and the settings beside them.
 
@@ -153,7 +170,10 @@ def open_paths(
         paths: weight files, index files, or folders of them as Hugging Face lays them out.
         names: what a folder's weights are called; the first that is there is read.
         beside: what is read too, where it lies in a folder.
+        carried: names of files that are kept as they are, where they lie beside the weights.
     """
+    from tools.convert_torch import gguf_file  # which makes tensors of this module's
+
     opened = Opened()
     if not paths:
         opened.problems.append("--src: no path given")
@@ -162,7 +182,13 @@ def open_paths(
             opened.problems.append(f"{path}: no such file or folder")
             continue
         folder = path if path.is_dir() else path.parent
+        if path.suffix in GGUF:
+            gguf_file.add(opened, path)
+            continue
         settings = _settings(opened, folder)
+        for held in (folder / name for name in carried if (folder / name).is_file()):
+            opened.carried.setdefault(held.name, held.read_bytes())
+            settings.append(held)
         if path.is_dir():
             _folder(opened, path, names=names, beside=beside, settings=settings)
         elif path.name.endswith(".index.json"):

@@ -122,15 +122,15 @@ def tiny_sizes(meta: Mapping[str, Any]) -> tuple[LlamaConfig, EvaVitConfig, QFor
 def _llama(**fields: Any) -> LlamaConfig:
     """A LLaMA without padding of its vocabulary, scaling of positions or adapters."""
     head_dim = fields["width"] // fields["heads"]
-    plain = {"vocab_multiple": 1, "rope_scaling": 1.0, "lora": NO_LORA}
-    return LlamaConfig(**fields, **plain, **FLOAT32, head_dim=head_dim, attention="xla")
+    plain = {"vocab_multiple": 1, "lora": NO_LORA, "tied": False}
+    rope = {"rope_scaling": 1.0, "rope_llama3": None}
+    return LlamaConfig(**fields, **plain, **rope, **FLOAT32, head_dim=head_dim, attention="xla")
 
 
 def _vision(**fields: Any) -> EvaVitConfig:
     """A tower; its pictures come normalised."""
-    return EvaVitConfig(
-        **fields, **FLOAT32, image_mean=(0.0,) * 3, image_std=(1.0,) * 3, attention="xla"
-    )
+    plain = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3, "last_norm": False}
+    return EvaVitConfig(**fields, **FLOAT32, **plain, attention="xla")
 
 
 def _qformer(**fields: Any) -> QFormerConfig:

@@ -13,8 +13,10 @@ from rich.table import Table
 from emollama_jax import weights
 from emollama_jax.config import EmoLlamaConfig
 from emollama_jax.errors import UserError
+from tools.convert_torch.bert import open_bert
+from tools.convert_torch.dinov2 import open_dinov2
 from tools.convert_torch.engine import Row, matches_any
-from tools.convert_torch.files import ADAPTER, Opened, Tensor, open_paths
+from tools.convert_torch.files import ADAPTER, ONNX, Opened, Tensor, open_paths
 from tools.convert_torch.sources import SOURCES, guess
 
 
@@ -43,6 +45,8 @@ def inspect(
     if not opened.tensors:
         raise UserError("; ".join(opened.problems))
     source = source or _guessed(opened, model)
+    if source is not None and SOURCES[source].open in (open_dinov2, open_bert):
+        opened = SOURCES[source].open(paths)  # with what is joined and folded
     rows: list[Row] = []
     if source is not None:
         model, rows = SOURCES[source].fit(opened, model)
@@ -64,6 +68,8 @@ def _is_ours(path: pathlib.Path) -> bool:
 def _open(paths: Sequence[pathlib.Path], source: str | None) -> Opened:
     if source is not None:
         return SOURCES[source].open(paths)
+    if any(path.suffix == ONNX for path in paths):
+        return SOURCES["dinov2"].open(paths)
     if len(paths) == 1 and (paths[0] / "pnet.pt").is_file():
         return SOURCES["mtcnn"].open(paths)
     folders = [path if path.is_dir() else path.parent for path in paths]

@@ -24,6 +24,7 @@ BUFFERS = {
     r".*\.rotary_emb\.inv_freq": "buffer: follows from rope_theta",
     r".*embeddings\.position_ids": "buffer: 0, 1, 2, …",
 }
+TIED = {r"(.*\.)?lm_head\.weight": "tied: the same as the embedding"}
 KEEP = {
     r".*/lora_[AB]": "adapters are not part of the base weights",
     r"(fim|face)/.*": "LLaMA-VID has no face network",
@@ -43,8 +44,10 @@ def llama(cfg: LlamaConfig, *, model: str = "model.", head: str = "lm_head.") ->
             vocabulary(*sizes, transposed=False),
         ),
         Row(f"{model}norm.weight", "llama/norm/scale"),
-        Row(f"{head}weight", "llama/lm_head/kernel", vocabulary(*sizes, transposed=True)),
     ]
+    if not cfg.tied:
+        lm_head = vocabulary(*sizes, transposed=True)
+        rows.append(Row(f"{head}weight", "llama/lm_head/kernel", lm_head))
     for name in ("input_layernorm", "post_attention_layernorm"):
         rows.append(Row(f"{layer}.{name}.weight", f"{ours}/{name}/scale"))
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):

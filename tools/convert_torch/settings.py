@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from emollama_jax.config import EmoLlamaConfig, LlamaConfig
+from emollama_jax.config import EmoLlamaConfig, LlamaConfig, RopeLlama3Config
 from tools.convert_torch.files import CONFIG, Opened
 
 # Fields of our LlamaConfig by their names in `transformers`.
@@ -35,6 +35,8 @@ NESTED: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 2048,
 }
+ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+ORIGINAL = "original_max_position_embeddings"
 ROPE_THETA = 10000.0  # where a config.json names none: it is older than the field
 MISTRAL_WINDOW = 4096  # the same
 MOST = 1 << 24  # of any size
@@ -47,7 +49,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish", None),
     **dict.fromkeys(("attention_bias", "qkv_bias", "mlp_bias", "use_bias", "bias"), OFF),
-    "tie_word_embeddings": OFF,
     "pretraining_tp": ONE,
     **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), OFF),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logit_softcap"), NONE),
@@ -80,7 +81,7 @@ def from_transformers(
     """
     sees = "vision" in sections
     found: dict[pathlib.Path, LlamaConfig] = {}
-    for path, settings in opened.named(CONFIG).items():
+    for path, settings in opened.of_models().items():
         if sees and not _speaks(settings):
             opened.notes.append(f"{path}: not of a LLaMA, not read")
             continue
@@ -166,9 +167,10 @@ def _llama(cfg: LlamaConfig, settings: Mapping[str, Any]) -> tuple[LlamaConfig, 
     problems += _into(fields, "kv_heads", lambda: _size(text, "num_key_value_heads", None))
     problems += _into(fields, "head_dim", lambda: _size(text, "head_dim", None))
     problems += _into(fields, "rope", lambda: _rope(text))
+    problems += _into(fields, "tied", lambda: _truth(text, "tie_word_embeddings"))
     if problems:
         return cfg, problems
-    theta, scaling = fields.pop("rope")
+    theta, scaling, llama3 = fields.pop("rope")
     heads, width = fields["heads"], fields["width"]
     fields["kv_heads"] = fields["kv_heads"] or heads
     if fields["head_dim"] is None and width % heads:
@@ -179,8 +181,9 @@ def _llama(cfg: LlamaConfig, settings: Mapping[str, Any]) -> tuple[LlamaConfig, 
             f"num_attention_heads {heads}, num_key_value_heads {fields['kv_heads']}, head_dim "
             f"{fields['head_dim']}: the second must divide the first, the third be even"
         ]
-    llama = dataclasses.replace(cfg, **fields, rope_theta=theta, rope_scaling=scaling)
-    return llama, _window(text, kind, reach=int(llama.max_positions * scaling))
+    rope = {"rope_theta": theta, "rope_scaling": scaling, "rope_llama3": llama3}
+    llama = dataclasses.replace(cfg, **fields, **rope)
+    return llama, _window(text, kind, reach=llama.reach)
 
 
 def _quantized(settings: Mapping[str, Any]) -> str:
@@ -220,8 +223,16 @@ def _number(held: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def _rope(text: Mapping[str, Any]) -> tuple[float, float]:
-    """Rotary angles' theta, and what positions are divided by."""
+def _truth(text: Mapping[str, Any], key: str) -> bool:
+    """A setting that is false where it is left out."""
+    value = text.get(key)
+    if value not in (True, False, None):
+        raise _Wrong(f"{key} is {value!r}, wanted true or false")
+    return bool(value)
+
+
+def _rope(text: Mapping[str, Any]) -> tuple[float, float, RopeLlama3Config | None]:
+    """Rotary angles' theta, what positions are divided by, and Llama 3.1's scaling."""
     old, new = text.get("rope_scaling") or {}, text.get("rope_parameters") or {}
     for key, held in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(held, dict):
@@ -233,19 +244,26 @@ def _rope(text: Mapping[str, Any]) -> tuple[float, float]:
     scaling = _scaling(new, "rope_parameters") if new else _scaling(old, "rope_scaling")
     for held in (new, old, text):
         if held.get("rope_theta") is not None:
-            return _number(held, "rope_theta"), scaling
-    return ROPE_THETA, scaling
+            return _number(held, "rope_theta"), *scaling
+    return ROPE_THETA, *scaling
 
 
-def _scaling(rope: Mapping[str, Any], name: str) -> float:
+def _scaling(rope: Mapping[str, Any], name: str) -> tuple[float, RopeLlama3Config | None]:
     kind = rope.get("rope_type", rope.get("type"))
     if kind is None and not set(rope) - {"rope_theta", "partial_rotary_factor"}:
         kind = "default"
-    if kind not in ("default", "linear"):
-        raise _Wrong(f"{name} is of type {kind!r}, wanted 'linear' or none")
+    if kind not in ("default", "linear", "llama3"):
+        raise _Wrong(f"{name} is of type {kind!r}, wanted 'linear', 'llama3' or none")
     if rope.get("partial_rotary_factor") not in ONE:
         raise _Wrong(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, wanted 1")
-    return _number(rope, "factor") if kind == "linear" else 1.0
+    if kind != "llama3":
+        return (_number(rope, "factor") if kind == "linear" else 1.0), None
+    fields = {key: _number(rope, key) for key in ROPE_LLAMA3}
+    first = _size(rope, ORIGINAL)
+    low, high = fields["low_freq_factor"], fields["high_freq_factor"]
+    if high <= low:
+        raise _Wrong(f"high_freq_factor is {high:g}, wanted more than low_freq_factor {low:g}")
+    return 1.0, RopeLlama3Config(**fields, original_max_positions=first)
 
 
 def _window(text: Mapping[str, Any], kind: str | None, *, reach: int) -> list[str]:
@@ -318,6 +336,9 @@ def to_transformers(cfg: EmoLlamaConfig, *, dtype: str) -> dict[str, Any]:
     scaling = None
     if llama.rope_scaling != 1.0:
         scaling = {"type": "linear", "rope_type": "linear", "factor": llama.rope_scaling}
+    if (llama3 := llama.rope_llama3) is not None:
+        scaling = {"rope_type": "llama3", ORIGINAL: llama3.original_max_positions}
+        scaling |= {key: getattr(llama3, key) for key in ROPE_LLAMA3}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -329,7 +350,7 @@ def to_transformers(cfg: EmoLlamaConfig, *, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": llama.tied,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": dtype,

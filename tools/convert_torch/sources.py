@@ -5,11 +5,14 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from emollama_jax.config import EmoLlamaConfig
-from tools.convert_torch import adapters, facexformer, mtcnn, peft
+from emollama_jax.weights import FREE
+from tools.convert_torch import adapters, bert, dinov2, facexformer, language, mtcnn, peft
 from tools.convert_torch import llama_vid as lv
 from tools.convert_torch.engine import Row
-from tools.convert_torch.files import Opened, open_paths
+from tools.convert_torch.files import LANGUAGE, Opened, open_paths
 from tools.convert_torch.settings import check_tower, from_transformers
 
 _EVA = r"(cls_token|pos_embed|(patch_embed|blocks|norm|fc_norm|head)\..*)"
@@ -58,8 +61,33 @@ def _as_it_is(opened: Opened, cfg: EmoLlamaConfig) -> tuple[EmoLlamaConfig, list
 
 
 def _from_config(*sections: str) -> Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list]]:
-    """LLaMA's sizes from `config.json`."""
-    return lambda opened, cfg: (from_transformers(cfg, opened, sections=sections), [])
+    """LLaMA's sizes from `config.json`, and its tokenizer."""
+
+    def fit(opened: Opened, cfg: EmoLlamaConfig) -> tuple[EmoLlamaConfig, list[Row]]:
+        cfg = from_transformers(cfg, opened, sections=sections)
+        if cfg.llama.tied:
+            _check_tied(opened)
+        language.carry(opened)
+        return cfg, []
+
+    return fit
+
+
+def _check_tied(opened: Opened) -> None:
+    """A file may hold the head of a tied model a second time; it must be the same then."""
+    for key, head in opened.tensors.items():
+        if not key.endswith("lm_head.weight"):
+            continue
+        tables = [t for k, t in opened.tensors.items() if k.endswith("embed_tokens.weight")]
+        if len(tables) == 1 and not np.array_equal(head.read(), tables[0].read()):
+            opened.problems.append(
+                f"{key}: is not the embedding, but tie_word_embeddings is true: set it to what the "
+                "model was trained with"
+            )
+
+
+def _open_language(paths: Sequence[pathlib.Path]) -> Opened:
+    return open_paths(paths, carried=LANGUAGE)
 
 
 def _checked(section: str) -> Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list]]:
@@ -80,6 +108,7 @@ class Source:
         open: reads paths.
         fit: what the settings beside the weights make of a config, and rows for tensors that the
             naming does not know; its problems and notes go to what is opened.
+        free: fields of its sections that its weights do not depend on.
     """
 
     about: str
@@ -89,6 +118,7 @@ class Source:
     namings: tuple[Naming, ...]
     open: Callable[[Sequence[pathlib.Path]], Opened] = open_paths
     fit: Callable[[Opened, EmoLlamaConfig], tuple[EmoLlamaConfig, list[Row]]] = _as_it_is
+    free: tuple[str, ...] = FREE
 
     def holding(self, rows: Sequence[Row]) -> "Source":
         """The source with leaves that some more rows fill."""
@@ -142,7 +172,7 @@ def _open_llama_vid(paths: Sequence[pathlib.Path]) -> Opened:
     `eva_vit_g.pth`, whose keys get their place in the checkpoint, as in the original's loader; and
     the weights that LLaVA's trainers save beside an adapter, whose keys PEFT has wrapped.
     """
-    opened = open_paths(paths)
+    opened = _open_language(paths)
     tensors = opened.tensors
     eva = [key for key in tensors if re.fullmatch(_EVA, key)]
     _instead(opened, {key: lv.TOWER + key for key in eva}, lv.TOWER)
@@ -173,16 +203,17 @@ _LLAMA = Naming(
     "transformers",
     r"(.*)layers\.0\.self_attn\.q_proj\.weight",
     _llama,
-    _always(lv.BUFFERS),
+    lambda cfg: {**lv.BUFFERS, **(lv.TIED if cfg.llama.tied else {})},
 )
 
 SOURCES: dict[str, Source] = {
     "llama": Source(
-        about="LLaMA, LLaMA-2 or Vicuna of Hugging Face",
+        about="LLaMA (1 to 3.2), Vicuna, SmolLM2 and their like: of Hugging Face, or a GGUF",
         sections=("llama",),
         parts=("llama",),
         fills=r"llama/.*(?<!lora_[AB])",
         namings=(_LLAMA,),
+        open=_open_language,
         fit=_from_config("llama"),
     ),
     "llama-vid": Source(
@@ -195,7 +226,11 @@ SOURCES: dict[str, Source] = {
                 "LLaMA-VID",
                 r"()model\.vlm_att_query",
                 _llama_vid,
-                lambda cfg: {**lv.BUFFERS, **_eva_ignore(cfg)},
+                lambda cfg: {
+                    **(lv.TIED if cfg.llama.tied else {}),
+                    **lv.BUFFERS,
+                    **_eva_ignore(cfg),
+                },
             ),
         ),
         open=_open_llama_vid,
@@ -219,6 +254,24 @@ SOURCES: dict[str, Source] = {
                 r"(.*)encoder\.layers\.0\.self_attn\.qkv\.weight",
                 lambda cfg, prefix: lv.eva_vit_transformers(prefix),
                 _always({**lv.BUFFERS, **_OTHERS, **_NOT_VISION}),
+            ),
+        ),
+    ),
+    "dinov2": Source(
+        about="DINOv2: Hugging Face's files, or an ONNX export",
+        sections=("vision",),
+        parts=("vision",),
+        fills=r"vision/.*",
+        open=dinov2.open_dinov2,
+        fit=dinov2.fit,
+        # Its pictures are not normalised as EVA's are: a config that says otherwise is refused.
+        free=tuple(name for name in FREE if not name.startswith("image_")),
+        namings=(
+            Naming(
+                "transformers",
+                dinov2.SIGN,
+                lambda cfg, prefix: dinov2.rows(prefix),
+                _always(dinov2.IGNORE),
             ),
         ),
     ),
@@ -246,6 +299,23 @@ SOURCES: dict[str, Source] = {
                 r"(.*)qformer\.layernorm\.weight",
                 _qformer(lv.BLIP2),
                 _QFORMER_IGNORE,
+            ),
+        ),
+    ),
+    "bert": Source(
+        about="a BERT as the start of a Q-Former",
+        sections=("qformer",),
+        parts=("qformer",),
+        fills=bert.FILLS,
+        open=bert.open_bert,
+        fit=bert.fit,
+        free=(*FREE, *bert.FREE),
+        namings=(
+            Naming(
+                "transformers",
+                bert.SIGN,
+                lambda cfg, prefix: bert.rows(cfg.qformer.cross_attention_every, prefix),
+                _always(bert.IGNORE),
             ),
         ),
     ),
