@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
+from emollama_jax.data.names import check_prepared
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import groups
 from emollama_jax.evaluate.protocol import Prediction
@@ -64,6 +65,7 @@ def known(
         if not of and not named:
             raise UserError("items are named by their line: name their column with --id-column")
         folder = place.dir or FOLDER
+        check_prepared(folder, [name])  # before TFDS is imported
         names = match(
             [one.id for one in predictions],
             groups.item_names(folder, name, split),
