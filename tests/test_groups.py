@@ -74,7 +74,7 @@ def test_small_groups_are_shown_without_a_uar(answers):
     assert (old.n, old.classes) == (25, 7) and not np.isnan(old.uar)
     assert (unknown.name, unknown.n) == ("unknown", 0) and np.isnan(unknown.war)
     plain = groups.tree(found)
-    assert plain["age"]["0-9"]["uar"] is None and plain["age"]["unknown"]["war"] is None
+    assert plain["age"]["0-9"]["UAR"] is None and plain["age"]["unknown"]["WAR"] is None
     json.dumps(plain, allow_nan=False)
     cells = dict((row[0], row[1:]) for row in groups.table("x", found).rows)
     assert cells["age: 0-9"][:3] == ("3", "1 of 7", "66.7") and cells["age: 0-9"][4:] == ("–", "–")
@@ -218,7 +218,7 @@ def test_answers_in_a_file_are_counted_by_the_sets_priors(data, answered, tmp_pa
     assert {name: group["n"] for name, group in gender.items()} == {
         "Male": 3, "Female": 3, "unknown": 2,
     }  # fmt: skip
-    assert (gender["Male"]["war"], gender["unknown"]["war"]) == (1 / 3, 1.0)
+    assert (gender["Male"]["WAR"], gender["unknown"]["WAR"]) == (1 / 3, 1.0)
     assert list(tree["groups"]) == ["age", "gender"]
     assert len(tree["groups"]["age"]) == 8 and tree["groups"]["age"]["unknown"]["n"] == 1
     kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())

@@ -5,21 +5,42 @@ import json
 import pathlib
 import re
 
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from train_toy import quiet, toy_config, use_toy
 
 from emollama_jax import cli, config, packed, runs
-from emollama_jax.checkpoint import base_reference, load_for_inference, matching, read_config
+from emollama_jax.checkpoint import (
+    Checkpoints,
+    base_reference,
+    init_model,
+    load_for_inference,
+    matching,
+    read_config,
+)
 from emollama_jax.errors import UserError
 from emollama_jax.models import pretrained
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.serve import terminal
+from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train import loop
 from tools import package_run
 
 SMALLEST = 2.0**-25  # half of float16's smallest step
+
+
+@flax.struct.dataclass
+class Saved:
+    """A train state as far as a checkpoint needs one."""
+
+    step: jax.Array
+    params: dict[str, jax.Array]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,11 +52,22 @@ def toy():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two steps of the toy."""
+    """A run of the toy, whose trained parameters are random numbers of many sizes."""
     path = tmp_path_factory.mktemp("run")
-    cfg = toy_config(steps=2)
-    private = dataclasses.replace(cfg.data, dir=str(path / "data"))
-    loop.fit(dataclasses.replace(cfg, data=private), path, console=quiet())
+    cfg = toy_config()
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dir=str(path / "data")))
+    leaves = named_parameters(init_model(cfg, make_mesh(cfg.mesh)))
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=leaves[name].shape) * 10.0 ** -rng.integers(5), "float32")
+        for name in sorted(matching(cfg.train.trainable, leaves, key=""))
+    }
+    data = iter(grain.MapDataset.range(1).to_iter_dataset())
+    with Checkpoints(path, cfg) as checkpoints:
+        checkpoints.save(Saved(step=jnp.int32(2), params=params), data=data)
+    data.close()
+    rows = [{"step": step, "loss": 1.0, "accuracy": 0.5} for step in (1, 2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -59,7 +91,7 @@ def values(model):
 
 def test_a_packed_run_is_the_run_within_float16(run, small):
     (cfg, before), (read, after) = load_for_inference(run), load_for_inference(small)
-    assert read == toy_config(steps=2) != cfg
+    assert read == toy_config() != cfg
     before, after = values(before), values(after)
     trained = matching(cfg.train.trainable, before, key="")
     assert trained
@@ -111,7 +143,7 @@ def test_package_is_the_shipped_run_and_a_folder_of_that_name_is_not(
 def test_a_missing_shipped_run_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "SHIPPED", tmp_path)
     picture = tmp_path / "face.png"
-    picture.write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(picture)
     for args in (["ask", str(picture), "Who?"], ["eval", "package"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(args)

@@ -144,7 +144,8 @@ def tree(found: ByGroup) -> dict[str, Any] | None:
     for group in found.groups:
         numbers = dataclasses.asdict(group)
         attribute, name = numbers.pop("attribute"), numbers.pop("name")
-        plain.setdefault(attribute, {})[name] = _plain(numbers)
+        shown = {_KEYS.get(key, key): value for key, value in numbers.items()}
+        plain.setdefault(attribute, {})[name] = _plain(shown)
     return plain
 
 
@@ -171,6 +172,12 @@ def table(title: str, found: ByGroup) -> report.Table:
 
 
 _TITLE = "Errors by group"
+_KEYS = {  # as `predictions.summary` writes them
+    "war": "WAR",
+    "war_interval": "WAR_interval",
+    "uar": "UAR",
+    "uar_interval": "UAR_interval",
+}
 _NOTE = (
     "Age, gender and race are predictions of the face network, right or wrong, not what people "
     "say of themselves. Unknown: no face was found, or the network is less than "

@@ -243,8 +243,8 @@ def _by_group(result: dict[str, Any]) -> list[str]:
     for attribute, group in result["groups"].items():
         for name, numbers in group.items():
             if numbers["n"]:
-                low, high = (100 * numbers["war_interval"][end] for end in ("low", "high"))
-                war = f"{100 * numbers['war']:6.2f}  {low:.2f} – {high:.2f}"
+                low, high = (100 * numbers["WAR_interval"][end] for end in ("low", "high"))
+                war = f"{100 * numbers['WAR']:6.2f}  {low:.2f} – {high:.2f}"
                 found.append(f"  {attribute + ', ' + name:<24}{numbers['n']:>7}  {war}")
     return found
 
