@@ -99,8 +99,8 @@ def note() -> str:
         "shows."
     )
     return (
-        "Of installed packages, asked as `emollama ask PHOTO` does: the run that the package "
-        f"carries answers, not the one that this demo trained. {seen} The boxes are MTCNN's."
+        "They come with installed packages. The run that the package carries answers, as it does "
+        f"for emollama ask, not the one that this demo trained. {seen} The boxes are MTCNN's."
     )
 
 

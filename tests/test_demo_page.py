@@ -127,7 +127,7 @@ def test_photographs_are_on_top_with_their_boxes_and_answers(page):
     assert "portrait.jpg" in section and "<span>happiness</span>" in section
     assert "Who is &lt;this&gt;?" in section and "Somebody &amp; nobody." in section
     assert "<span>no face</span>" in section and "No face was found in the image." in section
-    assert "the run that the package carries answers" in section and "do not believe" in section
+    assert "The run that the package carries answers" in section and "do not believe" in section
     assert page.index("</header>") < page.index("Real photographs") < page.index('class="cards"')
 
 
