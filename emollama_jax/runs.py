@@ -4,7 +4,7 @@
     RUN/run.safetensors      a packed run (`packed.py`): read-only, as the package carries one
 
 Wherever a run may be named, `package` names the one that the package carries; a folder of that name
-is `./package`.
+goes by its whole path.
 """
 
 import os
