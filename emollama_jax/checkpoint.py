@@ -9,7 +9,7 @@ is kept, since adapters on another base would give wrong answers without any err
 
     RUN/checkpoints/STEP/{params, training}; config, base and data as Orbax' custom metadata
 
-Orbax' v1 API is used throughout.
+Orbax' v1 API is used throughout. A packed run (`packed.py`) is read as a checkpoint is.
 """
 
 import difflib
@@ -25,7 +25,7 @@ import orbax.checkpoint.experimental.v1 as ocp  # where Orbax 0.12 keeps its v1 
 from etils import epath
 from jax.sharding import Mesh
 
-from emollama_jax import config, config_weights, weights
+from emollama_jax import config, config_weights, packed, weights
 from emollama_jax.config import Config, MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models import pretrained
@@ -33,7 +33,7 @@ from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.models.rngs import Keys, Rngs, abstract
 from emollama_jax.paths import as_path, from_root
-from emollama_jax.runs import FOLDER, find
+from emollama_jax.runs import FOLDER, find, is_packed
 from emollama_jax.sharding.distributed import put
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
@@ -253,13 +253,13 @@ class Checkpoints:
 
 
 def read_config(path: epath.PathLike) -> Config:
-    """The config of a run, or of one checkpoint of it.
+    """The config of a run, of one checkpoint of it, or of a packed run.
 
     Raises:
         UserError: as of `load_for_inference`.
     """
     path = find(path)
-    return config.from_dict(_read_metadata(path)["config"], origin=str(path))
+    return config.from_dict(_read_saved(path)["config"], origin=str(path))
 
 
 def load_for_inference(
@@ -268,21 +268,30 @@ def load_for_inference(
     """The model of a checkpoint, on its base, and the config that made it.
 
     Args:
-        path: a run (its newest checkpoint is taken), or one checkpoint of it.
+        path: a run (its newest checkpoint is taken), one checkpoint of it, a packed run, or
+            `package`.
         mesh: where to put it; one device by default, whatever it was trained on.
 
     Raises:
         UserError: no checkpoint, one of another base, or one that cannot be read.
     """
     path = find(path)
-    saved = _read_metadata(path)
+    saved = _read_saved(path)
     cfg = config.from_dict(saved["config"], origin=str(path))
     _check_base(path, saved["base"], base_reference(cfg))
     model = init_model(cfg, make_mesh(mesh), given=cfg.train.trainable)
     leaves = named_parameters(model)
     trained = matching(cfg.train.trainable, leaves, key="train.trainable")
     wanted = {name: leaves[name].get_value() for name in trained}  # abstract
-    values = _load(path, {"params": wanted})["params"]
+    if is_packed(path):
+        shapes = {name: leaf.shape for name, leaf in wanted.items()}
+        read = packed.read(path, shapes, sha256=saved["sha256"])
+        values = {
+            name: put(tensor.astype(wanted[name].dtype), wanted[name].sharding)
+            for name, tensor in read.items()
+        }
+    else:
+        values = _load(path, {"params": wanted})["params"]
     for name, value in values.items():
         leaves[name].set_value(value)
     return cfg, model
@@ -368,6 +377,11 @@ def _instead(path: epath.Path) -> str:
         return "delete this folder and train anew; there is no earlier step"
     there = ", ".join(map(str, older))
     return f"delete this folder to go back to step {older[-1]} (earlier steps there: {there})"
+
+
+def _read_saved(path: epath.Path) -> dict[str, Any]:
+    """The config and the base of a checkpoint or a packed run."""
+    return packed.read_about(path) if is_packed(path) else _read_metadata(path)
 
 
 def _read_metadata(path: epath.Path) -> dict[str, Any]:

@@ -6,11 +6,12 @@ Each verb refuses what it can before it imports JAX: a wrong word costs less tha
 import json
 import pathlib
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from emollama_jax import compile_cache, dispatch
+from emollama_jax.cli_results import evaluate, zero_shot
 from emollama_jax.cli_speed import bench_data, bench_train, plan
 from emollama_jax.cli_words import (
     ConfigName,
@@ -19,16 +20,15 @@ from emollama_jax.cli_words import (
     LogLines,
     Media,
     Overrides,
-    Run,
     load_config,
     new_console,
     remove_handlers,
 )
 from emollama_jax.data import names
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate.options import ZeroShot
 from emollama_jax.instruct.options import Options as InstructOptions
 from emollama_jax.preflight import at_least, check_picture, check_writable
+from emollama_jax.runs import refuse_packed
 
 ABOUT = "EMO-LLaMA in JAX: names, describes and answers questions about facial expressions."
 
@@ -251,6 +251,7 @@ def train(
     overrides = (*overrides, *(word for word in data if "=" in word))
     data = tuple(word for word in data if "=" not in word)
     cfg = load_config(config, overrides)
+    refuse_packed(out)
     check_writable(out)
     wanted = data or [source.name for source in cfg.data.sources]
     for name in wanted:
@@ -274,133 +275,9 @@ def train(
         print(f"step {result.step} of {result.steps}, loss {result.loss:.4f}: {out}")
 
 
-def evaluate(
-    run: Run = "",
-    overrides: Overrides = (),
-    source: str | None = None,
-    split: str = "test",
-    fold: str | None = None,
-    dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
-    answering: Literal["both", "generate", "score"] = "both",
-    asked: str | None = None,
-    order: Literal["native", "shuffled"] = "native",
-    seed: int = 0,
-    batch: int = 32,
-    pictures: bool = False,
-    predictions: tuple[pathlib.Path, ...] = (),
-    truth_column: str = "label",
-    prediction_column: str = "predicted",
-    id_column: str | None = None,
-    classes: str | None = None,
-    json: bool = False,
-    out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
-) -> None:
-    """WAR, UAR, per-class recall and confusion matrix of a trained run on a prepared split, or of
-    anyone's predictions in a file (--predictions), for which no model is needed.
-
-    WAR is the share of right answers; UAR, the mean of the classes' recalls, weighs rare classes
-    as much as frequent ones. The model is spread over devices as it was in training; to change
-    that: mesh.fsdp=-1. On several hosts, the same command runs on each, as for training.
-
-    Args:
-        run: folder of `emollama train`, or one checkpoint in it; gs:// too. With --fold all,
-            {fold} in it is replaced by the number: one run for each fold.
-        overrides: changes of the sections mesh, distributed and generate.
-        source: data set, e.g. raf_db, dfew; actionfaces/images by default. With --predictions: the
-            set whose classes count; what the file says by default.
-        split: split of the data set.
-        fold: fold of dfew and mafw: 1 … 5, or all: the mean over the five.
-        dir: data folder; the run's by default.
-        answering: the written answer, parsed; the likeliest label word; or both.
-        asked: set whose label words the question lists, e.g. the one that was trained on.
-        order: order of the options in the question; shuffled measures position bias.
-        seed: seed of shuffled options.
-        batch: examples at a time.
-        pictures: show mistakes of a set under a research licence in the report.
-        predictions: a CSV, JSON or JSON lines file; or five, one for each fold of --source.
-        truth_column: column of the true label.
-        prediction_column: column of the answer: a label, a ranked list (its first counts), or free
-            text.
-        id_column: column of the item's name, each once; items are named by their line by default.
-        classes: label words with commas, for sets that are not known here.
-        json: print WAR, UAR, n, unparsed and recall of --predictions as JSON, as shares.
-        out: folder of predictions.jsonl, evaluation.json, table.tex and report.html; RUN/eval by
-            default, nothing for --predictions.
-    """
-    if out is not None:
-        check_writable(out)
-    if predictions:
-        from emollama_jax.evaluate.score import report_files
-
-        columns = (truth_column, prediction_column, id_column)
-        print(report_files(predictions, columns, source, classes, out=out, as_json=json))
-        return
-    if not run:
-        raise UserError("name a run (emollama eval RUN), or a file: --predictions FILE")
-    at_least(1, batch=batch)
-    source = source or "actionfaces/images"
-    for name in (source, *((asked,) if asked else ())):
-        names.check(name)
-    if dir is not None:
-        names.check_prepared(dir, [source])
-    if "{fold}" not in run:
-        from emollama_jax.runs import find
-
-        find(run)
-    compile_cache.start()
-    from emollama_jax import config
-    from emollama_jax.sharding import distributed
-
-    distributed.start(config.how_to_run(overrides), saves_on_notice=False)
-    from emollama_jax.evaluate.command import How, evaluate_source
-
-    said = evaluate_source(
-        run,
-        overrides,
-        source,
-        split,
-        fold=fold,
-        folder=dir,
-        how=How(
-            answering=answering,
-            batch=batch,
-            asked=asked,
-            order=order,
-            seed=seed,
-            pictures=pictures,
-        ),
-        out=out,
-        console=new_console(),
-    )
-    if distributed.leads():
-        print(said)
-
-
-def zero_shot(options: Inline[ZeroShot]) -> None:
-    """WAR, UAR and the rest of any other model, under the same protocol: a Hugging Face
-    image-text model, an OpenAI-compatible endpoint, or Gemini.
-
-    Begin with --limit 20. Answers are kept in the journal of the output folder. Stopped or killed?
-    Re-run the command to resume; a finished one asks nothing. Keys are read from the environment:
-    GEMINI_API_KEY, and OPENAI_API_KEY where the endpoint wants one.
-
-    Args:
-        options: the model, the data and the limits.
-    """
-    from emollama_jax.remote.clients import check_spec
-
-    check_spec(options.model)
-    if options.out is not None:
-        check_writable(options.out)
-    names.check_prepared(options.dir, [options.data])
-    from emollama_jax.evaluate.zero_shot import run
-
-    print(run(options, new_console()))
-
-
 def ask(
     media: Media,
-    run: str = "demo_out/run",
+    run: str | None = None,
     face: int | None = None,
     temperature: float | None = None,
     max_new_tokens: int | None = None,
@@ -412,11 +289,13 @@ def ask(
 
     emollama ask photo.jpg "What emotion does the person in the image show?"
 
-    Without a question, or with --chat, it reads questions line by line and remembers what was said.
+    Without a question it describes the face and names the emotion; in a terminal, and with --chat,
+    it then reads more questions line by line and remembers what was said.
 
     Args:
         media: picture files, video files or folders of frames, then the question in plain words.
-        run: trained run, e.g. what `make demo` left in demo_out/run.
+        run: trained run, e.g. what `make demo` left in demo_out/run; the one that the package
+            carries by default.
         face: which face of a picture, 0 the largest; the largest by default.
         temperature: 0 gives the likeliest answer; the run's by default.
         max_new_tokens: longest answer; the run's by default.
@@ -433,7 +312,7 @@ def ask(
         media=paths,
         question=question,
         chat=chat or question is None,
-        run=run,
+        run=terminal.default_run() if run is None else run,
         face=face,
         temperature=temperature,
         max_new_tokens=max_new_tokens,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from emollama_jax import compile_cache
+from emollama_jax import compile_cache, demo_photographs
 from emollama_jax import config as configs
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import Config, SourceConfig
@@ -29,7 +29,7 @@ from emollama_jax.data.emotions import label_space
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.pipeline import open_source
 from emollama_jax.demo_page import make_page
-from emollama_jax.errors import UserError
+from emollama_jax.evaluate import groups
 from emollama_jax.evaluate import report as pages
 from emollama_jax.evaluate.answers import parse_answer
 from emollama_jax.evaluate.difficulty import grey, pixel_regression
@@ -122,6 +122,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         What `report.json` holds.
     """
     size = QUICK if quick else FULL
+    demo_photographs.check()
     out.mkdir(parents=True, exist_ok=True)
     compile_cache.start()
     overrides = (
@@ -154,14 +155,30 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         difficulty = _difficulty(cfg, model, results, size, console)
     with watch.stage("ask"):
         answerer = Answerer(cfg, model)
-        photo = _photo(answerer, console)
         _ask(answerer, out, console)
         items = {
             name: _items(cfg, model, size, *results[name]["generate"]) for name in (IMAGES, CLIPS)
         }
+    with watch.stage("photographs"):
+        photographs = demo_photographs.ask(console)
+    by_group = {
+        name: groups.by_group(
+            results[name]["generate"][0],
+            groups.read_seen(cfg.data.dir, name, "test", race_labels=cfg.model.face.race_labels),
+            label_space(name),
+        )
+        for name in (IMAGES, CLIPS)
+    }
     summary: dict[str, Any] = {
         "image": _summary(results[IMAGES]["generate"][1]),
         "clip": _summary(results[CLIPS]["generate"][1]),
+        "groups": {
+            key: groups.tree(by_group[name]) for key, name in (("image", IMAGES), ("clip", CLIPS))
+        },
+        "photographs": {
+            photo.name: {"faces": photo.boxes, "answer": photo.answer, "emotion": photo.emotion}
+            for photo in photographs
+        },
         "difficulty": difficulty,
         "resume_bit_identical": identical,
         "label_scoring": {
@@ -176,7 +193,8 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     # Compiled by this process, how long that took, and programs found from earlier ones.
     summary["compilations"] = watch.compilations
     _write(out / "report.json", summary)
-    pages.write_report(out / "report.html", make_page(cfg, out, summary, results, items, photo))
+    page = make_page(cfg, out, summary, results, items, photographs, by_group)
+    pages.write_report(out / "report.html", page)
     return summary
 
 
@@ -294,30 +312,6 @@ def _difficulty(
     for key, value in difficulty.items():
         console.print(f"{key}: {value:.3f}")
     return difficulty
-
-
-def _photo(answerer: Answerer, console: Console) -> dict[str, Any]:
-    """A real photograph, Grace Hopper's portrait, which matplotlib carries; its face, an answer."""
-    import matplotlib.cbook
-
-    name = "grace_hopper.jpg"
-    with matplotlib.cbook.get_sample_data(name) as file:
-        source = file.read()
-    start = time.monotonic()
-    media = answerer.look(source)
-    seconds = time.monotonic() - start
-    if media.face is None:
-        raise UserError(f"MTCNN found no face in {name}: are the package's weights whole?")
-    picture = read_image(source)
-    box = [round(float(x), 1) for x in media.boxes[media.face]]
-    console.print(
-        f"a real photograph ({picture.shape[1]}×{picture.shape[0]}): {len(media.boxes)} face, box "
-        f"{box}, probability {media.probabilities[media.face]:.4f}, {seconds:.1f} s"
-    )
-    question = QUESTION.format(medium="image")
-    answer = "".join(answerer.ask(media, question))
-    console.print(f"{name}: {question}\n{answer}", highlight=False, markup=False)
-    return {"name": name, "picture": picture, "box": box, "question": question, "answer": answer}
 
 
 def _ask(answerer: Answerer, out: pathlib.Path, console: Console) -> None:

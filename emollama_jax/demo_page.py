@@ -4,22 +4,25 @@ import importlib.metadata
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from emollama_jax import config as configs
+from emollama_jax import demo_photographs
 from emollama_jax.config import Config
+from emollama_jax.demo_photographs import Photograph
+from emollama_jax.evaluate import groups
 from emollama_jax.evaluate import report as pages
 from emollama_jax.train.metrics import METRICS, read_metrics
 
 LEDE = (
-    "The faces on this page are drawings. This program drew them from the muscles that move a face "
-    "in an emotion; they show no real people, and stand in for photographs that may not be passed "
-    "on. On them the whole of EMO-LLaMA runs, small: it finds and reads the faces, trains a tiny "
-    "LLaMA, and answers about drawn people that it has never seen. The numbers show that all of it "
-    "works together, and say nothing about real faces."
+    "But for the photographs, the faces on this page are drawings. This program drew them from the "
+    "muscles that move a face in an emotion; they show no real people, and stand in for pictures "
+    "that may not be passed on. On them the whole of EMO-LLaMA runs, small: it finds and reads the "
+    "faces, trains a tiny LLaMA, and answers about drawn people that it has never seen. The "
+    "numbers show that all of it works together, and say nothing about real faces."
 )
 
 
@@ -29,7 +32,8 @@ def make_page(
     summary: Mapping[str, Any],
     results: Mapping[str, Any],
     items: Mapping[str, list[pages.Item]],
-    photo: Mapping[str, Any],
+    photographs: Sequence[Photograph],
+    by_group: Mapping[str, groups.ByGroup],
 ) -> pages.Report:
     """The page of a finished demo.
 
@@ -39,7 +43,8 @@ def make_page(
         summary: what `report.json` holds.
         results: data set → way of answering → (predictions, evaluation).
         items: data set → held-out examples to show.
-        photo: the real photograph with the box of its face, a question and the answer.
+        photographs: real ones, with what was answered.
+        by_group: data set → errors by group.
     """
     rows = read_metrics(out / "run" / METRICS)
     shares = summary["difficulty"]
@@ -57,7 +62,8 @@ def make_page(
             note="Shares of right answers on the held-out people, in percent.",
             head=("what", "%"),
             rows=[(text, pages.percent(shares[key])) for key, text in explained.items()],
-        )
+        ),
+        *(groups.table(name.partition("/")[2], found) for name, found in by_group.items()),
     ]
     if "ablation" in summary:
         tables.append(
@@ -78,16 +84,6 @@ def make_page(
             )
         )
     same = "identical to" if summary["resume_bit_identical"] else "NOT identical to"
-    portrait = pages.Item(
-        id=photo["name"],
-        frames=[photo["picture"]],
-        landmarks=[None],
-        label=None,
-        predicted=photo["name"],
-        question=photo["question"],
-        text=photo["answer"],
-        box=photo["box"],
-    )
     return pages.Report(
         title="EMO-LLaMA, small, on drawn faces",
         lede=LEDE,
@@ -100,7 +96,20 @@ def make_page(
             )
             for name, result in results.items()
         ],
-        photographs=[portrait],
+        photographs=[
+            pages.Item(
+                id=photo.name,
+                frames=[photo.picture],
+                landmarks=[None],
+                label=None,
+                predicted=photo.emotion or ("no face" if not photo.boxes else None),
+                question=photo.question,
+                text=photo.answer,
+                boxes=photo.boxes,
+            )
+            for photo in photographs
+        ],
+        photographs_note=demo_photographs.note(),
         pictures=items["actionfaces/images"],
         clips=items["actionfaces/clips"],
         curves=[

@@ -228,6 +228,25 @@ def test_no_question_at_all_is_said(stub, photo, tmp_path, capsys, monkeypatch):
         run(wish(photo), tmp_path, capsys)
 
 
+def test_without_a_question_the_standard_one_is_answered(
+    stub, photo, tmp_path, capsys, monkeypatch
+):
+    standard = "Describe the face in the image and name the emotion."
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # a pipe that holds nothing
+    out, _ = run(wish(photo), tmp_path, capsys)
+    assert out == [f"1: {standard}"]
+    out, _ = run(wish(photo, question="Who?", chat=True), tmp_path, capsys)
+    assert out == ["1: Who?"]
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("Why?\n\nHow?\n"))
+    out, _ = run(wish(photo), tmp_path, capsys)
+    assert out == [f"1: {standard}", "2: Why?"]
+
+
 def test_one_broken_picture_costs_no_answer_about_the_others(stub, photo, tmp_path, capsys):
     broken, last = tmp_path / "broken.png", tmp_path / "last.png"
     for path in (broken, last):

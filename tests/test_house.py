@@ -28,6 +28,7 @@ BASE = {
     "locks",
     "preflight",
     "runs",
+    "packed",
     "status",
     "compile_cache",
 }
@@ -49,11 +50,13 @@ MAY_IMPORT = {
     "tables": {"errors"},
     "preflight": {"errors"},
     "runs": {"errors", "paths"},
+    "packed": {"errors", "config", "models", "paths", "runs", "yaml_file"},
     "status": set(),
     "compile_cache": {"errors"},
     "locks": {"errors", "paths"},
     "dispatch": {"errors"},
     "cli_words": {"config"},
+    "cli_results": BASE | {"cli_words", "data", "evaluate", "remote", "sharding"},
     "cli_speed": {
         "errors",
         "config",
@@ -77,11 +80,13 @@ MAY_IMPORT = {
     "serve": LOWER | {"faces", "generate", "train"},
     "bench": LOWER | {"faces", "train"},
     "scale": LOWER | {"faces", "generate", "train"},
-    "demo_page": LOWER | {"train", "evaluate"},
-    "demo": LOWER | {"demo_page"} | {"faces", "generate", "train", "evaluate", "serve", "scale"},
+    "demo_photographs": LOWER | {"evaluate", "serve"},
+    "demo_page": LOWER | {"demo_photographs", "train", "evaluate"},
+    "demo": LOWER
+    | {"demo_page", "demo_photographs", "faces", "generate", "train", "evaluate", "serve", "scale"},
     "cli": LOWER
     | {"faces", "generate", "train", "evaluate", "serve", "scale", "demo"}
-    | {"remote", "instruct", "bench", "dispatch", "cli_words", "cli_speed"},
+    | {"remote", "instruct", "bench", "dispatch", "cli_words", "cli_results", "cli_speed"},
     "testing": LOWER,
 }
 # Modules that anyone above `errors` may import: plain NumPy, and they import nothing but `errors`.

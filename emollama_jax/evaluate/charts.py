@@ -162,7 +162,7 @@ def faces(
     landmarks: Sequence[Float[np.ndarray, "68 2"] | None],
     *,
     alt: str,
-    box: Sequence[float] | None = None,
+    boxes: Sequence[Sequence[float]] = (),
 ) -> str:
     """Frames side by side with their landmarks.
 
@@ -170,7 +170,7 @@ def faces(
         frames: of one size.
         landmarks: of each frame, pixels with integers at pixel centres; None where no face is.
         alt: what is shown, for those who cannot see it.
-        box: of the face in a picture: left, top, right, bottom, pixels; None draws none.
+        boxes: of the faces in a picture: left, top, right, bottom, pixels.
     """
     height, width = frames[0].shape[:2]
     gap = round(width / 24) if len(frames) > 1 else 0
@@ -181,8 +181,7 @@ def faces(
         parts.append(f'<image width="{width}" height="{height}" href="{jpeg(frame)}"/>')
         if points is not None:
             parts.append(_mesh(points, unit))
-        if box is not None:
-            left, top, right, bottom = box
+        for left, top, right, bottom in boxes:
             parts.append(
                 f'<rect class="box" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
                 f'height="{bottom - top:.1f}" style="stroke-width:{unit:.2f}"/>'

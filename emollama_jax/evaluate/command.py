@@ -3,8 +3,9 @@
 import dataclasses
 import importlib.metadata
 import json
+import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from etils import epath
@@ -13,30 +14,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emollama_jax import config as configs
-from emollama_jax.checkpoint import find, load_for_inference, read_config
+from emollama_jax.checkpoint import load_for_inference, read_config
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.builders.registry import space_of
+from emollama_jax.data.duplicates import also_in
 from emollama_jax.data.elements import Encoder
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.pipeline import open_source
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import folds, report
+from emollama_jax.evaluate import folds, groups, report
+from emollama_jax.evaluate import without as leaving
 from emollama_jax.evaluate.asked import Asked, Order, map_classes, unanswerable
 from emollama_jax.evaluate.protocol import (
     SEGMENTS,
-    Evaluation,
     Prediction,
-    evaluate,
     protocol_of,
     write_predictions,
 )
-from emollama_jax.evaluate.results import Tested, worst, write_results
+from emollama_jax.evaluate.results import Tested, make_tested, summarise, worst, write_results
 from emollama_jax.evaluate.run import Answering, predict
 from emollama_jax.evaluate.trace import data_hash, file_hash, folder_hash, priors_hash
 from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path
+from emollama_jax.runs import PACKAGE, find
 from emollama_jax.sharding.distributed import leads
 from emollama_jax.sharding.mesh import make_mesh
 
@@ -54,6 +56,7 @@ class How:
     order: Order = "native"
     seed: int = 0  # of shuffled options
     pictures: bool = False  # show pictures of a set under a research licence
+    without: str | None = None  # a split: a second number leaves out what also stands in it
 
     @property
     def ways(self) -> tuple[Answering, ...]:
@@ -71,19 +74,21 @@ def evaluate_source(
     folder: str | None,
     how: How,
     out: str | None,
+    as_json: bool,
     console: Console,
 ) -> str:
     """Evaluates a run, or one run for each fold, on a set.
 
     Args:
-        run: of `emollama train`; "{fold}" in it stands for the fold's number.
+        run: of `emollama train`, or `package`; "{fold}" in it stands for the fold's number.
         overrides: key=value of the sections that may change after training.
         source: the set, e.g. "raf_db", "dfew", "dfew/fold1".
         split: of it.
         fold: its number, or "all"; None: as `source` says.
         folder: of the data; None: the run's.
         how: to ask.
-        out: gets the results; None: RUN/eval.
+        out: gets the results; None: RUN/eval, or runs/package/eval.
+        as_json: say it as JSON.
         console: where progress goes.
 
     Returns:
@@ -94,7 +99,10 @@ def evaluate_source(
     """
     names = folds.names(source, fold)
     which = "all" if len(names) > 1 else str(names[0][0])
-    home = out or f"{run.rstrip('/').replace('{fold}', which)}/eval"
+    writable = f"runs/{PACKAGE}" if run == PACKAGE else run.rstrip("/")
+    home = out or f"{writable.replace('{fold}', which)}/eval"
+    if len(names) > 1 and how.without is not None:
+        raise UserError(f"--without {how.without}: of one fold, not of all")
     paths = [run.replace("{fold}", str(number)) for number, _ in names]
     runs = [configs.override(read_config(path), overrides) for path in paths]
     for cfg, (_, name) in zip(runs, names, strict=True):  # before any model is loaded
@@ -122,20 +130,36 @@ def evaluate_source(
             )
         )
     if len(tested) == 1:
-        e = tested[0]
+        (ways,) = tested
+        told = warning([ways[0].evaluation])
+        if as_json:
+            if told and leads():
+                print(told, file=sys.stderr)
+            return _json({**summarise(ways[0]), **_ways(ways), "report": f"{home}/report.html"})
+        e, second = ways[0].evaluation, ways[0].without
         line = f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home}/report.html"
-        return "\n".join(filter(None, [warning([e]), line]))
-    found = {number: e for (number, _), e in zip(names, tested, strict=True)}
+        return "\n".join(filter(None, [told, line, "" if second is None else leaving.line(second)]))
+    found = {number: ways[0].evaluation for (number, _), ways in zip(names, tested, strict=True)}
     if leads():
+        data_dir = folder or runs[0].data.dir
+        race_labels = runs[0].model.face.race_labels
         folds.write_joined(
             home,
             found,
             source=source,
             split=split,
+            seen=groups.joined(
+                groups.read_seen(data_dir, name, split, race_labels=race_labels)
+                for _, name in names
+            ),
             command=_command(source, split, how) + " --fold all",
             versions=_versions(),
         )
-    return folds.line(folds.join(found, source), home)
+    mean = folds.join(found, source)
+    if as_json:
+        told = folds.summary(list(found.values()), mean)
+        return _json({**told, "report": f"{home}/report.html"})
+    return folds.line(mean, home)
 
 
 def evaluate_run(
@@ -151,7 +175,7 @@ def evaluate_run(
     mesh: Mesh | None = None,
     how: How | None = None,
     checkpoint: str | None = None,
-) -> Evaluation:
+) -> list[Tested]:
     """Evaluates a model on a prepared split and writes down everything.
 
     On several hosts the first one writes.
@@ -171,11 +195,17 @@ def evaluate_run(
         checkpoint: where the model came from, to be traced; None: untraced.
 
     Returns:
-        The headline's numbers: of the written answers, if the model wrote.
+        The numbers of each way of answering; the headline, written answers if there are, first.
+
+    Raises:
+        UserError: no or unfitting data; no split of the name that `how.without` gives.
     """
     how = dataclasses.replace(how or How(), answering=answering, batch=batch)
     out = as_path(out)
     console = console if leads() else Console(quiet=True)
+    left_out = None
+    if how.without is not None:
+        left_out = how.without, also_in(cfg.data.dir, name, split, how.without)
     data = open_source(cfg.data.dir, name, split)
     kind = data[0]["kind"]
     source = SourceConfig(name=name, split=split, kind=kind, weight=1.0)
@@ -196,19 +226,21 @@ def evaluate_run(
             mesh=mesh,
             asked=None if native else asked,
         )
+    seen = groups.read_seen(cfg.data.dir, name, split, race_labels=cfg.model.face.race_labels)
     tested = [
-        Tested(title=TITLES[way], predictions=items, evaluation=evaluate(items, space))
+        make_tested(TITLES[way], items, space, seen=seen, left_out=left_out)
         for way, items in found.items()
     ]
     if not leads():
-        return tested[0].evaluation
+        return tested
     trace = {}
     for number, (way, item) in enumerate(zip(how.ways, tested, strict=True)):
         file = out / (f"predictions-{way}.jsonl" if number else "predictions.jsonl")
         write_predictions(file, item.predictions)
         trace[file.name] = file_hash(file)
     if checkpoint is not None:
-        trace[f"checkpoint {find(checkpoint)}"] = folder_hash(find(checkpoint))
+        where = PACKAGE if checkpoint == PACKAGE else find(checkpoint)
+        trace[f"checkpoint {where}"] = folder_hash(find(checkpoint))
     priors = open_priors(cfg.data.dir, name, split)
     trace[f"data, {name}, {split}"] = data_hash(data, space)
     trace[f"face priors, {name}, {split}"] = priors_hash(priors[i] for i in range(len(priors)))
@@ -232,7 +264,18 @@ def evaluate_run(
         versions=_versions(),
         trace=trace,
     )
-    return tested[0].evaluation
+    return tested
+
+
+def _ways(tested: Sequence[Tested]) -> dict[str, Any]:
+    """The numbers of each way of answering, where there are two."""
+    if len(tested) == 1:
+        return {}
+    return {"ways": {item.title: summarise(item) for item in tested}}
+
+
+def _json(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, ensure_ascii=False, allow_nan=False)
 
 
 def check_unseen(cfg: Config, name: str, split: str) -> None:
@@ -260,6 +303,8 @@ def _command(name: str, split: str, how: How) -> str:
     words = f"emollama eval RUN --source {name} --split {split} --answering {how.answering}"
     if how.asked is not None:
         words += f" --asked {how.asked}"
+    if how.without is not None:
+        words += f" --without {how.without}"
     return words + (f" --order shuffled --seed {how.seed}" if how.order == "shuffled" else "")
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from emollama_jax.data.emotions import label_space
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import metrics
+from emollama_jax.evaluate import groups, metrics
 from emollama_jax.evaluate.protocol import (
     Evaluation,
     Prediction,
@@ -100,6 +101,7 @@ def write_joined(
     source: str,
     split: str,
     model: str = "",
+    seen: groups.Seen,
     command: str,
     versions: Mapping[str, str],
 ) -> metrics.Folds:
@@ -111,6 +113,7 @@ def write_joined(
         source: the set.
         split: of it.
         model: its name, where it is not a run of this package.
+        seen: what the face priors say of all folds' items.
         command: that did it.
         versions: of packages.
 
@@ -122,6 +125,7 @@ def write_joined(
     files = {number: home / f"fold{number}" / "predictions.jsonl" for number in evaluations}
     items = {number: read_predictions(file) for number, file in files.items()}
     check_disjoint(list(items.values()))
+    every = [one for found in items.values() for one in found]
     what = f"{_protocol(source).space.title}, {split}, {len(evaluations)} folds"
     write_results(
         home,
@@ -133,6 +137,7 @@ def write_joined(
             for number, e in evaluations.items()
         ],
         folds=mean,
+        pooled=groups.by_group(every, seen, label_space(source)),
         command=command,
         config="# of each fold: see its own report\n",
         versions=versions,

@@ -32,6 +32,8 @@ class ZeroShot:
     """pixels of a picture's longer side as it is sent; larger ones are shrunk."""
     order: Literal["native", "shuffled"] = "native"
     """order of the options in the question; shuffled differs from example to example."""
+    without: str | None = None
+    """a second number, without the items that also stand in this split, e.g. train."""
     limit: int | None = None
     """number of examples, the first ones: a trial, no result; all by default."""
     out: pathlib.Path | None = None

@@ -54,7 +54,7 @@ class Item:
     predicted: str | None
     text: str  # the model's answer
     question: str = ""  # that it answers; "" where a page asks one question throughout
-    box: Sequence[float] | None = None  # of the face: left, top, right, bottom, pixels
+    boxes: Sequence[Sequence[float]] = ()  # of faces: left, top, right, bottom, pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,8 @@ class Report:
     title: str
     lede: str  # what was done, in a sentence or two
     results: Sequence[Result]
-    photographs: Sequence[Item] = ()
+    photographs: Sequence[Item] = ()  # real ones, on top
+    photographs_note: str = ""  # who answers about them
     pictures: Sequence[Item] = ()
     clips: Sequence[Item] = ()
     mistakes: Sequence[Item] = ()  # worst first
@@ -105,7 +106,6 @@ def render(report: Report) -> str:
     sections = [
         _section("Held-out faces", _SEEN, _gallery(report.pictures, "faces")),
         _section("Held-out clips", _SEEN_CLIPS, _gallery(report.clips, "clips")),
-        _section("A real photograph", _PHOTOGRAPH, _gallery(report.photographs, "photographs")),
         _section("Training", "", "".join(map(_curve, report.curves))),
         *(_result(result) for result in report.results),
         *(_section(table.title, table.note, _table(table)) for table in report.tables),
@@ -114,6 +114,7 @@ def render(report: Report) -> str:
         _section("Time", "", _seconds(report.seconds)),
         _section("How it was made", "", _making(report)),
     ]
+    photographs = _gallery(report.photographs, "photographs")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -122,6 +123,7 @@ def render(report: Report) -> str:
         f"<header>\n<h1>{escape(report.title)}</h1>\n"
         f'<p class="lede">{escape(report.lede)}</p>\n<p class="note">{DEFINITIONS}</p>\n'
         f"{''.join(map(_warning, report.results))}</header>\n"
+        f"{_section('Real photographs', report.photographs_note, photographs)}"
         f'<div class="cards">{"".join(map(_card, report.results))}</div>\n'
         f"{''.join(sections)}"
         "</body>\n</html>\n"
@@ -131,10 +133,6 @@ def render(report: Report) -> str:
 _SEEN = (
     "With the landmarks that were found. Below each: the emotion that the answer names, right or "
     "wrong, then the question and the answer. Wrong ones are framed, with the true emotion beside."
-)
-_PHOTOGRAPH = (
-    "The box is MTCNN's, which is trained on real faces. The rest of this small model has seen "
-    "drawn faces only: do not believe what it says about a person."
 )
 _WORST = (
     "Wrong answers of which the model was surest, by its scores where labels were scored; else the "
@@ -151,6 +149,12 @@ _SEEN_CLIPS = "From left to right in time. Wrong answers are framed."
 def percent(share: float, digits: int = 1) -> str:
     """0.8734 → "87.3"; a share that does not exist (nan) → "–"."""
     return "–" if share != share else f"{100 * share:.{digits}f}"
+
+
+def spread(interval: Interval) -> str:
+    """An interval of a share in per cent, e.g. "71.2 – 80.9"; "–" for one that does not exist."""
+    low, high = interval.low, interval.high
+    return "–" if low != low else f"{percent(low)} – {percent(high)}"
 
 
 def duration(seconds: float) -> str:
@@ -195,7 +199,7 @@ def _headline(name: str, value: float, interval: Interval, level: float) -> str:
         f'<div><dt>{name}</dt><dd><span class="number">{percent(value)}<small> %</small></span>'
         f'<div class="range"><i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
         f'<b style="left:{100 * value:.2f}%"></b></div>'
-        f'<span class="note" title="{100 * level:g} % interval">{percent(low)} – {percent(high)}'
+        f'<span class="note" title="{100 * level:g} % interval">{spread(interval)}'
         "</span></dd></div>"
     )
 
@@ -222,7 +226,7 @@ def _item(item: Item) -> str:
     question = f'<p class="question">{escape(item.question)}</p>' if item.question else ""
     return (
         f'<figure class="item{" wrong" if wrong else ""}" title="{escape(item.id)}">'
-        f"{charts.faces(item.frames, item.landmarks, alt=alt, box=item.box)}"
+        f"{charts.faces(item.frames, item.landmarks, alt=alt, boxes=item.boxes)}"
         f"<figcaption>{verdict}{question}<blockquote>{escape(item.text)}</blockquote></figcaption></figure>"
     )
 
@@ -297,7 +301,6 @@ def _bars(e: Evaluation) -> str:
         recall = scores.recall[c]
         width = 0.0 if np.isnan(recall) else 100 * recall
         low, high = e.recall_interval[c].low, e.recall_interval[c].high
-        spread = "–" if np.isnan(low) else f"{percent(low)} – {percent(high)}"
         whisker = (
             ""
             if np.isnan(low)
@@ -307,7 +310,7 @@ def _bars(e: Evaluation) -> str:
             f'<tr><th scope="row">{escape(name)}</th><td class="bar"><div>'
             f'<i style="width:{width:.1f}%"></i>{whisker}'
             f'<b style="left:{100 * e.uar:.1f}%"></b></div></td>'
-            f"<td>{percent(recall)}</td><td>{spread}</td><td>{percent(scores.precision[c])}</td>"
+            f"<td>{percent(recall)}</td><td>{spread(e.recall_interval[c])}</td><td>{percent(scores.precision[c])}</td>"
             f"<td>{percent(scores.f1[c])}</td><td>{scores.support[c]:,}</td></tr>"
         )
     return (

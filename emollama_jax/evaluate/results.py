@@ -7,21 +7,28 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.evaluate import groups as grouping
 from emollama_jax.evaluate import latex, metrics, report
+from emollama_jax.evaluate import without as leaving
 from emollama_jax.evaluate.asked import position_bias
-from emollama_jax.evaluate.protocol import Evaluation, Prediction
+from emollama_jax.evaluate.predictions import summary
+from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate
 from emollama_jax.evaluate.published import published
 from emollama_jax.paths import as_path, write_whole
 
 BINS = 10  # of a calibration curve
 WORST = 12  # mistakes that a page shows
 _EACH = 3  # of one confusion, so that the largest class does not fill the page
+
+
+NO_SET = grouping.ByGroup(why="the predictions belong to no prepared set")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,48 @@ class Tested:
     title: str
     predictions: Sequence[Prediction]
     evaluation: Evaluation
+    groups: grouping.ByGroup = NO_SET
+    without: leaving.Without | None = None  # the second number, where it was asked for
+
+
+def make_tested(
+    title: str,
+    predictions: Sequence[Prediction],
+    space: LabelSpace,
+    *,
+    seen: grouping.Seen,
+    left_out: tuple[str, Collection[str]] | None = None,
+) -> Tested:
+    """The numbers of predictions, also by group and without some items.
+
+    Args:
+        title: the way of answering, or the fold.
+        predictions: every item once.
+        space: the classes that count.
+        seen: what the face priors say of the items.
+        left_out: a split, and the items that also stand in it; None: no second number.
+    """
+    second = None
+    if left_out is not None:
+        second = leaving.without(predictions, left_out[1], space, split=left_out[0])
+    return Tested(
+        title=title,
+        predictions=predictions,
+        evaluation=evaluate(predictions, space),
+        groups=grouping.by_group(predictions, seen, space),
+        without=second,
+    )
+
+
+def summarise(tested: Tested) -> dict[str, Any]:
+    """What `--json` prints of one result: its numbers, and those by group and without some items
+    where there are any."""
+    found = summary(tested.evaluation)
+    if tested.without is not None:
+        found["without"] = leaving.tree(tested.without)
+    if not tested.groups.why:
+        found["groups"] = grouping.tree(tested.groups)
+    return found
 
 
 def write_results(
@@ -41,6 +90,7 @@ def write_results(
     source: str,
     tested: Sequence[Tested],
     folds: metrics.Folds | None = None,
+    pooled: grouping.ByGroup | None = None,
     notes: Sequence[report.Table] = (),
     mistakes: Sequence[report.Item] = (),
     command: str,
@@ -57,6 +107,7 @@ def write_results(
         source: the set, e.g. "dfew/fold1": decides which published numbers stand beside.
         tested: the ways of answering, the headline first; or the folds, with `folds`.
         folds: mean and standard deviation over `tested`.
+        pooled: the groups of all folds' items together.
         notes: more tables.
         mistakes: pictures of `worst`, where they may be shown.
         command: that did it.
@@ -66,7 +117,7 @@ def write_results(
     """
     out = as_path(out)
     others = published(source)
-    tree = _tree(tested, folds) | {
+    tree = _tree(tested, folds, pooled) | {
         "source": source,
         "command": command,
         "trace": dict(trace),
@@ -78,7 +129,17 @@ def write_results(
     rows = [(item.title, item.evaluation) for item in tested]
     table = latex.table(title, rows, others=others, folds=folds)
     write_whole(out / "table.tex", table)
-    tables = [_comparison(tested, folds, others), *_positions(tested), *notes]
+    tables = [
+        _comparison(tested, folds, others),
+        *(
+            leaving.table(item.title, item.evaluation, item.without)
+            for item in tested
+            if item.without is not None
+        ),
+        *_by_group(tested, pooled),
+        *_positions(tested),
+        *notes,
+    ]
     if not mistakes:
         tables += _mistakes(tested[0])
     page = report.Report(
@@ -144,7 +205,18 @@ def _sureness(scores: Mapping[str, float] | None) -> float:
     return 1 / sum(math.exp(value - top) for value in scores.values())
 
 
-def _tree(tested: Sequence[Tested], folds: metrics.Folds | None) -> dict[str, Any]:
+def _by_group(tested: Sequence[Tested], pooled: grouping.ByGroup | None) -> list[report.Table]:
+    """A table for each way of answering, or one for all folds; one sentence where there is none."""
+    if pooled is not None:
+        return [grouping.table("all folds together", pooled)]
+    if tested[0].groups.why:
+        return [grouping.table("", tested[0].groups)]
+    return [grouping.table(item.title, item.groups) for item in tested]
+
+
+def _tree(
+    tested: Sequence[Tested], folds: metrics.Folds | None, pooled: grouping.ByGroup | None
+) -> dict[str, Any]:
     each = {}
     for item in tested:
         tree = item.evaluation.to_dict()
@@ -153,10 +225,16 @@ def _tree(tested: Sequence[Tested], folds: metrics.Folds | None) -> dict[str, An
             ("positions", position_bias(item.predictions)),
         ):
             tree[name] = None if found is None else _plain(dataclasses.asdict(found))
+        tree["groups"] = grouping.tree(item.groups)
+        tree["groups_missing"] = item.groups.why
+        if item.without is not None:
+            tree["without"] = leaving.tree(item.without)
         each[item.title] = tree
     if folds is None:
         return {**each[tested[0].title], "ways": each}
-    return {**_plain(dataclasses.asdict(folds)), "folds": each}
+    by_group = pooled or tested[0].groups
+    together = {"groups": grouping.tree(by_group), "groups_missing": by_group.why}
+    return {**_plain(dataclasses.asdict(folds)), **together, "folds": each}
 
 
 def _plain(tree: Any) -> Any:

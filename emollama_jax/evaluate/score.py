@@ -16,15 +16,12 @@ from etils import epath
 from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace, label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds as joined
-from emollama_jax.evaluate.predictions import named_classes, read_foreign, summary
-from emollama_jax.evaluate.protocol import (
-    Prediction,
-    evaluate,
-    protocol_of,
-    write_predictions,
-)
+from emollama_jax.evaluate import groups
+from emollama_jax.evaluate.beside import ANYWHERE, Place, known
+from emollama_jax.evaluate.predictions import named_classes, read_foreign
+from emollama_jax.evaluate.protocol import Prediction, protocol_of, write_predictions
 from emollama_jax.evaluate.report import DEFINITIONS
-from emollama_jax.evaluate.results import Tested, write_results
+from emollama_jax.evaluate.results import Tested, make_tested, summarise, write_results
 from emollama_jax.evaluate.trace import file_hash
 from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.paths import as_path, is_remote
@@ -36,6 +33,7 @@ class Scored:
 
     result: dict[str, Any]  # WAR, UAR, n, unparsed and recall as shares; of folds also std
     warning: str  # that many answers are unparsed; "" where they are not
+    no_groups: str  # why there are no numbers by group; "" where there are
 
 
 def score_files(
@@ -47,6 +45,7 @@ def score_files(
     source: str | None,
     classes: str | None,
     out: epath.Path | None,
+    place: Place = ANYWHERE,
 ) -> Scored:
     """Scores predictions files.
 
@@ -60,6 +59,7 @@ def score_files(
         classes: their names instead, with commas.
         out: gets the predictions, the report, its JSON and its LaTeX table; None: nothing is
             written.
+        place: of the prepared set that the items belong to.
 
     Returns:
         The numbers, and what to know before them.
@@ -69,12 +69,14 @@ def score_files(
     """
     space = _space(source, classes)
     protocol = protocol_of(source) if source else None
+    if len(paths) > 1 and place.without is not None:
+        raise UserError(f"--without {place.without}: of one file, not of {len(paths)} folds")
     if len(paths) > 1 and (protocol is None or protocol.folds == 1):
         raise UserError(
             f"{len(paths)} predictions files: name the set whose folds they are with --source "
             f"({', '.join(name for name in LABEL_SPACES if _folds(name))})"
         )
-    tested = []
+    tested, seen = [], []
     with _files(paths) as files:
         hashes = list(map(file_hash, files))
         for number, path in enumerate(files, 1):
@@ -86,8 +88,13 @@ def score_files(
                 space=space,
             )
             title = f"fold {number}" if len(files) > 1 else path.name
-            tested.append(Tested(title=title, predictions=found, evaluation=evaluate(found, space)))
-    mean = None
+            name = f"{source}/fold{number}" if len(files) > 1 else source
+            items = known(found, name, place, named=id_column is not None)
+            seen.append(items.seen)
+            tested.append(
+                make_tested(title, found, space, seen=items.seen, left_out=items.left_out)
+            )
+    mean = pooled = None
     evaluations = [item.evaluation for item in tested]
     if len(paths) > 1 and source is not None:
         if len(set(hashes)) < len(paths):
@@ -96,9 +103,14 @@ def score_files(
         if id_column or all(":" in item.predictions[0].source for item in tested):
             joined.check_disjoint([item.predictions for item in tested])
         result = joined.summary(evaluations, mean)
+        every = [one for item in tested for one in item.predictions]
+        pooled = groups.by_group(every, groups.joined(seen), space)
+        if not pooled.why:
+            result["groups"] = groups.tree(pooled)
     else:
-        result = summary(evaluations[0])
-    scored = Scored(result, warning(evaluations))
+        result = summarise(tested[0])
+    why = (pooled or tested[0].groups).why
+    scored = Scored(result, warning(evaluations), why)
     if out is not None:
         name = source or tested[0].predictions[0].source.partition(":")[0]
         for number, item in enumerate(tested, 1):
@@ -113,6 +125,7 @@ def score_files(
             source=name,
             tested=tested,
             folds=mean,
+            pooled=pooled,
             command=shlex.join(
                 [
                     "emollama",
@@ -120,6 +133,7 @@ def score_files(
                     *("--predictions", *map(str, paths)),
                     *("--truth-column", truth_column),
                     *("--prediction-column", prediction_column),
+                    *(("--without", place.without) if place.without else ()),
                 ]
             ),
             config=f"truth_column: {truth_column}\nprediction_column: {prediction_column}\n"
@@ -179,6 +193,7 @@ def report_files(
     *,
     out: str | None,
     as_json: bool,
+    place: Place,
 ) -> str:
     """What the command prints of `score_files`; columns are those of truth, answer and name."""
     scored = score_files(
@@ -189,10 +204,13 @@ def report_files(
         source=source,
         classes=classes,
         out=None if out is None else as_path(out),
+        place=place,
     )
     if as_json:
         if scored.warning:
             print(scored.warning, file=sys.stderr)
+        if scored.no_groups and place.named:
+            print(f"no errors by group: {scored.no_groups}", file=sys.stderr)
         return json.dumps(scored.result, ensure_ascii=False)
     return lines(scored)
 
@@ -207,7 +225,28 @@ def lines(scored: Scored) -> str:
         std = result["std"]
         found.append(f"± {100 * std['WAR']:.2f} WAR, {100 * std['UAR']:.2f} UAR over the folds")
     found += [f"  {name:<16}{100 * value:6.2f}" for name, value in result["recall"].items()]
+    if "without" in result:
+        less = result["without"]
+        found.append(
+            f"without the {less['left_out']:,} that also stand in {less['split']}: WAR "
+            f"{100 * less['WAR']:.2f}  UAR {100 * less['UAR']:.2f}  n {less['n']}"
+        )
+    found += _by_group(result) if "groups" in result else []
+    if scored.no_groups:
+        found.append(f"no errors by group: {scored.no_groups}")
     return "\n".join(found)
+
+
+def _by_group(result: dict[str, Any]) -> list[str]:
+    """A line for each group, in the order of its classes."""
+    found = ["as the face network sees them: n, WAR and its interval"]
+    for attribute, group in result["groups"].items():
+        for name, numbers in group.items():
+            if numbers["n"]:
+                low, high = (100 * numbers["WAR_interval"][end] for end in ("low", "high"))
+                war = f"{100 * numbers['WAR']:6.2f}  {low:.2f} – {high:.2f}"
+                found.append(f"  {attribute + ', ' + name:<24}{numbers['n']:>7}  {war}")
+    return found
 
 
 def _space(source: str | None, classes: str | None) -> LabelSpace | None:

@@ -21,15 +21,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emollama_jax.data.builders.registry import open_split, space_of
+from emollama_jax.data.duplicates import also_in
 from emollama_jax.data.index import read_index
 from emollama_jax.data.media import read_frames, read_image, segment_indices
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import folds
+from emollama_jax.evaluate import folds, groups
+from emollama_jax.evaluate import without as leaving
 from emollama_jax.evaluate.answers import parse_answer
 from emollama_jax.evaluate.asked import Asked
 from emollama_jax.evaluate.options import ZeroShot
-from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
-from emollama_jax.evaluate.results import Tested, write_results
+from emollama_jax.evaluate.protocol import Prediction, write_predictions
+from emollama_jax.evaluate.results import Tested, make_tested, write_results
 from emollama_jax.evaluate.trace import data_hash, file_hash
 from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.faces.priors import Priors, open_priors
@@ -157,9 +159,14 @@ def run(options: ZeroShot, console: Console) -> str:
     home, names = out_folder(options), folds.names(options.data, options.fold)
     if len(names) == 1:
         name = names[0][1]
-        e, _ = _run(dataclasses.replace(options, data=name), home, console)
+        found, _ = _run(dataclasses.replace(options, data=name), home, console)
+        e, second = found.evaluation, found.without
         line = f"WAR {e.war:.4f}  UAR {e.uar:.4f}  n {e.n}: {home / 'report.html'}"
-        return "\n".join(filter(None, [warning([e]), line]))
+        return "\n".join(
+            filter(None, [warning([e]), line, "" if second is None else leaving.line(second)])
+        )
+    if options.without is not None:
+        raise UserError(f"--without {options.without}: of one fold, not of all")
     tested, left = {}, options.limits.budget  # one budget for all folds
     for number, name in names:
         one = dataclasses.replace(
@@ -168,7 +175,8 @@ def run(options: ZeroShot, console: Console) -> str:
             fold=None,
             limits=dataclasses.replace(options.limits, budget=left),
         )
-        tested[number], spent = _run(one, home / f"fold{number}", console)
+        found, spent = _run(one, home / f"fold{number}", console)
+        tested[number] = found.evaluation
         left = None if left is None else max(left - spent, 0.0)
     mean = folds.write_joined(
         home,
@@ -176,20 +184,27 @@ def run(options: ZeroShot, console: Console) -> str:
         source=options.data,
         split=options.split,
         model=options.model,
+        seen=groups.joined(groups.read_seen(options.dir, name, options.split) for _, name in names),
         command=_command(options),
         versions=_versions(options),
     )
     return folds.line(mean, home)
 
 
-def _run(options: ZeroShot, out: pathlib.Path, console: Console) -> tuple[Evaluation, float]:
+def _run(options: ZeroShot, out: pathlib.Path, console: Console) -> tuple[Tested, float]:
     """One split, written down: its numbers, and the US dollars that its journal has cost."""
+    left_out = None
+    if options.without is not None:  # before anything is paid for
+        twice = also_in(options.dir, options.data, options.split, options.without)
+        left_out = options.without, twice
     answered = answer(options, out, console)
     data, space = answered.data, answered.asked.space
-    tested = Tested(
-        title="written answers",
-        predictions=answered.predictions,
-        evaluation=evaluate(answered.predictions, space),
+    tested = make_tested(
+        "written answers",
+        answered.predictions,
+        space,
+        seen=groups.read_seen(options.dir, options.data, options.split),
+        left_out=left_out,
     )
     file = out / "predictions.jsonl"
     write_predictions(file, answered.predictions)
@@ -215,13 +230,13 @@ def _run(options: ZeroShot, out: pathlib.Path, console: Console) -> tuple[Evalua
             "question": answered.asked.question(data[0]["id"], data[0]["kind"]),
         },
     )
-    return tested.evaluation, answered.outcome.spent
+    return tested, answered.outcome.spent
 
 
 def _command(options: ZeroShot) -> str:
     """The command that made a page, without what changes no answer."""
     given = []
-    for name in (*ANSWERS_DEPEND_ON, "fold", "limit"):
+    for name in (*ANSWERS_DEPEND_ON, "fold", "limit", "without"):
         value = getattr(options, name)
         if value is not None:
             given += [f"--{name.replace('_', '-')}", str(value)]

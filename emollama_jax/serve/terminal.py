@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from emollama_jax import compile_cache
+from emollama_jax.data.instruct import MEDIUM
 from emollama_jax.data.media import is_video
 from emollama_jax.errors import UserError
 from emollama_jax.preflight import at_least
-from emollama_jax.runs import find
+from emollama_jax.runs import PACKAGE, find
 from emollama_jax.status import Status
 
 if TYPE_CHECKING:  # they import JAX
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # they import JAX
     from emollama_jax.serve.answer import Answerer, Media
 
 PROMPT = "> "
+STANDARD = "Describe the face in the {medium} and name the emotion."
+DEMO = pathlib.Path("demo_out/run")  # of `make demo`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,13 @@ class Wish:
     max_new_tokens: int | None
     as_json: bool
     without_face: bool
+
+
+def default_run() -> str:
+    """The run that answers where none is named: the package's. Says so beside a demo's."""
+    if DEMO.is_dir():
+        print(f"(the package's own run answers; yours: --run {DEMO})", file=sys.stderr)
+    return PACKAGE
 
 
 def split_arguments(given: Sequence[str]) -> tuple[tuple[pathlib.Path, ...], str | None]:
@@ -124,7 +134,7 @@ def ask(wish: Wish, console: Console) -> None:
             gc.enable()
         if wish.chat and talks:
             status.clear()
-            asked = _converse(talks, status)
+            asked = _converse(talks, status, standard=wish.question is None)
             if wish.question is None and not asked:
                 raise UserError("no question: put one behind the picture, or on standard input")
     if troubles:  # told last, so that one file costs no answer about the others
@@ -142,12 +152,18 @@ def _no_garbage_search() -> Iterator[None]:
         gc.enable()
 
 
-def _converse(talks: Sequence["_Talk"], status: Status) -> int:
-    """Puts each question to every picture; returns how many there were."""
+def _converse(talks: Sequence["_Talk"], status: Status, *, standard: bool) -> int:
+    """Puts each question to every picture; returns how many there were.
+
+    Args:
+        talks: about the pictures.
+        status: what is being done.
+        standard: put the standard question first in a terminal, or where a pipe holds nothing.
+    """
     for talk in talks:
         talk.introduce()
     asked = 0
-    for question in _questions():
+    for question in _questions(standard=standard):
         asked += 1
         for talk in talks:
             talk.answer(question, status)
@@ -180,10 +196,12 @@ class _Talk:
             return
         count = len(self._media.boxes)
         faces = {0: "no face found", 1: "one face found"}.get(count, f"{count} faces found")
-        print(f"{self._path}: {faces}. Ask; an empty line ends.", file=sys.stderr)
+        print(f"{self._path}: {faces}. Ask more; an empty line ends.", file=sys.stderr)
 
-    def answer(self, question: str, status: Status) -> None:
-        """Answers one question."""
+    def answer(self, question: str | None, status: Status) -> None:
+        """Answers one question; None is the standard one."""
+        if question is None:
+            question = STANDARD.format(medium=MEDIUM[self._media.kind])
         pieces = self._conversation.ask(question, how=self._how)
         if self._wish.as_json:
             text = "".join(pieces)
@@ -265,13 +283,20 @@ def _how(answerer: "Answerer", wish: Wish) -> "GenerateConfig":
     return dataclasses.replace(answerer.cfg.generate, **changes)
 
 
-def _questions() -> Iterator[str]:
-    """Lines of the terminal, which an empty one ends, or of a pipe, where it says nothing."""
+def _questions(*, standard: bool) -> Iterator[str | None]:
+    """Lines of the terminal, which an empty one ends, or of a pipe, where it says nothing.
+
+    None stands for the standard question, first in a terminal and alone where a pipe holds nothing.
+    """
     typed = sys.stdin.isatty()
-    while True:
+    if typed and standard:
+        yield None
+    for number in itertools.count():
         if typed:
             print(PROMPT, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
+        if not line and not typed and standard and number == 0:
+            yield None
         if not line or (typed and not line.strip()):
             return
         if line.strip():

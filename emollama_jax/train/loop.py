@@ -38,6 +38,7 @@ from emollama_jax.faces.priors import open_priors
 from emollama_jax.locks import hold
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.paths import as_path
+from emollama_jax.runs import refuse_packed
 from emollama_jax.sharding.distributed import gather, leads, place_batch, share
 from emollama_jax.sharding.mesh import batch_shards, make_mesh
 from emollama_jax.sharding.rules import param_shardings
@@ -162,6 +163,7 @@ def fit(
     end = cfg.train.steps if until is None else min(until, cfg.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        refuse_packed(out)
         _hold(out, stack)
         stop = stack.enter_context(StopSignals())
         data = make_train_iterator(

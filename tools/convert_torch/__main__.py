@@ -102,7 +102,7 @@ def export(
     Args:
         to: llama, peft, llama-vid, eva-vit, qformer, facexformer, mtcnn, or ours (one file of
             safetensors under our names).
-        src: a run of `emollama train`, or a folder of weights that this tool wrote.
+        src: a run of `emollama train`, `package`, or a folder of weights that this tool wrote.
         out: the folder (for ours: the file) to make.
         base: more folders of weights to take leaves from, where `src` is one.
         merge: fold the LoRA adapters into the kernels; otherwise they are left out (export them

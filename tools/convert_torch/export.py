@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from emollama_jax import checkpoint, config, config_weights, weights
+from emollama_jax import checkpoint, config, config_weights, runs, weights
 from emollama_jax.config import EmoLlamaConfig
 from emollama_jax.data.templates import TEMPLATE_FILE
 from emollama_jax.errors import UserError
@@ -47,13 +47,13 @@ def open_ours(src: pathlib.Path, base: Iterable[pathlib.Path]) -> Ours:
     """Opens a run, or folders of weights.
 
     Args:
-        src: a run of `emollama train`, or a folder that this tool wrote.
+        src: a run of `emollama train`, `package`, or a folder that this tool wrote.
         base: more such folders.
 
     Raises:
         UserError: neither of the two, or folders that do not fit each other.
     """
-    if (src / checkpoint.FOLDER).is_dir() or src.parent.name == checkpoint.FOLDER:
+    if runs.is_run(src):
         if extra := list(base):
             raise UserError(f"--base {extra[0]}: a run knows its base; leave it out")
         cfg, model = checkpoint.load_for_inference(src)

@@ -1,0 +1,123 @@
+"""Predictions in a file beside the prepared set that their items belong to.
+
+The set tells what the file does not: what the face network says of each face, and which items also
+stand in another split. Items are matched by name; the folder and the ending of a name count only
+where the set's names have them.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+
+from emollama_jax.data.names import check_prepared
+from emollama_jax.errors import UserError
+from emollama_jax.evaluate import groups
+from emollama_jax.evaluate.protocol import Prediction
+
+FOLDER = "data"  # of prepared sets, as everywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the prepared set lies, and what is wanted of it."""
+
+    split: str = "test"
+    dir: str | None = None  # None: `FOLDER`
+    without: str | None = None  # another split of it: items that also stand there are left out
+
+    @property
+    def named(self) -> bool:
+        """Whether the user asked for the set."""
+        return self.dir is not None or self.without is not None
+
+
+ANYWHERE = Place()
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the prepared set says of predicted items, by the predictions' own names."""
+
+    seen: groups.Seen
+    left_out: tuple[str, Collection[str]] | None  # a split and the items that also stand in it
+
+
+def known(
+    predictions: Sequence[Prediction], source: str | None, place: Place, *, named: bool
+) -> Known:
+    """Looks the items up.
+
+    Args:
+        predictions: of a file.
+        source: the set; None: the one that a file of `emollama eval` names.
+        place: of the prepared set.
+        named: whether a column names the items.
+
+    Raises:
+        UserError: items that cannot be looked up, where `place.without` asks for it.
+    """
+    own, _, of = predictions[0].source.partition(":")  # of a file that this program wrote
+    name = own if of else source
+    split = of if of.isidentifier() else place.split  # "set:file" where it scored another's file
+    try:
+        if not name:
+            raise UserError("no set is named: --source NAME, prepared in --dir DIR")
+        if not of and not named:
+            raise UserError("items are named by their line: name their column with --id-column")
+        folder = place.dir or FOLDER
+        check_prepared(folder, [name])  # before TFDS is imported
+        names = match(
+            [one.id for one in predictions],
+            groups.item_names(folder, name, split),
+            where=f"{name}, {split} in {folder}",
+        )
+    except UserError as error:
+        if place.without is not None:
+            raise UserError(f"--without {place.without}: {error}") from None
+        return Known(groups.Seen({}, why=str(error)), None)
+    seen = groups.read_seen(folder, name, split)
+    if not seen.why:
+        seen = dataclasses.replace(
+            seen, groups={mine: seen.groups[theirs] for mine, theirs in names.items()}
+        )
+    if place.without is None:
+        return Known(seen, None)
+    from emollama_jax.data.duplicates import also_in
+
+    twice = set(also_in(folder, name, split, place.without))
+    items = [mine for mine, theirs in names.items() if theirs in twice]
+    return Known(seen, (place.without, items))
+
+
+def match(mine: Sequence[str], theirs: Sequence[str], *, where: str) -> Mapping[str, str]:
+    """Which item of a set each name means.
+
+    Args:
+        mine: names in a file.
+        theirs: the set's.
+        where: what the set is called.
+
+    Raises:
+        UserError: a name that means none, or several.
+    """
+    whole = set(theirs)
+    short: dict[str, list[str]] = {}
+    for name in theirs:
+        short.setdefault(_stem(name), []).append(name)
+    found, strange = {}, []
+    for name in mine:
+        near = [name] if name in whole else short.get(_stem(name), [])
+        if len(near) == 1:
+            found[name] = near[0]
+        else:
+            strange.append(name)
+    if strange:
+        raise UserError(
+            f"{len(strange):,} of {len(mine):,} items are not in {where}, e.g. {strange[0]!r} "
+            f"(its first is {theirs[0]!r})"
+        )
+    return found
+
+
+def _stem(name: str) -> str:
+    return pathlib.PurePosixPath(name.replace("\\", "/")).stem

@@ -1,0 +1,228 @@
+"""Errors by group: how often a model is right about faces of one age, gender or race.
+
+Groups are what the face network says of the faces (the priors of the prepared set), which may be
+wrong; nobody told their age. Faces of which it is unsure, and items without a face, are a group of
+their own, `unknown`. Nothing is ranked, and small groups are shown: their intervals are wide.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+
+from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.errors import UserError
+from emollama_jax.evaluate import metrics, report
+from emollama_jax.evaluate.protocol import Prediction
+from emollama_jax.faces.labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
+
+ATTRIBUTES = ("age", "gender", "race")
+UNKNOWN = "unknown"
+SURE = 0.5  # probability below which the face network's class counts as unknown
+SAMPLES, SEED, LEVEL = 2000, 0, 0.95  # of the bootstrap of UAR, as in `protocol.evaluate`
+
+RaceLabels = Literal["measured", "as_published"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the face network says of the items of a split.
+
+    Attributes:
+        groups: item → its group by attribute, in the order of `ATTRIBUTES`.
+        race_labels: whose names the race classes bear.
+        why: why nothing is known; "" where it is.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]
+    race_labels: RaceLabels = "measured"
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """The numbers of one group; shares are 0 … 1."""
+
+    attribute: str
+    name: str
+    n: int
+    classes: int  # of the tested set that occur in the group
+    war: float  # nan for a group without items, as are the other numbers
+    war_interval: metrics.Interval  # Wilson's
+    uar: float  # nan where a class that the whole set has does not occur
+    uar_interval: metrics.Interval  # bootstrap
+
+
+@dataclasses.dataclass(frozen=True)
+class ByGroup:
+    """The numbers of all groups of one result.
+
+    Attributes:
+        groups: in the order of the face network's classes, `unknown` last.
+        classes: that occur in the whole set.
+        why: why there are none; "" where there are.
+    """
+
+    groups: tuple[Group, ...] = ()
+    classes: int = 0
+    why: str = ""
+
+
+def read_seen(
+    data_dir: epath.PathLike, name: str, split: str, *, race_labels: RaceLabels = "measured"
+) -> Seen:
+    """What the priors of a prepared split say; why nothing, where it has none."""
+    from emollama_jax.faces.priors import open_priors  # it imports JAX
+
+    try:
+        priors = open_priors(data_dir, name, split)
+        ids = item_names(data_dir, name, split)
+    except (UserError, OSError) as error:
+        return Seen({}, race_labels, str(error))
+    groups = {}
+    for number, item in enumerate(ids):
+        prior = priors[number]
+        groups[item] = _groups(prior.agr, prior.agr_probability, race_labels)
+    return Seen(groups, race_labels)
+
+
+def item_names(data_dir: epath.PathLike, name: str, split: str) -> Sequence[str]:
+    """The names of a prepared split's items, in its order.
+
+    Raises:
+        UserError: not prepared.
+    """
+    from emollama_jax.data.builders.registry import open_split  # TFDS, which plain files need not
+    from emollama_jax.data.index import read_index
+
+    return read_index(data_dir, name, split, open_split(data_dir, name, split)).ids
+
+
+def joined(parts: Iterable[Seen]) -> Seen:
+    """What is known of several folds' items."""
+    parts = list(parts)
+    why = next((part.why for part in parts if part.why), "")
+    groups = {item: names for part in parts for item, names in part.groups.items()}
+    return Seen({} if why else groups, parts[0].race_labels, why)
+
+
+def by_group(predictions: Sequence[Prediction], seen: Seen, space: LabelSpace) -> ByGroup:
+    """The numbers of each group.
+
+    Args:
+        predictions: of a set, each about an item that `seen` knows.
+        seen: what the face network says.
+        space: the classes that count.
+    """
+    if seen.why:
+        return ByGroup(why=seen.why)
+    number = {name: n for n, name in enumerate(space.classes)}
+    labels = np.array([number[item.label] for item in predictions])
+    answers = np.array([number.get(item.predicted, metrics.UNPARSED) for item in predictions])
+    all_classes = len(np.unique(labels))
+    found = []
+    for place, attribute in enumerate(ATTRIBUTES):
+        mine = np.array([seen.groups[item.id][place] for item in predictions])
+        names = [*_names(attribute, seen.race_labels), UNKNOWN]
+        if attribute == "race" and set(mine) == {UNKNOWN}:
+            continue  # a face network that was never taught race
+        for name in names:
+            chosen = mine == name
+            if chosen.any() or name == UNKNOWN:
+                group = _group(labels[chosen], answers[chosen], len(number), all_classes)
+                found.append(Group(attribute=attribute, name=name, **group))
+    return ByGroup(tuple(found), all_classes)
+
+
+def tree(found: ByGroup) -> dict[str, Any] | None:
+    """Plain values for JSON: attribute → group → numbers; None where there are none."""
+    if found.why:
+        return None
+    plain: dict[str, Any] = {}
+    for group in found.groups:
+        numbers = dataclasses.asdict(group)
+        attribute, name = numbers.pop("attribute"), numbers.pop("name")
+        shown = {_KEYS.get(key, key): value for key, value in numbers.items()}
+        plain.setdefault(attribute, {})[name] = _plain(shown)
+    return plain
+
+
+def table(title: str, found: ByGroup) -> report.Table:
+    """The numbers as a table of the page."""
+    if found.why:
+        return report.Table(title=_TITLE, note="", head=("none",), rows=[(found.why,)])
+    rows = [
+        (
+            f"{group.attribute}: {group.name}",
+            f"{group.n:,}",
+            f"{group.classes} of {found.classes}",
+            report.percent(group.war),
+            report.spread(group.war_interval),
+            report.percent(group.uar),
+            report.spread(group.uar_interval),
+        )
+        for group in found.groups
+    ]
+    attributes = {group.attribute for group in found.groups}
+    note = _NOTE + ("" if "race" in attributes else " It is sure of the race of none.")
+    head = ("as the face network sees it", "items", "classes", "WAR, %", "95 %", "UAR, %", "95 %")
+    return report.Table(title=f"{_TITLE}: {title}", note=note, head=head, rows=rows)
+
+
+_TITLE = "Errors by group"
+_KEYS = {  # as `predictions.summary` writes them
+    "war": "WAR",
+    "war_interval": "WAR_interval",
+    "uar": "UAR",
+    "uar_interval": "UAR_interval",
+}
+_NOTE = (
+    "Age, gender and race are predictions of the face network, right or wrong, not what people "
+    "say of themselves. Unknown: no face was found, or the network is less than "
+    f"{100 * SURE:g} % sure. "
+    "Intervals of WAR are Wilson's, of UAR bootstrap; two groups whose intervals overlap may not "
+    "differ. UAR is left out where a class of the set does not occur in the group."
+)
+
+
+def _groups(agr: np.ndarray, probability: np.ndarray, race_labels: RaceLabels) -> tuple[str, ...]:
+    return tuple(
+        _names(attribute, race_labels)[int(agr[place])] if probability[place] >= SURE else UNKNOWN
+        for place, attribute in enumerate(ATTRIBUTES)
+    )
+
+
+def _names(attribute: str, race_labels: RaceLabels) -> tuple[str, ...]:
+    return {"age": AGE_LABELS, "gender": GENDER_LABELS, "race": RACE_LABELS[race_labels]}[attribute]
+
+
+def _group(
+    labels: np.ndarray, answers: np.ndarray, classes: int, all_classes: int
+) -> dict[str, Any]:
+    nowhere = metrics.Interval(float("nan"), float("nan"))
+    war, uar, uar_interval = float("nan"), float("nan"), nowhere
+    occur, right = len(np.unique(labels)), int((labels == answers).sum())
+    if len(labels):
+        confusion = metrics.confusion_matrix(labels, answers, classes=classes)
+        war = metrics.war(confusion)
+        if occur == all_classes:
+            uar = metrics.uar(confusion)
+            uar_interval = metrics.bootstrap(
+                labels, answers, classes=classes, samples=SAMPLES, seed=SEED, level=LEVEL
+            )["uar"]
+    return {
+        "n": len(labels),
+        "classes": occur,
+        "war": war,
+        "war_interval": metrics.wilson(right, len(labels), level=LEVEL),
+        "uar": uar,
+        "uar_interval": uar_interval,
+    }
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _plain(value) for key, value in node.items()}
+    return None if isinstance(node, float) and node != node else node
