@@ -17,6 +17,7 @@ from emollama_jax.checkpoint import Checkpoints, init_model, matching
 from emollama_jax.models.pretrained import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
 from tools.convert_torch import __main__ as convert_torch
+from tools.face_teacher import __main__ as face_teacher
 
 
 def documents(root):
@@ -75,6 +76,10 @@ def test_documented_commands_exist(root, capsys):
                 assert re.search(rf"{flag}\b", text), f"{where}: no {flag}"
             if args[2] == "export" and not args[3].isupper():
                 assert f"{args[3]}," in text, where
+        elif args[:2] == ["-m", "tools.face_teacher"]:
+            text = help_of([], capsys, face_teacher.main)
+            for flag in (word for word in args if word.startswith("--")):
+                assert re.search(rf"{flag}\b", text), f"{where}: no {flag}"
         elif program.endswith("python"):
             assert (root / args[0]).is_file() or args[0] == "resave.py", where
         elif program in ("pip", "docker", "gcloud", "kubectl", "xpk"):  # docs/cloud_tpu.md
