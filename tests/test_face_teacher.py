@@ -13,35 +13,33 @@ import pytest
 from PIL import Image
 
 from emollama_jax.data import taught
+from emollama_jax.data.actionfaces.action_units import ACTION_UNITS
+from emollama_jax.data.actionfaces.geometry import View, place
+from emollama_jax.data.actionfaces.identity import identities_of, make_identity
 from emollama_jax.data.builders import registry
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import prepare_priors, priors_folder
 from emollama_jax.train.learners import MIRROR
 from tools.face_teacher import label, networks, package
 from tools.face_teacher.__main__ import main
+from tools.face_teacher.pose import head_pose
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("package") / package.FILE
-    return package.read_weights(path, sha256=toy.write_package(path))
-
-
-@pytest.fixture(scope="module")
-def teacher(weights):
-    return label.Teacher(weights)
+    return label.Teacher(package.read_weights(path, sha256=toy.write_package(path)))
 
 
 # ------------------------------------------------------------------ networks
 
 
-def test_networks_are_those_of_face_api(root, weights):
+def test_networks_are_those_of_face_api(root, teacher):
     """The numbers are the library's, for the same random weights: benchmarks/face_teacher.py."""
     golden = json.loads((root / "tests" / "golden" / "face_teacher.json").read_text())
     pictures = toy.make_pictures()
     squares = np.stack([networks.to_square(picture) for picture in pictures])
-    points = np.asarray(networks.landmarks(weights["face_landmark_68"], squares))
-    ages, males = map(np.asarray, networks.age_gender(weights["age_gender"], squares))
+    points, ages, males = (said[0] for said in teacher(squares))
     assert len(golden["answers"]) == len(pictures)
     for i, (picture, wanted) in enumerate(zip(pictures, golden["answers"], strict=True)):
         height, width = picture.shape[:2]
@@ -106,6 +104,19 @@ def test_landmarks_are_in_the_whole_picture(teacher, rng):
     alone, inside = label.read_faces(faces, teacher)["landmarks"]
     wanted = ((alone + 1) * 56 + [60, 30]) / [100, 75] - 1
     np.testing.assert_allclose(inside, wanted, atol=1e-5)
+
+
+def test_head_pose_is_that_of_drawn_faces(rng):
+    drawn, wanted = [], []
+    for number in identities_of("validation")[:60]:
+        pitch, yaw, roll = rng.uniform(-0.3, 0.3, 3)
+        view = View(pitch, yaw, roll, scale=20.0, centre=(30.0, 50.0))
+        units = rng.uniform(0, 0.8, len(ACTION_UNITS)).astype(np.float32)
+        drawn.append(place(make_identity(number), units, np.zeros_like(units), view).landmarks)
+        wanted.append((pitch, yaw, roll))
+    error = np.degrees(head_pose(np.stack(drawn)) - np.array(wanted))
+    assert (np.abs(error).mean(0) < [1.5, 1.2, 0.5]).all()
+    assert (np.abs(error.mean(0)) < [1.0, 0.4, 0.2]).all()
 
 
 def test_classes_of_ages():
@@ -238,7 +249,7 @@ def test_bad_input_is_one_line(fresh, tmp_path, capsys, monkeypatch):
     where = ["--data", fresh, "--split", "train"]
     assert "SHA-256 is" in said(["ferplus", *where, "--package", other], capsys)
     assert "cannot be read" in said(["ferplus", *where, "--package", tmp_path / "no"], capsys)
-    assert "dfew is not prepared" in said(["dfew", *where], capsys)
+    assert "raf_db is not prepared" in said(["raf_db", *where], capsys)
     assert "there is no split 'trian'" in said(
         ["ferplus", "--data", fresh, "--split", "trian"], capsys
     )

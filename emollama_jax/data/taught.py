@@ -1,4 +1,4 @@
-"""Labels of real faces from a teacher network: landmarks, age and gender where a set has none.
+"""Labels of real faces from a teacher network: landmarks, pose, age, gender where a set has none.
 
     DATA/taught/ferplus/train.npz     one column for each field of `Labels`, and `of`
 
@@ -35,6 +35,7 @@ class Labels:
     found: Bool[np.ndarray, " n"]
     landmarks: Float32[np.ndarray, "n 68 2"]  # iBUG order, in the whole picture, -1 … 1
     spread: Float32[np.ndarray, " n"]  # mean distance to the mirrored picture's points, in boxes
+    pose: Float32[np.ndarray, "n 3"]  # pitch, yaw, roll in radians
     age: Float32[np.ndarray, " n"]  # years
     male: Float32[np.ndarray, " n"]  # probability
     agr: Int64[np.ndarray, "n 3"]  # age and gender class; race unknown

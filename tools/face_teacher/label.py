@@ -32,8 +32,15 @@ from emollama_jax.faces.track import Crop, crop_box
 from emollama_jax.train.learners import MIRROR
 from tools.face_teacher import networks
 from tools.face_teacher.package import Weights
+from tools.face_teacher.pose import head_pose
 
-MEASURED = (("landmarks", (68, 2)), ("spread", ()), ("age", ()), ("male", ()))
+MEASURED = (
+    ("landmarks", (68, 2)),
+    ("spread", ()),
+    ("pose", (3,)),
+    ("age", ()),
+    ("male", ()),
+)
 BATCH = 4  # faces of one step: the maps stay in a processor's cache, 1.3 times as fast as 128
 PART = 2048  # examples of one resumable part
 
@@ -84,12 +91,15 @@ class Teacher:
 
 
 def read_faces(faces: Sequence[Face], teacher: Teacher) -> dict[str, np.ndarray]:
-    """Landmarks, spread, age and male of up to BATCH faces, as in `taught.Labels`."""
+    """Landmarks, spread, pose, age and male of up to BATCH faces, as in `taught.Labels`."""
     (straight, mirrored), ages, males = teacher(np.stack([face.square for face in faces]))
     mirrored = mirrored[:, MIRROR] * [-1, 1] + [1, 0]
     points = zip((straight + mirrored) / 2, faces, strict=True)
+    whole = np.stack([whole_picture(*both) for both in points])
+    sizes = np.array([[face.width, face.height] for face in faces])
     read = {
-        "landmarks": np.stack([whole_picture(*both) for both in points]),
+        "landmarks": whole,
+        "pose": head_pose(whole * sizes[:, None]),
         "spread": np.linalg.norm(straight - mirrored, axis=-1).mean(1),
         "age": ages.mean(0),
         "male": males.mean(0),

@@ -5,8 +5,8 @@ Small convolutional networks on a face of 112 × 112 pixels, most of their convo
 the sum of what came before; AgeGenderNet is a small Xception (Chollet 2017). They are functions of
 the weights under their names in the package; widths come from the weights' shapes.
 
-What differs: convolutions and maxima over 3×3 windows are written as nine shifted maps, which XLA's
-CPU compiler makes one loop of; its own depthwise convolution is slow.
+What differs: depthwise convolutions and maxima are written as nine shifted maps, of which XLA's CPU
+compiler makes one loop; with its own depthwise convolution a face takes 16 times as long.
 """
 
 import functools
@@ -78,7 +78,8 @@ def to_square(face: np.ndarray) -> np.ndarray:
     side = max(height, width)
     rows, columns = _resampling(height, side), _resampling(width, side)
     tall = rows @ face.reshape(height, -1).astype(np.float32)  # [112, W · 3]
-    return columns @ tall.reshape(SIZE, width, 3)  # [112, W] @ [112, W, 3]
+    across = tall.reshape(SIZE, width, 3).swapaxes(0, 1).reshape(width, -1)  # [W, 112 · 3]
+    return (columns @ across).reshape(SIZE, SIZE, 3).swapaxes(0, 1)
 
 
 def from_square(points: np.ndarray, *, height: int, width: int) -> np.ndarray:
@@ -146,8 +147,14 @@ def _reduction(weights: Weights, name: str, x: Maps) -> Maps:
 
 
 def _convolution(weights: Weights, name: str, x: Maps, *, stride: int) -> Maps:
-    filters = weights[f"{name}/filters"]
-    y = sum(_product(part, filters[at]) for at, part in _windows(x, stride, outside=0))
+    y = jax.lax.conv_general_dilated(
+        x,
+        weights[f"{name}/filters"],
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
     return y + weights[f"{name}/bias"]
 
 
