@@ -76,10 +76,14 @@ def to_square(face: np.ndarray) -> np.ndarray:
     """
     height, width = face.shape[:2]
     side = max(height, width)
-    rows, columns = _resampling(height, side), _resampling(width, side)
-    tall = rows @ face.reshape(height, -1).astype(np.float32)  # [112, W · 3]
-    across = tall.reshape(SIZE, width, 3).swapaxes(0, 1).reshape(width, -1)  # [W, 112 · 3]
-    return (columns @ across).reshape(SIZE, SIZE, 3).swapaxes(0, 1)
+    top, left = (side - height) // 2, (side - width) // 2
+    padded = np.zeros((side, side, 3), np.float32)
+    padded[top : top + height, left : left + width] = face
+    at = np.arange(SIZE, dtype=np.float32) * np.float32(side / SIZE)
+    low = at.astype(int)
+    high, share = np.minimum(low + 1, side - 1), at - low
+    tall = padded[low] + (padded[high] - padded[low]) * share[:, None, None]
+    return tall[:, low] + (tall[:, high] - tall[:, low]) * share[:, None]
 
 
 def from_square(points: np.ndarray, *, height: int, width: int) -> np.ndarray:
@@ -106,19 +110,6 @@ def shift(*, height: int, width: int) -> np.ndarray:
     extent, side = np.array([width, height]), max(height, width)
     padding = (side - extent) / 2
     return (0.5 * (1 - side / SIZE) + padding - padding // 1) / extent
-
-
-@functools.lru_cache(maxsize=256)
-def _resampling(length: int, side: int) -> np.ndarray:
-    """Linear weights [112, length] from the pixels of one axis, padded to `side`, to the square."""
-    at = np.arange(SIZE, dtype=np.float32) * np.float32(side / SIZE)
-    low = np.floor(at).astype(int)
-    share = at - low
-    padded = np.zeros((SIZE, side), np.float32)
-    padded[np.arange(SIZE), low] += 1 - share
-    padded[np.arange(SIZE), np.minimum(low + 1, side - 1)] += share
-    before = (side - length) // 2
-    return padded[:, before : before + length]
 
 
 def _normalise(faces: Maps) -> Maps:
