@@ -11,7 +11,6 @@ from PIL import Image
 
 from emollama_jax import cli, config
 from emollama_jax.models.pretrained import named_parameters
-from emollama_jax.sharding.mesh import make_mesh
 from tools.convert_torch import __main__ as convert_torch
 
 NAMES = ("tiny", "emollama_135m", "emollama_7b", "emollama_13b")  # of the parameter table
@@ -74,7 +73,9 @@ def test_documented_commands_exist(root, capsys):
             if args[2] == "export" and not args[3].isupper():
                 assert f"{args[3]}," in text, where
         elif args[:1] == ["-m"] and args[1].startswith("tools."):
-            text = help_of((), capsys, importlib.import_module(args[1]).main)
+            package = (root / args[1].replace(".", "/")).is_dir()
+            module = importlib.import_module(f"{args[1]}.__main__" if package else args[1])
+            text = help_of((), capsys, module.main)
             for flag in (word for word in args if word.startswith("--")):
                 assert re.search(rf"{flag}\b", text), f"{where}: no {flag}"
         elif program.endswith("python"):
