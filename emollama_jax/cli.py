@@ -180,6 +180,8 @@ def pretrain(
     face_steps: int = 2_500,
     llama_steps: int = 800,
     batch: int = 128,
+    learning_rate: float = 1.0e-3,
+    start: pathlib.Path | None = None,
     seed: int = 0,
     towers: tuple[str, ...] = ("llama", "vision", "face"),
 ) -> None:
@@ -199,6 +201,8 @@ def pretrain(
         face_steps: training steps of FaceXFormer.
         llama_steps: training steps of the language model.
         batch: pictures of a training step.
+        learning_rate: at the peak; the language model's is twice that.
+        start: folder of an earlier `--out` whose picture towers are trained further.
         seed: seed of everything.
         towers: towers to train; two processes in one folder may share the work.
     """
@@ -207,6 +211,8 @@ def pretrain(
     at_least(1, pictures=pictures, vision_steps=vision_steps, face_steps=face_steps)
     at_least(1, llama_steps=llama_steps, batch=batch)
     at_least(0, clips=clips, seed=seed, teacher_steps=teacher_steps)
+    if not 0 < learning_rate < 1:
+        raise UserError(f"--learning-rate is {learning_rate}, wanted more than 0 and less than 1")
     cfg = load_config(config)
     check_writable(out)
     compile_cache.start()
@@ -219,6 +225,8 @@ def pretrain(
         clips=clips,
         teacher_steps=teacher_steps,
         batch=batch,
+        learning_rate=learning_rate,
+        start=start,
         vision_steps=vision_steps,
         face_steps=face_steps,
         llama_steps=llama_steps,

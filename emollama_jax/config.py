@@ -198,7 +198,7 @@ class FaceXFormerConfig:
     upscale_widths: tuple[Size, Size]  # of the parsing head
     norm_eps: Epsilon
     parsing_norm_eps: Epsilon
-    race_labels: Literal["measured", "as_published"]  # see docs/model.md
+    race_labels: Literal["measured", "as_published", "untaught"]  # see docs/model.md
     image_mean: tuple[Brightness, Brightness, Brightness]
     image_std: tuple[Spread, Spread, Spread]
     dtype: DType

@@ -320,6 +320,7 @@ AGR = {
         ({}, "image is a 20-29 year old Asian woman"),
         ({"kind": "clip"}, "video is a 20-29 year old Asian woman"),
         ({"race_labels": "as_published"}, "image is a 20-29 year old Indian woman"),
+        ({"race_labels": "untaught"}, "image is a 20-29 year old woman"),
         ({"age": 0, "gender": 0, "race": 0}, "image is a 0-9 year old White man"),
         ({"age": 7, "race": 1}, "image is a 70+ year old Black woman"),
         ({"age": 6, "race": 4}, "image is a 60-69 year old woman"),  # "Others" says nothing

@@ -63,7 +63,7 @@ def agr_sentence(
     race: int,
     probability: Sequence[float],
     threshold: float,
-    race_labels: Literal["measured", "as_published"],
+    race_labels: Literal["measured", "as_published", "untaught"],
 ) -> str:
     """The age-gender-race sentence, e.g. "The person in the image is a 20-29 year old Asian woman."
 

@@ -23,7 +23,7 @@ UNKNOWN = "unknown"
 SURE = 0.5  # probability below which the face network's class counts as unknown
 SAMPLES, SEED, LEVEL = 2000, 0, 0.95  # of the bootstrap of UAR, as in `protocol.evaluate`
 
-RaceLabels = Literal["measured", "as_published"]
+RaceLabels = Literal["measured", "as_published", "untaught"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +188,10 @@ _NOTE = (
 
 
 def _groups(agr: np.ndarray, probability: np.ndarray, race_labels: RaceLabels) -> tuple[str, ...]:
+    sure = [p >= SURE for p in probability]
+    sure[ATTRIBUTES.index("race")] &= race_labels != "untaught"
     return tuple(
-        _names(attribute, race_labels)[int(agr[place])] if probability[place] >= SURE else UNKNOWN
+        _names(attribute, race_labels)[int(agr[place])] if sure[place] else UNKNOWN
         for place, attribute in enumerate(ATTRIBUTES)
     )
 

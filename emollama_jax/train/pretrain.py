@@ -62,7 +62,7 @@ def pretrain(
         Held-out metrics, seconds and settings of every tower trained.
     """
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"plan": dataclasses.asdict(plan)}
+    record: dict[str, Any] = {"plan": dataclasses.asdict(plan) | {"start": str(plan.start or "")}}
     stages = {"llama": text_tower, "vision": _vision, "face": _face}
     for tower in towers:
         path = out / f"{pretrained.TINY[tower]}.safetensors"
@@ -164,6 +164,7 @@ def _vision(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     size = config.model.vision.image_size
     batch_of, view, frozen = _lesson(config, plan, out, console, "frames", size)
     learner = VisionLearner(config, len(ACTION_UNITS), rngs=nnx.Rngs(plan.seed))
+    _start(learner.tower, plan, "vision")
     fit(
         learner,
         batch_of,
@@ -190,6 +191,7 @@ def _face(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     size = config.model.face.swin.image_size
     batch_of, view, frozen = _lesson(config, plan, out, console, "faces", size)
     learner = FaceLearner(config, rngs=nnx.Rngs(plan.seed + 1))
+    _start(learner.tower, plan, "face")
     fit(
         learner,
         batch_of,
@@ -207,6 +209,12 @@ def _face(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     for name, real in _held_out(config, plan, out, console):
         metrics[name] = _face_scores(predict(learner, real.faces), real)
     return learner.tower, metrics
+
+
+def _start(tower: nnx.Module, plan: Plan, name: str) -> None:
+    """Fills a tower from an earlier folder; the heads that are dropped start anew."""
+    if plan.start:
+        pretrained.load(tower, plan.start / f"{pretrained.TINY[name]}.safetensors")
 
 
 def _held_out(config: Config, plan: Plan, out: pathlib.Path, console: Any):

@@ -36,6 +36,7 @@ class Plan:
     llama_steps: int = 800
     text_batch: int = 32
     learning_rate: float = 1.0e-3
+    start: pathlib.Path | None = None  # an earlier folder, whose picture towers are trained further
     processes: int = 2  # that draw side by side
     save_every: int = 250  # steps after which a stopped tower resumes
     seed: int = 0

@@ -6,10 +6,11 @@ gender come from a teacher's file (`python -m tools.face_teacher`) where one lie
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from emollama_jax.data import taught
 from emollama_jax.data.builders import registry
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.media import read_image
@@ -19,6 +20,10 @@ from emollama_jax.faces.priors import open_priors
 from emollama_jax.faces.track import crop_face, to_crop
 
 CHUNK = 2048  # pictures decoded before they are written
+SPREAD = (
+    0.055  # of the teacher's two looks at a face, in boxes; about half of those above are wrong
+)
+UNSURE = 0.2  # probability of male from which to 1 minus it the gender counts as unknown
 
 
 def real_pictures(
@@ -64,7 +69,7 @@ def real_pictures(
             picture = read_image(example["media"])
             face, crop = crop_face(picture, prior.boxes[0], margin, face_size)
             frame, _ = crop_face(picture, prior.boxes[0], margin, frame_size)
-            landmarks, agr = known(example["id"])
+            landmarks, agr = known(number, picture.shape[:2])
             votes = np.asarray(example.get("votes", ()), np.float32)
             if not votes.sum() > 0:
                 votes = np.eye(len(targets), dtype=np.float32)[example["label"]]
@@ -77,15 +82,29 @@ def real_pictures(
     return open_pictures(folder)
 
 
-def teacher_labels(data_dir: str, name: str, split: str) -> Callable[[str], tuple]:
-    """What the teacher's file says of an example: landmarks in pixels, and the AGR classes."""
-    path = pathlib.Path(data_dir) / "teacher" / name / f"{split}.npz"
-    if not path.exists():
-        return lambda _: (np.full((68, 2), np.nan, np.float32), np.full(3, -1, np.int32))
-    with np.load(path) as file:
-        rows = {str(i): at for at, i in enumerate(file["id"])}
-        landmarks, agr = file["landmarks"], file["agr"]
-    return lambda example: (landmarks[rows[example]], agr[rows[example]])
+def teacher_labels(
+    data_dir: str, name: str, split: str
+) -> Callable[[int, Sequence[int]], tuple[np.ndarray, np.ndarray]]:
+    """What the teacher's file says of an example, by its number and its picture's (height, width).
+
+    Landmarks in pixels, nan where its two looks at the face disagree; the AGR classes, -1 where
+    unknown. Without a file all is unknown.
+    """
+    where = registry.find(data_dir, name, split)
+    if not taught.labels_path(data_dir, where.name, where.split).exists():
+        nowhere, unknown = np.full((68, 2), np.nan, np.float32), np.full(3, -1, np.int32)
+        return lambda number, size: (nowhere, unknown)
+    labels = taught.read_labels(data_dir, name, split)
+    sure = (labels.spread <= SPREAD)[:, None, None]  # nan is not
+    landmarks = np.where(sure, labels.landmarks, np.nan)
+    agr = labels.agr.copy()
+    agr[(labels.male > UNSURE) & (labels.male < 1 - UNSURE), 1] = -1
+
+    def of(number: int, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        height, width = size
+        return (landmarks[number] + 1) * np.array([width, height]) / 2 - 0.5, agr[number]
+
+    return of
 
 
 def class_targets(space: LabelSpace) -> np.ndarray:
