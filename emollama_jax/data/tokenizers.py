@@ -193,7 +193,7 @@ def load_tokenizer(
         raise UserError(f"{path}: not a {cfg.kind} tokenizer: {reason}; {_NEXT}") from None
 
 
-def carried_by(weights: str | tuple[str, ...] | None, file: str, *, key: str) -> epath.Path:
+def carried_by(weights: str | tuple[str, ...], file: str, *, key: str) -> epath.Path:
     """A file of the folder of converted weights that carries it.
 
     Args:
@@ -204,7 +204,7 @@ def carried_by(weights: str | tuple[str, ...] | None, file: str, *, key: str) ->
     Raises:
         UserError: no such folder, or several.
     """
-    folders = [] if weights is None or isinstance(weights, str) else [*map(as_path, weights)]
+    folders = [] if isinstance(weights, str) else [*map(as_path, weights)]
     found = [folder / file for folder in folders if (folder / file).exists()]
     if len(found) != 1:
         there = f"{len(found)} of them carry" if found else "none of them carries"
@@ -217,6 +217,11 @@ def carried_by(weights: str | tuple[str, ...] | None, file: str, *, key: str) ->
 
 
 def _carried(cfg: TokenizerConfig, weights: str | tuple[str, ...] | None) -> epath.Path:
+    if weights is None:
+        raise UserError(
+            "data.question_tokenizer: a folder of weights carries the LLM's tokenizer alone: name "
+            "the file of this one"
+        )
     if cfg.kind not in CARRIED:
         raise UserError(
             f"path weights of a {cfg.kind} tokenizer: wanted kind {' or '.join(CARRIED)}; {_NEXT}"
