@@ -147,13 +147,13 @@ def answers(model: Llama, rows: list[list[int]], chat: Chat) -> list[list[int]]:
     for row, one in zip(ids, rows, strict=True):
         row[: len(one)] = one
     prompt = Prompt(embeds=model.embed(jnp.asarray(ids)), length=jnp.asarray(length))
-    ending = make_ending(chat.stop, chat.pad)
+    ending = make_ending((), chat.pad)  # all tokens, the end's too
     found = decode(*nnx.split(model), prompt, None, ending, max_new_tokens=TOKENS)
     pairs = zip(np.asarray(found.ids), np.asarray(found.length), strict=True)
     return [row[:n].tolist() for row, n in pairs]
 
 
-def their_answers(theirs, rows: list[list[int]], stop: tuple[int, ...]) -> list[list[int]]:
+def their_answers(theirs, rows: list[list[int]], pad: int) -> list[list[int]]:
     """Those of `transformers`, one prompt after the other."""
     found = []
     for row in rows:
@@ -163,15 +163,15 @@ def their_answers(theirs, rows: list[list[int]], stop: tuple[int, ...]) -> list[
             attention_mask=torch.ones_like(ids),
             max_new_tokens=TOKENS,
             do_sample=False,
-            eos_token_id=list(stop),
-            pad_token_id=stop[0],
-        )[0, len(row) :].tolist()
-        found.append([token for token in said if token not in stop])
+            eos_token_id=None,
+            pad_token_id=pad,
+        )
+        found.append(said[0, len(row) :].tolist())
     return found
 
 
 def of_templates(report: Report, chat: Chat, tokenizer) -> list[list[int]]:
-    """Compares prompts and whole conversations; gives the prompts."""
+    """Compares prompts and whole conversations; gives the prompts of one question each."""
     how = {"n_visual": 0, "agr": "", "chat": chat, "text_length": 400}
     rows, same = [], 0
     for number, question in enumerate(QUESTIONS):
@@ -187,7 +187,8 @@ def of_templates(report: Report, chat: Chat, tokenizer) -> list[list[int]]:
             add_generation_prompt=True,
             return_dict=False,
         )
-        rows.append(prompt.ids[: prompt.length].tolist())
+        alone = build_prompt(question, **how)
+        rows.append(alone.ids[: alone.length].tolist())
         training = build_training([*earlier, Turn(question, "So it is.")], **how)
         whole = tokenizer.apply_chat_template(
             [
@@ -197,7 +198,8 @@ def of_templates(report: Report, chat: Chat, tokenizer) -> list[list[int]]:
             ],
             return_dict=False,
         )
-        same += rows[-1] == wanted and training.ids[: training.length].tolist() == whole
+        equal = prompt.ids[: prompt.length].tolist() == wanted
+        same += equal and training.ids[: training.length].tolist() == whole
     report.add("template ids equal to apply_chat_template", f"{same} of 10", same == 10)
     return rows
 
@@ -248,7 +250,7 @@ def main() -> None:
                 what = f"logits of a {title} of {ids.shape[1]} tokens, off by (of the largest)"
                 report.add(what, f"{off:.1e}", bool(off < LIMIT))
             mine = answers(model, rows, chat)
-        said = their_answers(theirs, rows, chat.stop)
+        said = their_answers(theirs, rows, chat.pad)
         same = sum(a == b for a, b in zip(mine, said, strict=True))
         report.add(f"greedy answers of {TOKENS} tokens that are equal", f"{same} of 10", same == 10)
         how = {"base": (), "merge": True, "dtype": "source", "shard_gb": 5.0}
@@ -275,7 +277,8 @@ def main() -> None:
             "leaves the same after there and back", f"{same} of {len(leaves)}", same == len(leaves)
         )
         print(dataclasses.asdict(weights.read_manifest(folder))["model"]["llama"])
-        print(repr(chat.tokenizer.decode(mine[2])))
+        for answer in mine[:3]:
+            print(repr(chat.tokenizer.decode(answer)))
     sys.exit(0 if report.ok else 1)
 
 

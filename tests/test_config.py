@@ -196,6 +196,17 @@ def put(tree, key, value):
     tree[leaf] = [value, *tree[leaf][1:]] if isinstance(tree[leaf], list | tuple) else value
 
 
+def test_files_from_before_a_setting_mean_what_they_did():
+    tree = _plain(config.to_dict(config.load("tiny")))
+    for key in ("tied", "rope_llama3"):
+        del tree["model"]["llama"][key]
+    del tree["data"]["template"]
+    before = copy.deepcopy(tree)
+    assert config.from_dict(tree, origin="old") == config.load("tiny")
+    assert tree == before
+    assert config.completed(tree) == _plain(config.to_dict(config.load("tiny")))
+
+
 def test_every_number_of_every_section_is_found():
     sections = {key.rpartition(".")[0] for key, _ in NUMBERS}
     assert {"model.llama.lora", "data.sources[]", "mesh", "distributed", "generate"} <= sections

@@ -267,7 +267,8 @@ def test_a_config_beside_a_file_counts_and_none_is_said(tmp_path):
     summary = convert("llama", file, tmp_path / "ours", replaced(model, "llama", layers=9))
     found = weights.read_manifest(tmp_path / "ours").model["llama"]
     assert (found["layers"], found["norm_eps"], found["rope_theta"]) == (3, 1e-3, 1e6)
-    assert summary.notes == ()
+    (note,) = summary.notes  # nothing else is to be said
+    assert note == "no tokenizer beside the weights: name one under data.llm_tokenizer"
 
 
 def test_two_llamas_beside_each_other_are_refused(tmp_path):

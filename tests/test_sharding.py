@@ -118,15 +118,17 @@ def test_every_parameter_of_the_7b_model_has_a_rule():
     )
 
 
-def trained(mesh_sizes, *, accumulation):
-    """The toy's state and metrics after one step."""
+def trained(mesh_sizes, *, accumulation, tied=False):
+    """The toy's state and metrics after one step; a tied embedding trains."""
     cfg = toy_config(accumulation=accumulation)
+    cfg = config.override(cfg, [f"model.llama.tied={str(tied).lower()}"])
     mesh = mesh_of(*mesh_sizes)
     with jax.set_mesh(mesh):
         model = Toy(cfg.model, rngs=nnx.Rngs(0))
         leaves = named_parameters(model)
         where = param_shardings(leaves, mesh, preset="fsdp+tensor").params
-        trainable = matching((".*",), leaves, key="train.trainable") - {"llama/embed_tokens"}
+        trainable = matching((".*",), leaves, key="train.trainable")
+        trainable -= set() if tied else {"llama/embed_tokens"}
         optimizer = make_optimizer(cfg.train, leaves, trainable=trainable)
         values = {n: jax.device_put(x[...], where[n]) for n, x in leaves.items()}
         frozen = {n: x for n, x in values.items() if n not in trainable}
@@ -147,6 +149,19 @@ def trained(mesh_sizes, *, accumulation):
         batch = jax.device_put(make_batch(rng, examples=16, frames=2), batch_sharding(mesh))
         state, metrics = step(frozen, state, batch)
         return state, jax.device_get(vars(metrics))
+
+
+@needs_eight
+def test_a_tied_embedding_trains_as_table_and_as_head():
+    """Alike on one device and on eight, its gradient the sum of both."""
+    one, eight = (trained(sizes, accumulation=2, tied=True) for sizes in ((1, 1, 1), (2, 2, 2)))
+    assert "llama/lm_head/kernel" not in one[0].params
+    name = "llama/embed_tokens"
+    found = [np.asarray(state.opt_state[1].mu[name]) for state, _ in (one, eight)]
+    scale = np.abs(found[0]).max()
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5 * scale, rtol=0)
+    assert (found[0] != 0).any(-1).all()  # every word is a possible answer: the head's gradient
+    assert eight[0].params[name].sharding.spec == PartitionSpec("tensor", "fsdp")
 
 
 @pytest.fixture(scope="module")

@@ -47,12 +47,15 @@ class Decoder(nnx.Module):
 
         self.layers = stack(layer, cfg.llama.layers, rngs=rngs)
         self.norm = RMSNorm(width, eps=1e-6, rngs=rngs)
-        self.lm_head = Linear(
-            width, vocab, axes=("embed", "vocab"), bias=False, dtype="float32", rngs=rngs
+        axes = ("embed", "vocab")
+        self.lm_head = (
+            None
+            if cfg.llama.tied
+            else Linear(width, vocab, axes=axes, bias=False, dtype="float32", rngs=rngs)
         )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.lm_head(hidden)
+        return hidden @ self.embed_tokens[...].T if self.lm_head is None else self.lm_head(hidden)
 
 
 class Toy(nnx.Module):

@@ -194,7 +194,7 @@ def load_tokenizer(
         raise UserError(f"{path}: not a {cfg.kind} tokenizer: {reason}; {_NEXT}") from None
 
 
-def carried_by(weights: str | tuple[str, ...] | None, file: str, *, key: str) -> epath.Path:
+def carried_by(weights: str | tuple[str, ...], file: str, *, key: str) -> epath.Path:
     """A file of the folder of converted weights that carries it.
 
     Args:
@@ -205,7 +205,7 @@ def carried_by(weights: str | tuple[str, ...] | None, file: str, *, key: str) ->
     Raises:
         UserError: no such folder, or several.
     """
-    folders = [*map(as_path, config_weights.folders(weights or "none"))]
+    folders = [*map(as_path, config_weights.folders(weights))]
     found = [folder / file for folder in folders if (folder / file).exists()]
     if len(found) != 1:
         there = f"{len(found)} of them carry" if found else "none of them carries"
@@ -218,6 +218,11 @@ def carried_by(weights: str | tuple[str, ...] | None, file: str, *, key: str) ->
 
 
 def _carried(cfg: TokenizerConfig, weights: str | tuple[str, ...] | None) -> epath.Path:
+    if weights is None:
+        raise UserError(
+            "data.question_tokenizer: a folder of weights carries the LLM's tokenizer alone: name "
+            "the file of this one"
+        )
     if cfg.kind not in CARRIED:
         raise UserError(
             f"path weights of a {cfg.kind} tokenizer: wanted kind {' or '.join(CARRIED)}; {_NEXT}"

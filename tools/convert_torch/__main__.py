@@ -54,11 +54,12 @@ def _converts(source: str, about: str) -> Callable[..., None]:
     command.__doc__ = f"""Converts {about}.
 
     Args:
-        src: weight files, or folders of them as Hugging Face lays them out.
+        src: weight files (a LLaMA's may be a .gguf), or folders of them as Hugging Face lays them
+            out.
         out: the folder to make; a config names it under `weights`.
         dtype: of what is written: bf16 (training, answering), f32, or each tensor's own.
         config: whose model section gives the sizes: a name in configs/ or a .yaml file. A
-            config.json beside the weights overrides LLaMA's.
+            config.json beside the weights, or a GGUF's metadata, overrides LLaMA's.
         set: overrides of that config, e.g. model.vision.image_size=336.
         mesh: data, fsdp and tensor devices that hold the arrays meanwhile.
     """

@@ -250,7 +250,10 @@ def _folder(
         )
         return
     else:
-        opened.problems.append(f"{folder}: no weights in it (wanted one of {', '.join(names)})")
+        ggufs = [path.name for path in sorted(folder.iterdir()) if path.suffix in GGUF]
+        hint = f"; {ggufs[0]} is to be named itself" if ggufs else ""
+        wanted = ", ".join(names)
+        opened.problems.append(f"{folder}: no weights in it (wanted one of {wanted}){hint}")
         return
     for name in beside:
         if (folder / name).is_file() and folder / name not in read:

@@ -133,7 +133,7 @@ def _problems(reader: Any, held: Mapping[str, Any], gguf: Any) -> list[str]:
         try:
             size = gguf.GGML_QUANT_SIZES[kind][1]
             gguf.dequantize(np.zeros((1, size), np.uint8), kind)
-        except NotImplementedError:
+        except RuntimeError:  # its "not yet implemented"
             names = [tensor.name for tensor in reader.tensors if tensor.tensor_type == kind]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             problems.append(

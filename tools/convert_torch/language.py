@@ -5,6 +5,7 @@ sandbox that `transformers` runs it in, and comparing with the formats of `data/
 """
 
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,11 @@ def carry(opened: Opened) -> None:
         opened.problems.append(f"its tokenizer ({', '.join(held)}): {reason}")
         return
     program = _program(held, settings)
+    if importlib.util.find_spec("jinja2") is None:
+        opened.problems.append(
+            "its chat template needs jinja2: pip install 'emollama-jax[convert]'"
+        )
+        return
     if program is None:
         opened.notes.append("no chat template beside the tokenizer: name a data.template")
         return
