@@ -205,7 +205,7 @@ def carried_by(weights: str | tuple[str, ...], file: str, *, key: str) -> epath.
     Raises:
         UserError: no such folder, or several.
     """
-    folders = [*map(as_path, config_weights.folders(weights or "none"))]
+    folders = [*map(as_path, config_weights.folders(weights))]
     found = [folder / file for folder in folders if (folder / file).exists()]
     if len(found) != 1:
         there = f"{len(found)} of them carry" if found else "none of them carries"
