@@ -17,9 +17,7 @@ import numpy as np
 from emollama_jax.config import EmoLlamaConfig
 from tools.convert_torch.engine import FLOATS, Row, Transform, linear, norm
 from tools.convert_torch.files import CONFIG, Opened, Tensor, open_paths
-from tools.convert_torch.settings import _number as number
-from tools.convert_torch.settings import _size as size
-from tools.convert_torch.settings import _Wrong as Wrong
+from tools.convert_torch.settings import Wrong, number, size
 
 VOCABULARY = "vocab.txt"  # that the folder carries
 SIGN = r"((?:.*\.)?)embeddings\.token_type_embeddings\.weight"

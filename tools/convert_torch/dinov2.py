@@ -25,9 +25,7 @@ from tools.convert_torch.engine import FLOATS, PATCHES, QKV, Row, drop_leading, 
 from tools.convert_torch.files import CONFIG, ONNX, Opened, Tensor, open_paths
 from tools.convert_torch.onnx_graph import read_dinov2
 from tools.convert_torch.pickled import Unreadable
-from tools.convert_torch.settings import _number as number
-from tools.convert_torch.settings import _size as size
-from tools.convert_torch.settings import _Wrong as Wrong
+from tools.convert_torch.settings import Wrong, number, size
 
 SIGN = r"(.*)encoder\.layer\.0\.norm1\.weight"
 MODULES = {  # what `transformers` 5 calls in memory what its files call otherwise

@@ -63,7 +63,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Wrong(Exception):
+class Wrong(Exception):
     """A setting that has no place in ours."""
 
 
@@ -162,10 +162,10 @@ def _llama(cfg: LlamaConfig, settings: Mapping[str, Any]) -> tuple[LlamaConfig, 
     ]
     fields: dict[str, Any] = {}
     for ours, theirs in LLAMA.items():
-        read = _number if ours == "norm_eps" else _size
+        read = number if ours == "norm_eps" else size
         problems += _into(fields, ours, lambda read=read, theirs=theirs: read(text, theirs))
-    problems += _into(fields, "kv_heads", lambda: _size(text, "num_key_value_heads", None))
-    problems += _into(fields, "head_dim", lambda: _size(text, "head_dim", None))
+    problems += _into(fields, "kv_heads", lambda: size(text, "num_key_value_heads", None))
+    problems += _into(fields, "head_dim", lambda: size(text, "head_dim", None))
     problems += _into(fields, "rope", lambda: _rope(text))
     problems += _into(fields, "tied", lambda: _truth(text, "tie_word_embeddings"))
     if problems:
@@ -199,27 +199,29 @@ def _quantized(settings: Mapping[str, Any]) -> str:
 def _into(fields: dict[str, Any], name: str, read: Callable[[], Any]) -> list[str]:
     try:
         fields[name] = read()
-    except _Wrong as error:
+    except Wrong as error:
         return [str(error)]
     return []
 
 
-def _size(text: Mapping[str, Any], key: str, *default: Any) -> Any:
+def size(text: Mapping[str, Any], key: str, *default: Any) -> Any:
+    """A whole number above 0; where it is absent, the default, if one is given."""
     value = text.get(key)
     if value is None and default:
         return default[0]
     most = MOST_LAYERS if key == LLAMA["layers"] else MOST
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-        raise _Wrong(f"{key} is {value!r}, wanted a whole number from 1 to {most}")
+        raise Wrong(f"{key} is {value!r}, wanted a whole number from 1 to {most}")
     return value
 
 
-def _number(held: Mapping[str, Any], key: str) -> float:
+def number(held: Mapping[str, Any], key: str) -> float:
+    """A finite number above 0."""
     value = held.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Wrong(f"{key} is {value!r}, wanted a number above 0")
+        raise Wrong(f"{key} is {value!r}, wanted a number above 0")
     if not (math.isfinite(value) and value > 0):
-        raise _Wrong(f"{key} is {value!r}, wanted a number above 0")
+        raise Wrong(f"{key} is {value!r}, wanted a number above 0")
     return float(value)
 
 
@@ -227,7 +229,7 @@ def _truth(text: Mapping[str, Any], key: str) -> bool:
     """A setting that is false where it is left out."""
     value = text.get(key)
     if value not in (True, False, None):
-        raise _Wrong(f"{key} is {value!r}, wanted true or false")
+        raise Wrong(f"{key} is {value!r}, wanted true or false")
     return bool(value)
 
 
@@ -236,15 +238,15 @@ def _rope(text: Mapping[str, Any]) -> tuple[float, float, RopeLlama3Config | Non
     old, new = text.get("rope_scaling") or {}, text.get("rope_parameters") or {}
     for key, held in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(held, dict):
-            raise _Wrong(f"{key} is {held!r}, wanted an object")
+            raise Wrong(f"{key} is {held!r}, wanted an object")
         if any(isinstance(value, dict) for value in held.values()):
-            raise _Wrong(f"{key} has parameters for each kind of layer, wanted one set for all")
+            raise Wrong(f"{key} has parameters for each kind of layer, wanted one set for all")
     if old and new and _scaling(old, "rope_scaling") != _scaling(new, "rope_parameters"):
-        raise _Wrong(f"rope_scaling is {old!r} and rope_parameters {new!r}: keep one of them")
+        raise Wrong(f"rope_scaling is {old!r} and rope_parameters {new!r}: keep one of them")
     scaling = _scaling(new, "rope_parameters") if new else _scaling(old, "rope_scaling")
     for held in (new, old, text):
         if held.get("rope_theta") is not None:
-            return _number(held, "rope_theta"), *scaling
+            return number(held, "rope_theta"), *scaling
     return ROPE_THETA, *scaling
 
 
@@ -253,16 +255,16 @@ def _scaling(rope: Mapping[str, Any], name: str) -> tuple[float, RopeLlama3Confi
     if kind is None and not set(rope) - {"rope_theta", "partial_rotary_factor"}:
         kind = "default"
     if kind not in ("default", "linear", "llama3"):
-        raise _Wrong(f"{name} is of type {kind!r}, wanted 'linear', 'llama3' or none")
+        raise Wrong(f"{name} is of type {kind!r}, wanted 'linear', 'llama3' or none")
     if rope.get("partial_rotary_factor") not in ONE:
-        raise _Wrong(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, wanted 1")
+        raise Wrong(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, wanted 1")
     if kind != "llama3":
-        return (_number(rope, "factor") if kind == "linear" else 1.0), None
-    fields = {key: _number(rope, key) for key in ROPE_LLAMA3}
-    first = _size(rope, ORIGINAL)
+        return (number(rope, "factor") if kind == "linear" else 1.0), None
+    fields = {key: number(rope, key) for key in ROPE_LLAMA3}
+    first = size(rope, ORIGINAL)
     low, high = fields["low_freq_factor"], fields["high_freq_factor"]
     if high <= low:
-        raise _Wrong(f"high_freq_factor is {high:g}, wanted more than low_freq_factor {low:g}")
+        raise Wrong(f"high_freq_factor is {high:g}, wanted more than low_freq_factor {low:g}")
     return 1.0, RopeLlama3Config(**fields, original_max_positions=first)
 
 
