@@ -12,7 +12,7 @@ import tyro
 
 from emollama_jax import compile_cache, dispatch
 from emollama_jax.cli_results import evaluate, zero_shot
-from emollama_jax.cli_speed import bench_data, bench_train, plan
+from emollama_jax.cli_speed import bench_data, bench_decode, bench_train, plan
 from emollama_jax.cli_words import (
     ConfigName,
     DataSet,
@@ -331,7 +331,7 @@ def ask(
 
 
 def bench() -> None:
-    """Speed, against PyTorch in one run: data, train."""
+    """Speed, against PyTorch in one run: data, train, decode."""
 
 
 def data() -> None:
@@ -350,7 +350,7 @@ VERBS = {
     "plan": plan,
 }
 DATA_VERBS = {"prepare": data_prepare, "inspect": data_inspect, "instruct": data_instruct}
-BENCH_VERBS = {"data": bench_data, "train": bench_train}
+BENCH_VERBS = {"data": bench_data, "train": bench_train, "decode": bench_decode}
 NESTED = {"data": DATA_VERBS, "bench": BENCH_VERBS}
 
 

@@ -1,11 +1,12 @@
 """The verbs about speed: what a TPU slice would take, and what is measured against PyTorch."""
 
+import pathlib
 from typing import Literal
 
 import tyro
 
 from emollama_jax import compile_cache
-from emollama_jax.bench.options import TrainSizes
+from emollama_jax.bench.options import DecodeSizes, TrainSizes
 from emollama_jax.cli_words import ConfigName, Overrides, load_config, new_console
 from emollama_jax.preflight import at_least
 
@@ -98,4 +99,33 @@ def bench_train(
     from emollama_jax.bench import train as module
 
     result = module.run(sizes, steps=steps, warm=warm, console=new_console())
+    print(result.report(as_json=json))
+
+
+def bench_decode(
+    folder: pathlib.Path | None = None,
+    sizes: Inline[DecodeSizes] = DecodeSizes(),  # noqa: B008
+    batch: tuple[int, ...] = (1, 8),
+    rounds: int = 5,
+    json: bool = False,
+) -> None:
+    """Tokens per second of greedy decoding on this CPU, against the same LLaMA, weights and prompts
+    in `transformers`, in turns; needs the extra `parity` and a checkout. Tokens must be the same.
+
+    Args:
+        folder: a LLaMA that tools.convert_torch wrote; random weights of emollama_135m's shape
+            where none is named.
+        sizes: tokens of prompts and answers.
+        batch: numbers of prompts answered at once, measured one after the other.
+        rounds: rounds that count, of each batch.
+        json: print JSON instead of the table.
+    """
+    at_least(1, prompt=sizes.prompt, new=sizes.new, rounds=rounds)
+    for each in batch:
+        at_least(1, batch=each)
+    compile_cache.start()
+    from emollama_jax.bench import decode as module
+
+    work = module.random_model() if folder is None else module.read_folder(folder)
+    result = module.run(work, sizes, batches=batch, rounds=rounds, console=new_console())
     print(result.report(as_json=json))

@@ -1,6 +1,7 @@
 """`bench train`: both sides train the same, the numbers are counted right."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 
@@ -97,6 +98,6 @@ def test_refusals(monkeypatch, capsys):
             cli.main(["bench", "train", *words])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"torch, peft not found: pip install -e '.\[parity\]'"):
         bench.run(SMALL, steps=1, warm=0, console=quiet())

@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "train": LOWER | {"faces"},
     "evaluate": LOWER | {"faces", "generate", "train", "remote"},
     "serve": LOWER | {"faces", "generate", "train"},
-    "bench": LOWER | {"faces", "train"},
+    "bench": LOWER | {"faces", "generate", "train"},
     "scale": LOWER | {"faces", "generate", "train"},
     "demo_photographs": LOWER | {"evaluate", "serve"},
     "demo_page": LOWER | {"demo_photographs", "train", "evaluate"},

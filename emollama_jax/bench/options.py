@@ -1,4 +1,4 @@
-"""What `emollama bench train` takes."""
+"""What `emollama bench train` and `decode` take."""
 
 import dataclasses
 
@@ -67,3 +67,13 @@ class TrainSizes:
     def _matrices(self) -> int:
         """Weights of a layer's matrices."""
         return 4 * self.width**2 + 3 * self.width * self.mlp_width
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSizes:
+    """Of a call that answers prompts."""
+
+    prompt: int = 128
+    """tokens of a prompt."""
+    new: int = 64
+    """tokens of an answer; nothing ends it before."""

@@ -13,16 +13,13 @@ what the step would reach if all the rest took no time.
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +32,7 @@ from safetensors.numpy import save_file
 
 from emollama_jax.batch import IGNORE, Batch
 from emollama_jax.bench.options import TrainSizes
+from emollama_jax.bench.torch_side import TorchProcess, transformers_llama
 from emollama_jax.config import LlamaConfig, LoraConfig, MeshConfig, TrainConfig, load
 from emollama_jax.errors import UserError
 from emollama_jax.models.llama import Llama
@@ -45,7 +43,6 @@ from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.train.optimizer import ADAM_EPS, Optimizer, make_optimizer
 from emollama_jax.train.step import compile_step, init_state, state_shardings
 
-TORCH_SIDE = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "torch_train.py"
 AGREE = 1e-4  # by how much the losses of the two float32 sides may differ
 LARGE = 2048  # side of the square product that tells the machine's rate
 RUNS = 10  # of each product that is timed
@@ -269,29 +266,11 @@ def jax_side(work: Work) -> Callable[[], tuple[float, float]]:
     return run
 
 
-class TorchSide:
-    """The process that runs PyTorch: a request a line in, an answer a line out.
-
-    Raises:
-        UserError: PyTorch, PEFT or the checkout's `benchmarks` are missing, or the process ended.
-    """
+class TorchSide(TorchProcess):
+    """PyTorch's LLaMA with adapters, in a process of its own."""
 
     def __init__(self, work: Work, folder: pathlib.Path, *, threads: int):
-        missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UserError(
-                f"bench train compares with PyTorch; {', '.join(missing)} not found: "
-                "pip install -e '.[parity]'"
-            )
-        if not TORCH_SIDE.is_file():
-            raise UserError(f"{TORCH_SIDE} not found: bench train needs a checkout")
-        self._process = subprocess.Popen(
-            [sys.executable, str(TORCH_SIDE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+        super().__init__("torch_train.py", command="bench train", needs=("torch", "peft"))
         self._setup = _torch_setup(work, folder, threads=threads)
 
     def build(self, dtype: str) -> None:
@@ -302,27 +281,6 @@ class TorchSide:
         """One training step: (loss before the update, seconds)."""
         answer = self.ask(do="step", name=dtype, learning_rate=learning_rate)
         return answer["loss"], answer["seconds"]
-
-    def ask(self, **request: Any) -> Mapping[str, Any]:
-        """Waits for the answer."""
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise UserError(
-                f"{TORCH_SIDE.name} ended with status {self._process.wait()}; its message is above"
-            )
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
 
 def _torch_setup(work: Work, folder: pathlib.Path, *, threads: int) -> dict[str, Any]:
@@ -346,20 +304,7 @@ def _torch_setup(work: Work, folder: pathlib.Path, *, threads: int) -> dict[str,
             "lora_dropout": cfg.lora.dropout,
             "target_modules": list(cfg.lora.targets),
         },
-        "model": {
-            "vocab_size": cfg.vocab_size,
-            "hidden_size": cfg.width,
-            "intermediate_size": cfg.mlp_width,
-            "num_hidden_layers": cfg.layers,
-            "num_attention_heads": cfg.heads,
-            "num_key_value_heads": cfg.kv_heads,
-            "head_dim": cfg.head_dim,
-            "rms_norm_eps": cfg.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-            "max_position_embeddings": cfg.max_positions,
-            "tie_word_embeddings": False,
-            "attn_implementation": "sdpa",
-        },
+        "model": transformers_llama(cfg),
     }
 
 

@@ -1,0 +1,105 @@
+"""The process in which PyTorch is measured, and a LLaMA as it reads one.
+
+The package never imports PyTorch: a script of the checkout's `benchmarks` does, in a process of its
+own, and is asked one thing at a time.
+"""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from emollama_jax.config import LlamaConfig
+from emollama_jax.errors import UserError
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent.parent / "benchmarks"
+
+
+class TorchProcess:
+    """A request a line in, an answer a line out, both JSON."""
+
+    def __init__(self, script: str, *, command: str, needs: tuple[str, ...]):
+        """Starts it.
+
+        Args:
+            script: in `benchmarks`.
+            command: the verb that asks, for messages.
+            needs: packages that the script imports.
+
+        Raises:
+            UserError: one of them, or the checkout, is missing.
+        """
+        missing = [name for name in needs if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"{command} compares with PyTorch; {', '.join(missing)} not found: "
+                "pip install -e '.[parity]'"
+            )
+        self._path = BENCHMARKS / script
+        if not self._path.is_file():
+            raise UserError(f"{self._path} not found: {command} needs a checkout")
+        self._process = subprocess.Popen(
+            [sys.executable, str(self._path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def ask(self, **request: Any) -> Mapping[str, Any]:
+        """Waits for the answer.
+
+        Raises:
+            UserError: the process ended.
+        """
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise UserError(
+                f"{self._path.name} ended with status {self._process.wait()}; its message is above"
+            )
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def transformers_llama(cfg: LlamaConfig) -> dict[str, Any]:
+    """Arguments of `transformers.LlamaConfig` for the same network, without rows of padding."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if cfg.rope_llama3 is not None:
+        llama3 = cfg.rope_llama3
+        rope = {
+            "rope_type": "llama3",
+            "factor": llama3.factor,
+            "low_freq_factor": llama3.low_freq_factor,
+            "high_freq_factor": llama3.high_freq_factor,
+            "original_max_position_embeddings": llama3.original_max_positions,
+        }
+    elif cfg.rope_scaling != 1:
+        rope = {"rope_type": "linear", "factor": cfg.rope_scaling}
+    return {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_parameters": {"rope_theta": cfg.rope_theta, **rope},
+        "max_position_embeddings": cfg.max_positions,
+        "tie_word_embeddings": cfg.tied,
+        "attn_implementation": "sdpa",
+    }
