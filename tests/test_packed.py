@@ -231,7 +231,7 @@ def test_a_demo_of_ones_own_is_pointed_at(tmp_path, monkeypatch, capsys):
 
 def test_the_shipped_run_fits_this_version_and_its_towers(abstract_model):
     """It cannot be loaded as the toy: that its names and sizes fit is seen without a program."""
-    about, cfg = packed.read_about(runs.SHIPPED), config.load("tiny")
+    about, cfg = packed.read_about(runs.SHIPPED), config.load("tiny_real")
     shipped = config.from_dict(about["config"], origin="package")
     assert about["base"] == base_reference(shipped) and shipped.weights == "tiny"
     assert shipped.data.dir == "data" and shipped.model == cfg.model
