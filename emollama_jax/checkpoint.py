@@ -138,7 +138,7 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
     )
     if tiny:
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
-        read = pretrained.read_tiny(shapes, config_weights.towers(cfg.weights))
+        read = pretrained.read_tiny(shapes, pretrained.towers(cfg.weights))
         values |= {
             name: put(tensor.astype(wanted[name].dtype), shardings[name])
             for name, tensor in read.items()
@@ -153,7 +153,7 @@ def base_reference(cfg: Config) -> dict[str, Any]:
     """What the frozen weights are made from, so that a checkpoint can tell them apart."""
     if cfg.weights == "none":
         return {"weights": "none", "seed": cfg.train.seed}
-    names = [pretrained.TINY[tower] for tower in config_weights.towers(cfg.weights)]
+    names = [pretrained.TINY[tower] for tower in pretrained.towers(cfg.weights)]
     files = {name: pretrained.WEIGHTS / f"{name}.safetensors" for name in names}
     for path in files.values():
         if not path.is_file():
@@ -309,7 +309,7 @@ def _imported(cfg: Config, leaves: dict[str, Any]) -> dict[str, epath.Path]:
 
 def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
     """The parameters that the package's towers fill."""
-    towers = config_weights.towers(cfg.weights)
+    towers = pretrained.towers(cfg.weights)
     return {
         path
         for path in paths

@@ -43,7 +43,7 @@ def load_face(cfg: Config) -> FaceXFormer:
         return nnx.jit(lambda: make(Keys(cfg.train.seed)))()
     face = abstract(make)
     leaves = named_parameters(face)
-    if "face" in config_weights.towers(cfg.weights):
+    if "face" in pretrained.towers(cfg.weights):
         pretrained.load(face, pretrained.WEIGHTS / f"{pretrained.TINY['face']}.safetensors")
         return face
     model = abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs))

@@ -13,11 +13,11 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from emollama_jax.config_weights import TOWERS
+from emollama_jax import config_weights
 from emollama_jax.errors import UserError
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
-TINY = {tower: f"tiny_{tower}" for tower in TOWERS}  # tower → file
+TINY = {tower: f"tiny_{tower}" for tower in config_weights.TOWERS}  # tower → file
 
 
 def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
@@ -73,6 +73,12 @@ def read(path: pathlib.Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, n
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: weights of another config: {'; '.join(problems[:3])}{more}")
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+def towers(start: config_weights.Weights) -> list[str]:
+    """Those of `TINY` that a config's `weights` name."""
+    named = config_weights.towers(start)
+    return [tower for tower in TINY if tower in named]
 
 
 def read_tiny(shapes: Mapping[str, Sequence[int]], towers: Sequence[str]) -> dict[str, np.ndarray]:
