@@ -80,7 +80,8 @@ def refuse_packed(out: epath.PathLike) -> None:
     Raises:
         UserError: it is one, or `package`.
     """
-    if os.fspath(out) == PACKAGE or is_packed(out):
+    # A packed run lies on a disk (`packed.read_origin`): no bucket is asked.
+    if os.fspath(out) == PACKAGE or (not is_remote(out) and is_packed(out)):
         raise UserError(
             f"--out {out}: a packed run is read-only and cannot be resumed: name another folder"
         )
