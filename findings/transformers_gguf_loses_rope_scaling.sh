@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.24.0: `from_pretrained(folder, gguf_file=...)` of a LLaMA leaves out how its rotary
 # angles are scaled. llama.cpp stores the scaling of Llama 3.1 and 3.2 as a tensor of factors,
-# `rope_freqs.weight`, and a linear one as metadata, `llama.rope.scaling.type` and `.factor`. None of
-# it is read, with no warning; the config says `rope_type` "default". One would guess that the
+# `rope_freqs.weight`, and a linear one as metadata, `llama.rope.scaling.type` and `.factor`. All
+# of it is ignored, with no warning; the config says `rope_type` "default". One would guess that the
 # model computes what it did before it was written, as its weights come back bit for bit.
 #
 # Seen: Llama 3.2's scaling (by 32) and a linear one by 4 load as "default"; over 400 tokens the
