@@ -35,6 +35,7 @@ SMALL = (  # of the tiny model: 4 × 4 patches, a face map of 8 × 8
     "model.vision.width=32",
     "model.vision.mlp_width=48",
     "model.vision.depth=2",
+    "model.vision.heads=4",
     "model.qformer.width=16",
     "model.qformer.mlp_width=32",
     "model.qformer.encoder_width=32",
