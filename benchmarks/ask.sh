@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # CPU seconds of one question about a photograph, this checkout against an earlier commit, in turns:
 # cold (nothing compiled before) and warm. The same run answers on both sides, and the words must be
-# the same. Usage: benchmarks/ask.sh RUN [PHOTO] [COMMIT] [ROUNDS]
+# the same: so both commits must carry the towers that the run was trained on. Those of ea800f5 are
+# the same up to 562d55c: check that out to compare with it.
+# Usage: benchmarks/ask.sh RUN [PHOTO] [COMMIT] [ROUNDS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=$(realpath "${1:?a trained run, e.g. demo_out/run}")

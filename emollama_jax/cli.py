@@ -204,7 +204,8 @@ def pretrain(
         learning_rate: at the peak; the language model's is twice that.
         start: folder of an earlier `--out` whose picture towers are trained further.
         seed: seed of everything.
-        towers: towers to train; two processes in one folder may share the work.
+        towers: towers to train; once pictures and teacher are there, two processes in one folder
+            may share the work.
     """
     if unknown := set(towers) - {"llama", "vision", "face"}:
         raise UserError(f"--towers: unknown {', '.join(sorted(unknown))} (llama, vision, face)")

@@ -26,6 +26,7 @@ from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.elements import View
 from emollama_jax.data.emotions import label_space
+from emollama_jax.data.instruct import standard_question
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.pipeline import open_source
 from emollama_jax.demo_page import make_page
@@ -44,7 +45,6 @@ from emollama_jax.train.loop import FitResult, fit
 from emollama_jax.train.metrics import METRICS, read_metrics
 
 IMAGES, CLIPS = "actionfaces/images", "actionfaces/clips"
-QUESTION = "Describe the face in the {medium} and name the emotion."
 VARIANTS = {  # of the ablation: name → overrides
     "whole": (),
     "without FIM": ("model.fim.branches=none",),
@@ -322,7 +322,7 @@ def _ask(answerer: Answerer, out: pathlib.Path, console: Console) -> None:
         path = out / f"held_out.{ending}"
         path.write_bytes(example["media"])
         media = answerer.look(path)
-        question = QUESTION.format(medium={"image": "image", "clip": "video"}[media.kind])
+        question = standard_question(media.kind)
         console.print(f"{path} ({label_space(name).classes[int(example['label'])]}): {question}")
         for piece in answerer.ask(media, question):
             console.print(piece, end="", highlight=False)
@@ -345,8 +345,7 @@ def _items(
     wanted = 28 if name == IMAGES else 8
     turns = itertools.chain.from_iterable(itertools.zip_longest(*of_class))
     chosen = [i for i in turns if i is not None][:wanted]
-    medium = "image" if name == IMAGES else "video"
-    question = QUESTION.format(medium=medium)
+    question = standard_question("image" if name == IMAGES else "clip")
     batch = size.eval_images if name == IMAGES else size.eval_clips
     answers = describe(cfg, model, _source(name), chosen, question, batch=batch)
     data = open_source(cfg.data.dir, name, "test")

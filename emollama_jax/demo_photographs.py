@@ -16,6 +16,7 @@ from rich.console import Console
 from emollama_jax import packed, runs
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.builders.registry import space_of
+from emollama_jax.data.instruct import standard_question
 from emollama_jax.data.media import read_image
 from emollama_jax.evaluate.answers import parse_answer
 from emollama_jax.runs import PACKAGE
@@ -27,7 +28,6 @@ FILES = (
     ("matplotlib", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
     ("scikit-image", "skimage", "data/coffee.png"),  # no face
 )
-QUESTION = "Describe the face in the image and name the emotion."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ def ask(console: Console) -> list[Photograph]:
     """
     cfg, model = load_for_inference(PACKAGE)
     answerer = Answerer(cfg, model)
+    question = standard_question("image")
     space = space_of(cfg.data.dir, cfg.data.sources[0].name)
     found = []
     for path in find(console):
@@ -76,7 +77,7 @@ def ask(console: Console) -> list[Photograph]:
         seconds = time.monotonic() - start
         picture = read_image(path)
         boxes = [[round(float(x), 1) for x in box] for box in media.boxes]
-        answer = "".join(answerer.ask(media, QUESTION))
+        answer = "".join(answerer.ask(media, question))
         named = parse_answer(answer, space).label if media.found else None
         console.print(
             f"{path.name} ({picture.shape[1]}×{picture.shape[0]}): {len(boxes)} faces {boxes}, "
@@ -84,7 +85,7 @@ def ask(console: Console) -> list[Photograph]:
             highlight=False,
             markup=False,
         )
-        found.append(Photograph(path.name, picture, boxes, QUESTION, answer, named))
+        found.append(Photograph(path.name, picture, boxes, question, answer, named))
     return found
 
 

@@ -38,7 +38,10 @@ SIZES = dict(
     layer_norm_eps=1e-6,
 )
 QFORMER = dict(  # what BERT does not say
-    encoder_width=128, encoder_norm_eps=1e-5, cross_attention_every=2, queries=3
+    encoder_width=config.load("tiny").model.vision.width,
+    encoder_norm_eps=1e-5,
+    cross_attention_every=2,
+    queries=3,
 )
 MODEL = sized(qformer=QFORMER)
 FITTING = sized(

@@ -8,7 +8,6 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
-import sys
 
 import numpy as np
 import tyro
@@ -19,6 +18,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.evaluate.trace import folder_hash
 from emollama_jax.models import pretrained
 from emollama_jax.train.metrics import METRICS, read_metrics
+from tools.command import run
 
 LIMIT = 30e6  # bytes of the towers and the run that the package carries, together
 VERSIONS = ("emollama-jax", "jax", "flax")
@@ -91,11 +91,7 @@ def _numbers(file: pathlib.Path) -> dict[str, object]:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command; bad input is one line and exit status 2."""
-    try:
-        tyro.cli(pack, args=args, prog="python -m tools.package_run")
-    except UserError as error:
-        print(f"package_run: {error}", file=sys.stderr)
-        sys.exit(2)
+    run("package_run", lambda: tyro.cli(pack, args=args, prog="python -m tools.package_run"))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.locks import hold
 from emollama_jax.paths import on_disk
 from emollama_jax.preflight import check_writable
+from tools.command import run
 
 CONFIG = "emollama_135m"
 WHEELS = ".wheels"  # inside OUT, while something is to do
@@ -321,13 +322,7 @@ def _main(out: pathlib.Path = pathlib.Path("parts")) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command."""
-    try:
-        tyro.cli(_main, prog="python -m tools.parts", args=args)
-    except UserError as error:
-        print(f"parts: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run("parts", lambda: tyro.cli(_main, prog="python -m tools.parts", args=args))
 
 
 if __name__ == "__main__":

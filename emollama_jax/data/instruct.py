@@ -21,6 +21,11 @@ DONE = "instruct.json"  # settings and counts; written last, so what is beside i
 MEDIUM = {"image": "image", "clip": "video"}
 
 
+def standard_question(kind: Literal["image", "clip"]) -> str:
+    """The question that is put where nobody asks one."""
+    return f"Describe the face in the {MEDIUM[kind]} and name the emotion."
+
+
 def category_question(classes: Sequence[str], kind: Literal["image", "clip"]) -> str:
     """Returns the category question with its options, without the `<image>` place holder.
 

@@ -13,8 +13,8 @@ GENDER_LABELS = ("Male", "Female")
 RACE_LABELS = {
     "measured": ("White", "Black", "Asian", "Indian", "Others"),
     "as_published": ("White", "Black", "Indian", "Asian", "Others"),
-    "untaught": ("Others",)
-    * 5,  # of a network that never learned it of real faces: nothing is said
+    # Of a network that never learned it from real faces: nothing is said.
+    "untaught": ("Others",) * 5,
 }
 
 ATTRIBUTES = (  # CelebA's

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from emollama_jax import compile_cache
-from emollama_jax.data.instruct import MEDIUM
+from emollama_jax.data.instruct import standard_question
 from emollama_jax.data.media import is_video
 from emollama_jax.errors import UserError
 from emollama_jax.preflight import at_least
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # they import JAX
     from emollama_jax.serve.answer import Answerer, Media
 
 PROMPT = "> "
-STANDARD = "Describe the face in the {medium} and name the emotion."
 DEMO = pathlib.Path("demo_out/run")  # of `make demo`
 
 
@@ -201,7 +200,7 @@ class _Talk:
     def answer(self, question: str | None, status: Status) -> None:
         """Answers one question; None is the standard one."""
         if question is None:
-            question = STANDARD.format(medium=MEDIUM[self._media.kind])
+            question = standard_question(self._media.kind)
         pieces = self._conversation.ask(question, how=self._how)
         if self._wish.as_json:
             text = "".join(pieces)

@@ -86,9 +86,7 @@ def fit(
         if number % 50 == 0 or number == steps:
             report(number, {name: float(value) for name, value in parts.items()})
         if number % save_every == 0:
-            partial = saved.with_suffix(".partial.npz")
-            np.savez(partial, *map(np.asarray, jax.tree.leaves(all_state)), step=number)
-            partial.replace(saved)  # whole or not at all
+            save_leaves(saved, all_state, step=number)
     nnx.update(learner, *all_state[:2])
 
 
@@ -96,6 +94,13 @@ def _decays(path: Sequence[Any], leaf: Any) -> bool:
     """Kernels alone: not norms, biases, embeddings or FaceXFormer's constant frequencies."""
     names = [part.key for part in path if hasattr(part, "key")]
     return names[-1] in ("kernel", "qkv")  # the latter is EVA-ViT's fused kernel
+
+
+def save_leaves(path: pathlib.Path, tree: Any, **more: Any) -> None:
+    """Writes a tree's arrays in their order, and more by name; the file appears whole or not."""
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, *map(np.asarray, jax.tree.leaves(tree)), **more)
+    partial.replace(path)
 
 
 def progress_lines(name: str, steps: int, console: Any) -> Callable[[int, dict[str, float]], None]:

@@ -74,7 +74,7 @@ def _whole(batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def _distance(found: jax.Array, batch: dict[str, jax.Array], name: str) -> jax.Array:
-    """Mean absolute or, of the pose, squared error of places that are known, nan elsewhere."""
+    """Mean error of what is known, absolute of landmarks, squared of the rest; nan is unknown."""
     wanted, whole = batch[name], _whole(batch)
     known = ~jnp.isnan(wanted) & whole.reshape(-1, *(1,) * (wanted.ndim - 1))
     error = found - jnp.nan_to_num(wanted)

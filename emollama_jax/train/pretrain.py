@@ -34,7 +34,7 @@ from emollama_jax.data.builders import registry
 from emollama_jax.data.pictures import Pictures
 from emollama_jax.models import pretrained
 from emollama_jax.train.augment import CORE, Strength, augment, light, mix
-from emollama_jax.train.fit import fit, predict, progress_lines
+from emollama_jax.train.fit import fit, predict, progress_lines, save_leaves
 from emollama_jax.train.learners import FaceLearner, VisionLearner
 from emollama_jax.train.pretrain_data import Plan, drawn_pictures, picture_batch, real_sets
 from emollama_jax.train.pretrain_text import text_tower
@@ -79,9 +79,11 @@ def pretrain(
 
 
 def _taught(config: Config, plan: Plan, out: pathlib.Path, console: Any, real: list[Pictures]):
-    """The teacher of the real faces' emotion, trained where its file is missing."""
+    """The teacher of the real faces' emotion, trained where neither folder has its file."""
     teacher = Teacher(TeacherSize(), rngs=nnx.Rngs(plan.seed + 7))
     path = out / "teacher.npz"
+    if plan.start and not path.exists() and (plan.start / path.name).exists():
+        path = plan.start / path.name
     strength = Strength(small=0.0)
 
     def view(batch: dict[str, jax.Array], key: jax.Array, frozen: Any) -> dict[str, jax.Array]:
@@ -95,16 +97,16 @@ def _taught(config: Config, plan: Plan, out: pathlib.Path, console: Any, real: l
         only = dataclasses.replace(plan, real_share=1.0)
         fit(
             teacher,
-            picture_batch(real[0], real, "faces", only, size=plan.teacher_batch, seed=plan.seed),
+            picture_batch(None, real, "faces", only, size=plan.teacher_batch, seed=plan.seed),
             augment=view,
             steps=plan.teacher_steps,
             learning_rate=plan.learning_rate,
             seed=plan.seed + 7,
-            saved=out / "teacher.partial.npz",
+            saved=out / "teacher.saved.npz",
             report=progress_lines("teacher", plan.teacher_steps, console),
             save_every=2_000,
         )
-        np.savez(path, *map(np.asarray, jax.tree.leaves(nnx.state(teacher))))
+        save_leaves(path, nnx.state(teacher))
     else:
         state = nnx.state(teacher)
         with np.load(path) as file:
@@ -117,10 +119,22 @@ def _taught(config: Config, plan: Plan, out: pathlib.Path, console: Any, real: l
     return teacher
 
 
-def _lesson(config: Config, plan: Plan, out: pathlib.Path, console: Any, which: str, size: int):
-    """What a picture tower is trained on: drawn pictures, batches, augmentation, a frozen teacher.
+def _learn(
+    tower: str,
+    learner: VisionLearner | FaceLearner,
+    config: Config,
+    plan: Plan,
+    out: pathlib.Path,
+    console: Any,
+    *,
+    which: str,
+    size: int,
+) -> None:
+    """Trains a picture tower with its heads on drawn faces and, where sets are named, real ones.
 
     Args:
+        tower: its name, "vision" or "face".
+        learner: to be trained; with `plan.start`, the tower is filled first, its heads start anew.
         config: of the sizes.
         plan: how much.
         out: the command's folder.
@@ -130,15 +144,16 @@ def _lesson(config: Config, plan: Plan, out: pathlib.Path, console: Any, which: 
     """
     drawn = drawn_pictures(config, plan, out, console, "train")
     real = real_sets(config, plan, out, console, "train")
-    frozen, graphdef = None, None
-    if real and plan.teacher_steps:
+    teaches = bool(real and plan.teacher_steps)
+    graphdef, frozen = None, None
+    if teaches:
         graphdef, frozen = nnx.split(_taught(config, plan, out, console, real))
     strength = Strength() if which == "frames" else Strength(smallest=0.6, small=0.7)
 
     def view(batch: dict[str, jax.Array], key: jax.Array, frozen: Any) -> dict[str, jax.Array]:
         placed, chosen, blended = jax.random.split(key, 3)
         batch = augment(batch, placed, size=size, strength=strength)
-        if graphdef is None:
+        if not teaches:
             return batch
         mixed = jax.random.bernoulli(chosen, plan.mixed, batch["real"].shape)
         mixed = (mixed & batch["real"]).at[0].set(False)  # before the first stands a drawn one
@@ -146,9 +161,22 @@ def _lesson(config: Config, plan: Plan, out: pathlib.Path, console: Any, which: 
         taught = jax.nn.softmax(nnx.merge(graphdef, frozen)(batch["core"]))
         return batch | {"taught": jax.lax.stop_gradient(taught)}
 
+    if plan.start:
+        pretrained.load(learner.tower, plan.start / f"{pretrained.TINY[tower]}.safetensors")
     seed = plan.seed + (which == "faces")
-    batch_of = picture_batch(drawn, real, which, plan, size=plan.batch, seed=seed)
-    return batch_of, view, frozen
+    steps = {"vision": plan.vision_steps, "face": plan.face_steps}[tower]
+    fit(
+        learner,
+        picture_batch(drawn, real, which, plan, size=plan.batch, seed=seed),
+        augment=view,
+        steps=steps,
+        learning_rate=plan.learning_rate,
+        seed=seed,
+        saved=out / f"{tower}.npz",
+        report=progress_lines(tower, steps, console),
+        frozen=frozen,
+        save_every=plan.save_every,
+    )
 
 
 def _scores(logits: np.ndarray, held: Pictures) -> dict[str, float]:
@@ -161,22 +189,9 @@ def _scores(logits: np.ndarray, held: Pictures) -> dict[str, float]:
 
 
 def _vision(config: Config, plan: Plan, out: pathlib.Path, console: Any):
-    size = config.model.vision.image_size
-    batch_of, view, frozen = _lesson(config, plan, out, console, "frames", size)
     learner = VisionLearner(config, len(ACTION_UNITS), rngs=nnx.Rngs(plan.seed))
-    _start(learner.tower, plan, "vision")
-    fit(
-        learner,
-        batch_of,
-        augment=view,
-        steps=plan.vision_steps,
-        learning_rate=plan.learning_rate,
-        seed=plan.seed,
-        saved=out / "vision.npz",
-        report=progress_lines("vision", plan.vision_steps, console),
-        frozen=frozen,
-        save_every=plan.save_every,
-    )
+    size = config.model.vision.image_size
+    _learn("vision", learner, config, plan, out, console, which="frames", size=size)
     held = drawn_pictures(config, plan, out, console, "validation")
     y = predict(learner, held.frames)
     metrics = _scores(y["emotion"], held) | {
@@ -188,33 +203,14 @@ def _vision(config: Config, plan: Plan, out: pathlib.Path, console: Any):
 
 
 def _face(config: Config, plan: Plan, out: pathlib.Path, console: Any):
-    size = config.model.face.swin.image_size
-    batch_of, view, frozen = _lesson(config, plan, out, console, "faces", size)
     learner = FaceLearner(config, rngs=nnx.Rngs(plan.seed + 1))
-    _start(learner.tower, plan, "face")
-    fit(
-        learner,
-        batch_of,
-        augment=view,
-        steps=plan.face_steps,
-        learning_rate=plan.learning_rate,
-        seed=plan.seed + 1,
-        saved=out / "face.npz",
-        report=progress_lines("face", plan.face_steps, console),
-        frozen=frozen,
-        save_every=plan.save_every,
-    )
+    size = config.model.face.swin.image_size
+    _learn("face", learner, config, plan, out, console, which="faces", size=size)
     held = drawn_pictures(config, plan, out, console, "validation")
     metrics = _face_scores(predict(learner, held.faces), held)
     for name, real in _held_out(config, plan, out, console):
         metrics[name] = _face_scores(predict(learner, real.faces), real)
     return learner.tower, metrics
-
-
-def _start(tower: nnx.Module, plan: Plan, name: str) -> None:
-    """Fills a tower from an earlier folder; the heads that are dropped start anew."""
-    if plan.start:
-        pretrained.load(tower, plan.start / f"{pretrained.TINY[name]}.safetensors")
 
 
 def _held_out(config: Config, plan: Plan, out: pathlib.Path, console: Any):

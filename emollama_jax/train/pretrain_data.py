@@ -95,12 +95,18 @@ def real_sets(config: Config, plan: Plan, out: pathlib.Path, console: Any, split
 
 
 def picture_batch(
-    drawn: Pictures, real: Sequence[Pictures], which: str, plan: Plan, *, size: int, seed: int
+    drawn: Pictures | None,
+    real: Sequence[Pictures],
+    which: str,
+    plan: Plan,
+    *,
+    size: int,
+    seed: int,
 ) -> Callable[[int], dict[str, np.ndarray]]:
     """The random batch of a step: real faces first, then drawn ones.
 
     Args:
-        drawn: of `actionfaces`.
+        drawn: of `actionfaces`; None where all are real.
         real: of prepared sets; every set gives its share by its size.
         which: the picture, "frames" or "faces".
         plan: says the shares.
@@ -136,7 +142,7 @@ def picture_batch(
                 # Neighbours are blended: they must not always be neighbours of the file.
                 order = rng.permutation(count)
                 parts[-1] = {name: rows[order] for name, rows in parts[-1].items()}
-        if size > n_real:
+        if drawn is not None and size > n_real:
             at = rng.choice(len(drawn.emotion), size - n_real, replace=False)
             parts.append(take(drawn, at, False))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

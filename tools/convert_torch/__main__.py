@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from emollama_jax.errors import UserError
+from tools.command import run
 
 Positional = tyro.conf.Positional
 Paths = tuple[pathlib.Path, ...]
@@ -179,15 +180,9 @@ def main(args: list[str] | None = None) -> None:
     }
     verbs |= {"export": export, "inspect": inspect, "check": check}
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of folders it cleans up
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            verbs, prog="python -m tools.convert_torch", description=__doc__, args=args
-        )
-    except UserError as error:
-        print(f"convert_torch: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    prog = "python -m tools.convert_torch"
+    cli = tyro.extras.subcommand_cli_from_dict
+    run("convert_torch", lambda: cli(verbs, prog=prog, description=__doc__, args=args))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from emollama_jax.config import EmoLlamaConfig
 from tools.convert_torch.engine import FLOATS, Row, Transform, linear, norm
 from tools.convert_torch.files import CONFIG, Opened, Tensor, open_paths
-from tools.convert_torch.settings import Wrong, number, size
+from tools.convert_torch.settings import Wrong, number, read_sizes, size
 
 VOCABULARY = "vocab.txt"  # that the folder carries
 SIGN = r"((?:.*\.)?)embeddings\.token_type_embeddings\.weight"
@@ -122,24 +122,8 @@ def open_bert(paths: Sequence[pathlib.Path]) -> Opened:
 def fit(opened: Opened, cfg: EmoLlamaConfig) -> tuple[EmoLlamaConfig, list[Row]]:
     """The config with a Q-Former of BERT's sizes; what BERT has not stays the config's."""
     found = opened.named(CONFIG)
-    if not found and opened.tensors:
-        opened.problems.append(
-            f"no {CONFIG} beside the weights: it tells the number of heads and the norms' epsilon: "
-            "put it there"
-        )
-    for path, held in found.items():
-        opened.problems += [
-            f"{path}: {key} is {held[key]!r}, wanted {allowed[0]!r}"
-            for key, allowed in PLAIN.items()
-            if key in held and held[key] not in allowed
-        ]
-        if opened.problems:
-            break
-        try:
-            cfg = _sized(cfg, held)
-        except Wrong as error:
-            opened.problems.append(f"{path}: {error}")
-            break
+    cfg = read_sizes(opened, found, cfg, plain=PLAIN, sized=_sized)
+    if found and not opened.problems:
         said = ", ".join(f"{ours}: {getattr(cfg.qformer, ours)}" for ours in SIZES)
         opened.notes.append(
             f"model.qformer must have {said}, norm_eps: {cfg.qformer.norm_eps:g}, "

@@ -25,7 +25,7 @@ from tools.convert_torch.engine import FLOATS, PATCHES, QKV, Row, drop_leading, 
 from tools.convert_torch.files import CONFIG, ONNX, Opened, Tensor, open_paths
 from tools.convert_torch.onnx_graph import read_dinov2
 from tools.convert_torch.pickled import Unreadable
-from tools.convert_torch.settings import Wrong, number, size
+from tools.convert_torch.settings import Wrong, number, read_sizes, size
 
 SIGN = r"(.*)encoder\.layer\.0\.norm1\.weight"
 MODULES = {  # what `transformers` 5 calls in memory what its files call otherwise
@@ -113,24 +113,8 @@ def fit(opened: Opened, cfg: EmoLlamaConfig) -> tuple[EmoLlamaConfig, list[Row]]
         for path, held in opened.settings.items()
         if path.name == CONFIG or path.suffix == ONNX
     }
-    if not found and opened.tensors:
-        opened.problems.append(
-            f"no {CONFIG} beside the weights: it tells the number of heads and the norms' epsilon: "
-            "put it there"
-        )
-    for path, held in found.items():
-        opened.problems += [
-            f"{path}: {key} is {held[key]!r}, wanted {allowed[0]!r}"
-            for key, allowed in PLAIN.items()
-            if key in held and held[key] not in allowed
-        ]
-        if opened.problems:
-            break
-        try:
-            cfg = _sized(cfg, held)
-        except Wrong as error:
-            opened.problems.append(f"{path}: {error}")
-            break
+    cfg = read_sizes(opened, found, cfg, plain=PLAIN, sized=_sized)
+    if found and not opened.problems:
         vision = cfg.vision
         opened.notes.append(
             f"model.vision must have width: {vision.width}, depth: {vision.depth}, heads: "

@@ -8,7 +8,7 @@ format leaves out has the format's own default, never our config's.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from emollama_jax.config import EmoLlamaConfig, LlamaConfig, RopeLlama3Config
@@ -202,6 +202,44 @@ def _into(fields: dict[str, Any], name: str, read: Callable[[], Any]) -> list[st
     except Wrong as error:
         return [str(error)]
     return []
+
+
+def read_sizes(
+    opened: Opened,
+    found: Mapping[pathlib.PurePath, Mapping[str, Any]],
+    cfg: EmoLlamaConfig,
+    *,
+    plain: Mapping[str, Sequence[Any]],
+    sized: Callable[[EmoLlamaConfig, Mapping[str, Any]], EmoLlamaConfig],
+) -> EmoLlamaConfig:
+    """The config with the sizes that settings beside weights tell; what does not fit is a problem.
+
+    Args:
+        opened: gets the problems.
+        found: settings by their file.
+        cfg: to change.
+        plain: key → the values it may have, wherever it is.
+        sized: the config with the sizes of one file; may raise `Wrong`.
+    """
+    if not found and opened.tensors:
+        opened.problems.append(
+            f"no {CONFIG} beside the weights: it tells the number of heads and the norms' epsilon: "
+            "put it there"
+        )
+    for path, held in found.items():
+        opened.problems += [
+            f"{path}: {key} is {held[key]!r}, wanted {allowed[0]!r}"
+            for key, allowed in plain.items()
+            if key in held and held[key] not in allowed
+        ]
+        if opened.problems:
+            break
+        try:
+            cfg = sized(cfg, held)
+        except Wrong as error:
+            opened.problems.append(f"{path}: {error}")
+            break
+    return cfg
 
 
 def size(text: Mapping[str, Any], key: str, *default: Any) -> Any:

@@ -12,6 +12,7 @@ import sys
 import tyro
 
 from emollama_jax.errors import UserError
+from tools.command import run
 
 
 def label(
@@ -81,13 +82,8 @@ def _bar(console, what: str):
 def main(args: list[str] | None = None) -> None:
     """Runs the command."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        tyro.cli(label, prog="python -m tools.face_teacher", args=args)
-    except UserError as error:
-        print(f"face_teacher: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    prog = "python -m tools.face_teacher"
+    run("face_teacher", lambda: tyro.cli(label, prog=prog, args=args))
 
 
 if __name__ == "__main__":
