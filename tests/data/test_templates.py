@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -32,6 +33,31 @@ TEXTS = (
     "def f(x): return {'a': 0x1F}  # I'll don't",
     "",
 )
+
+
+WORDS = """
+    the face smiles Überraschung naïve 表情 улыбка चेहरा الوجه 😀 👩\u200d👩\u200d👧 e\u0301 ﬁ don't I'LL
+    it's 1,000,000 3.14 0x1F x=y; return{} <html> &amp; // # </s> <s> <unk>
+"""
+PIECES = (
+    *WORDS.split(),
+    *(token for tokens in SPECIAL.values() for token in tokens),
+    *(" ", "  ", "\n", "\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u3000"),
+)
+
+
+def random_texts(count: int) -> list[str]:
+    """Words of many scripts, code, numbers, special tokens spelled out, with and without gaps."""
+    rng = random.Random(0)
+
+    def piece() -> str:
+        if rng.random() < 0.8:
+            return rng.choice(PIECES)
+        if rng.random() < 0.5:
+            return str(rng.randrange(10 ** rng.randint(1, 11)))
+        return "".join(chr(rng.randrange(0xA0, 0xD000)) for _ in range(rng.randint(1, 5)))
+
+    return ["".join(piece() for _ in range(rng.randint(1, 30))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -76,6 +102,20 @@ def test_ids_are_transformers(folder, theirs):
     assert ours.size == len(theirs)
     again = pickle.loads(pickle.dumps(ours))
     assert again.encode(TEXTS[3]) == ours.encode(TEXTS[3]) and again.eos == ours.eos
+
+
+def test_ids_of_a_thousand_texts_are_transformers(folder, theirs):
+    ours = chat_of(folder).tokenizer
+    special = {ours.token(token) for token in SPECIAL[KINDS[folder[0]]]}
+    several = random_texts(1000)
+    assert sum(any(token in text for token in SPECIAL[KINDS[folder[0]]]) for text in several) > 500
+    wanted = theirs(several, add_special_tokens=False, split_special_tokens=True).input_ids
+    found = [ours.encode(text) for text in several]
+    assert [text for text, a, b in zip(several, found, wanted, strict=True) if a != b] == []
+    assert not special & {n for ids in found for n in ids}
+    assert [
+        text for text, ids in zip(several, found, strict=True) if ours.decode(ids) != text
+    ] == []
 
 
 @pytest.mark.parametrize("count", [1, 3])
