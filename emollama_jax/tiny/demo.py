@@ -67,9 +67,9 @@ class Size:
 
 
 FULL = Size(
-    images={"train": 3000, "validation": 300, "test": 1000},
-    clips={"train": 800, "validation": 20, "test": 250},
-    steps=220,
+    images={"train": 1500, "validation": 150, "test": 1000},
+    clips={"train": 400, "validation": 20, "test": 250},
+    steps=60,
     interrupt=10,
     compare=20,
     eval_images=100,

@@ -36,8 +36,8 @@ TEXTS = (
 
 
 WORDS = """
-    the face smiles Überraschung naïve 表情 улыбка चेहरा الوجه 😀 👩\u200d👩\u200d👧 e\u0301 ﬁ don't I'LL
-    it's 1,000,000 3.14 0x1F x=y; return{} <html> &amp; // # </s> <s> <unk>
+    the face smiles Überraschung naïve 表情 улыбка चेहरा الوجه 😀 👩\u200d👩\u200d👧 e\u0301 ﬁ
+    don't I'LL it's 1,000,000 3.14 0x1F x=y; return{} <html> &amp; // # </s> <s> <unk>
 """
 PIECES = (
     *WORDS.split(),
