@@ -69,7 +69,7 @@ class Size:
 FULL = Size(
     images={"train": 1500, "validation": 150, "test": 1000},
     clips={"train": 400, "validation": 20, "test": 250},
-    steps=60,
+    steps=50,
     interrupt=10,
     compare=20,
     eval_images=100,
