@@ -114,7 +114,7 @@ def main() -> None:
     weights = read_weights(package, sha256=SHA256)  # also refuses another package
     if args.golden:
         sys.path.insert(0, str(ROOT / "tests"))
-        from face_teacher_toy import make_files, make_pictures
+        from tests.helpers.face_api_networks import make_files, make_pictures
 
         said = library(package, make_files(), make_pictures())
         args.golden.write_text(json.dumps(said) + "\n")

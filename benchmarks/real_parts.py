@@ -19,9 +19,9 @@ from flax import nnx
 from onnx import helper
 from PIL import Image
 
-from emollama_jax import config, weights
+from emollama_jax import config, imported
 from emollama_jax.models.eva_vit import EvaVit, normalise
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 
 LAST = ".layernorm.bias"  # whose sum is the backbone's output
@@ -58,7 +58,7 @@ def main() -> None:
     tower = abstract(lambda rngs: EvaVit(cfg, rngs=rngs))
     leaves = named_parameters(tower)
     paths = [f"vision/{name}" for name in leaves]
-    for path, value in weights.load_numpy(args.folder, paths).items():
+    for path, value in imported.load_numpy(args.folder, paths).items():
         leaves[path.removeprefix("vision/")].set_value(jnp.asarray(value))
     picture = pathlib.Path(skimage.__file__).parent / "data" / "astronaut.png"
     size = (cfg.image_size, cfg.image_size)

@@ -23,14 +23,14 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
-from emollama_jax import config, weights
+from emollama_jax import config, imported
 from emollama_jax.config import MeshConfig
 from emollama_jax.data.chat import Chat, open_chat
 from emollama_jax.data.prompts import Turn, build_prompt, build_training
 from emollama_jax.generate.decode import decode, make_ending
 from emollama_jax.generate.prompt import Prompt
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 from tools.convert_torch.convert import convert, load_model
 from tools.convert_torch.export import export
@@ -110,7 +110,7 @@ def convert_to(source: pathlib.Path, out: pathlib.Path) -> None:
 def opened(folder: pathlib.Path) -> tuple[Llama, Chat]:
     """Our network with a folder's weights, and its conversation format."""
     tree = config.to_dict(config.load("tiny", ["model.llama.lora.rank=0"]))
-    tree["model"]["llama"].update(weights.read_manifest(folder).model["llama"])
+    tree["model"]["llama"].update(imported.read_manifest(folder).model["llama"])
     tree["weights"] = [str(folder)]
     tree["data"] |= {
         "template": "weights",
@@ -124,7 +124,7 @@ def opened(folder: pathlib.Path) -> tuple[Llama, Chat]:
         f"llama/{path}": jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here)
         for path, leaf in leaves.items()
     }
-    for path, value in weights.load(folder, wanted).items():
+    for path, value in imported.load(folder, wanted).items():
         leaves[path.removeprefix("llama/")].set_value(value)
     return model, open_chat(cfg)
 
@@ -268,15 +268,15 @@ def main() -> None:
             equal = torch.equal(again(ids).logits, theirs(ids).logits)
         report.add("logits of the export in transformers: the same bits", str(equal), equal)
         convert_to(back, pathlib.Path(name, "again"))
-        leaves = list(weights.leaves_of(folder))
+        leaves = list(imported.leaves_of(folder))
         one, two = (
-            weights.load_numpy(pathlib.Path(name, each), leaves) for each in ("ours", "again")
+            imported.load_numpy(pathlib.Path(name, each), leaves) for each in ("ours", "again")
         )
         same = sum(np.array_equal(one[leaf], two[leaf]) for leaf in leaves)
         report.add(
             "leaves the same after there and back", f"{same} of {len(leaves)}", same == len(leaves)
         )
-        print(dataclasses.asdict(weights.read_manifest(folder))["model"]["llama"])
+        print(dataclasses.asdict(imported.read_manifest(folder))["model"]["llama"])
         for answer in mine[:3]:
             print(repr(chat.tokenizer.decode(answer)))
     sys.exit(0 if report.ok else 1)

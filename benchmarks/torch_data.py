@@ -21,8 +21,8 @@ from PIL import Image
 from emollama_jax import config
 from emollama_jax.data import prompts
 from emollama_jax.data.chat import open_chat
+from emollama_jax.data.face_crop import crop_box
 from emollama_jax.data.tokenizers import load_tokenizer
-from emollama_jax.faces.track import crop_box
 
 
 def segments(count: int, wanted: int, rng: np.random.Generator | None) -> np.ndarray:

@@ -25,19 +25,20 @@ import orbax.checkpoint.experimental.v1 as ocp  # where Orbax 0.12 keeps its v1 
 from etils import epath
 from jax.sharding import Mesh
 
-from emollama_jax import config, config_weights, packed, weights
+from emollama_jax import config, config_weights, packed
+from emollama_jax import imported as weights
 from emollama_jax.config import Config, MeshConfig
 from emollama_jax.errors import UserError
-from emollama_jax.models import pretrained
+from emollama_jax.imported import attempt
+from emollama_jax.models import parameters
 from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import Keys, Rngs, abstract
 from emollama_jax.paths import as_path, from_root
 from emollama_jax.runs import FOLDER, find, is_packed
 from emollama_jax.sharding.distributed import put
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.weights import attempt
 
 if TYPE_CHECKING:  # asking a question needs no pipeline
     import grain
@@ -138,7 +139,7 @@ def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlam
     )
     if tiny:
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
-        read = pretrained.read_tiny(shapes, pretrained.towers(cfg.weights))
+        read = parameters.read_tiny(shapes, parameters.towers(cfg.weights))
         values |= {
             name: put(tensor.astype(wanted[name].dtype), shardings[name])
             for name, tensor in read.items()
@@ -153,8 +154,8 @@ def base_reference(cfg: Config) -> dict[str, Any]:
     """What the frozen weights are made from, so that a checkpoint can tell them apart."""
     if cfg.weights == "none":
         return {"weights": "none", "seed": cfg.train.seed}
-    names = [pretrained.TINY[tower] for tower in pretrained.towers(cfg.weights)]
-    files = {name: pretrained.WEIGHTS / f"{name}.safetensors" for name in names}
+    names = [parameters.TINY[tower] for tower in parameters.towers(cfg.weights)]
+    files = {name: parameters.WEIGHTS / f"{name}.safetensors" for name in names}
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{path}: the package's weights are missing: install it again")
@@ -309,7 +310,7 @@ def _imported(cfg: Config, leaves: dict[str, Any]) -> dict[str, epath.Path]:
 
 def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
     """The parameters that the package's towers fill."""
-    towers = pretrained.towers(cfg.weights)
+    towers = parameters.towers(cfg.weights)
     return {
         path
         for path in paths

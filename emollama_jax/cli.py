@@ -47,7 +47,7 @@ def demo(
         ablation: also train without FIM, without its branches and without AGR, three seeds each.
     """
     check_writable(out)
-    from emollama_jax.demo import run
+    from emollama_jax.tiny.demo import run
 
     summary = run(out, quick=quick, ablation=ablation, console=new_console())
     for kind in ("image", "clip"):
@@ -94,7 +94,7 @@ def data_prepare(
     on_disk(cfg.data.dir, instead=names.PREPARE_HERE)
     check_writable(cfg.data.dir, option="--dir")
     compile_cache.start()
-    from emollama_jax.faces.prepare import load_face, prepare_source
+    from emollama_jax.prepare import load_face, prepare_source
 
     folder = prepare_source(
         cfg,
@@ -217,7 +217,7 @@ def pretrain(
     cfg = load_config(config)
     check_writable(out)
     compile_cache.start()
-    from emollama_jax.train import pretrain as module
+    from emollama_jax.tiny.towers import pretrain as module
 
     plan = module.Plan(
         real=real,

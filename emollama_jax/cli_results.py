@@ -78,7 +78,7 @@ def evaluate(
         check_writable(out)
     if predictions:
         from emollama_jax.evaluate.beside import Place
-        from emollama_jax.evaluate.score import report_files
+        from emollama_jax.evaluate.of_file import report_files
 
         columns = (truth_column, prediction_column, id_column)
         place = Place(split=split, dir=dir, without=without)
@@ -146,6 +146,6 @@ def zero_shot(options: Inline[ZeroShot]) -> None:
     if options.out is not None:
         check_writable(options.out)
     names.check_prepared(options.dir, [options.data])
-    from emollama_jax.evaluate.zero_shot import run
+    from emollama_jax.evaluate.of_remote import run
 
     print(run(options, new_console()))

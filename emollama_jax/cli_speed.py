@@ -74,11 +74,11 @@ def bench_data(
     """
     at_least(1, clips=clips, batch=batch, batches=batches, rounds=rounds)
     load_config(config)
-    from emollama_jax.bench import data as bench
+    from emollama_jax.bench import data
 
-    cfg = bench.bench_config(config, batch=batch)
-    speeds = bench.run(cfg, clips=clips, batches=batches, rounds=rounds, console=new_console())
-    print(bench.table(speeds))
+    cfg = data.bench_config(config, batch=batch)
+    speeds = data.run(cfg, clips=clips, batches=batches, rounds=rounds, console=new_console())
+    print(data.table(speeds))
 
 
 def bench_train(
@@ -96,9 +96,9 @@ def bench_train(
     at_least(1, steps=steps)
     at_least(0, warm=warm)
     compile_cache.start()
-    from emollama_jax.bench import train as module
+    from emollama_jax.bench import train
 
-    result = module.run(sizes, steps=steps, warm=warm, console=new_console())
+    result = train.run(sizes, steps=steps, warm=warm, console=new_console())
     print(result.report(as_json=json))
 
 
@@ -124,8 +124,8 @@ def bench_decode(
     for each in batch:
         at_least(1, batch=each)
     compile_cache.start()
-    from emollama_jax.bench import decode as module
+    from emollama_jax.bench import decode
 
-    work = module.random_model() if folder is None else module.read_folder(folder)
-    result = module.run(work, sizes, batches=batch, rounds=rounds, console=new_console())
+    work = decode.random_model() if folder is None else decode.read_folder(folder)
+    result = decode.run(work, sizes, batches=batch, rounds=rounds, console=new_console())
     print(result.report(as_json=json))

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from emollama_jax import yaml_file
 from emollama_jax.config import Config, to_dict
 from emollama_jax.errors import UserError
-from emollama_jax.models import pretrained
+from emollama_jax.models import parameters
 from emollama_jax.paths import as_path, on_disk
 from emollama_jax.runs import PACKED
 
@@ -131,7 +131,7 @@ def read(
     file = pathlib.Path(as_path(folder)) / PACKED
     if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{file}: not the file that was packed with {ABOUT}: {_again(folder)}")
-    return pretrained.read(file, shapes)
+    return parameters.read(file, shapes)
 
 
 def _again(folder: epath.PathLike) -> str:

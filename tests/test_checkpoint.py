@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from train_toy import Toy, ToyData, quiet, toy_config, use_toy
 
 from emollama_jax.checkpoint import Checkpoints, find, init_model, load_for_inference
 from emollama_jax.config import MeshConfig
 from emollama_jax.errors import UserError
-from emollama_jax.models import pretrained
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models import parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train import loop
+from tests.helpers.toy_model import Toy, ToyData, quiet, toy_config, use_toy
 
 
 @pytest.fixture(autouse=True)
@@ -126,10 +126,10 @@ def test_frozen_parameters_are_born_in_their_dtype():
 @pytest.fixture
 def tiny_base(tmp_path, monkeypatch):
     """The toy's parts as the package's weights, and a config that starts from them."""
-    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path / "weights")
-    monkeypatch.setattr(pretrained, "TINY", {"llama": "tiny_llama"})
+    monkeypatch.setattr(parameters, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(parameters, "TINY", {"llama": "tiny_llama"})
     model = Toy(toy_config(seed=7).model, rngs=nnx.Rngs(7))
-    pretrained.save(model.llama, tmp_path / "weights" / "tiny_llama.safetensors")
+    parameters.save(model.llama, tmp_path / "weights" / "tiny_llama.safetensors")
     return dataclasses.replace(toy_config(steps=2), weights="tiny"), model
 
 
@@ -149,12 +149,12 @@ def test_other_base_weights_are_refused(tiny_base, tmp_path):
     cfg, _ = tiny_base
     loop.fit(cfg, tmp_path / "run", console=quiet())
     other = Toy(cfg.model, rngs=nnx.Rngs(8))
-    pretrained.save(other.llama, pretrained.WEIGHTS / "tiny_llama.safetensors")
+    parameters.save(other.llama, parameters.WEIGHTS / "tiny_llama.safetensors")
     with pytest.raises(UserError, match="trained on other base weights"):
         load_for_inference(tmp_path / "run")
     with pytest.raises(UserError, match=r"trained on other base weights.*sha256\.tiny_llama"):
         loop.fit(cfg, tmp_path / "run", console=quiet())
-    (pretrained.WEIGHTS / "tiny_llama.safetensors").unlink()
+    (parameters.WEIGHTS / "tiny_llama.safetensors").unlink()
     with pytest.raises(UserError, match="weights are missing"):
         load_for_inference(tmp_path / "run")
 

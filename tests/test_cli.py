@@ -17,13 +17,12 @@ import jax
 import pytest
 
 import emollama_jax
-from emollama_jax import cli, config, dispatch
+from emollama_jax import cli, config, dispatch, prepare
 from emollama_jax.cli_words import LogLines, new_console, remove_handlers
-from emollama_jax.data import inspect as data_inspect
-from emollama_jax.data import names
-from emollama_jax.data.builders import actionfaces, registry
-from emollama_jax.faces import prepare
+from emollama_jax.data import inspect, names
+from emollama_jax.data.builders import registry
 from emollama_jax.locks import hold
+from emollama_jax.tiny import builder
 
 HERE = pathlib.Path(emollama_jax.__file__).parent
 
@@ -393,7 +392,7 @@ def test_a_set_is_prepared_by_one_process(capsys, tmp_path, monkeypatch, name, s
 
 def test_sets_are_the_builders():
     assert {name: official.folds for name, official in registry.SETS.items()} == names.OFFICIAL
-    assert [f"actionfaces/{config}" for config in actionfaces.SIZES] == list(names.EMBEDDED)
+    assert [f"actionfaces/{config}" for config in builder.SIZES] == list(names.EMBEDDED)
     stored = {name: official.stored for name, official in registry.SETS.items()}
     assert {k: names.STORED.get(k, k) for k in stored} == stored
 
@@ -407,7 +406,7 @@ def test_data_not_prepared(capsys, tmp_path):
 def test_inspect_counts_and_draws(capsys, tmp_path):
     sizes = {"train": 3, "validation": 1, "test": 1}
     for kind in ("images", "clips"):
-        actionfaces.prepare(tmp_path, config_name=kind, sizes=sizes, processes=1)
+        builder.prepare(tmp_path, config_name=kind, sizes=sizes, processes=1)
         sheet = tmp_path / f"{kind}.png"
         name = f"actionfaces/{kind}"
         cli.main(["data", "inspect", name, "--dir", str(tmp_path), "--sheet", str(sheet)])
@@ -415,5 +414,5 @@ def test_inspect_counts_and_draws(capsys, tmp_path):
         assert sheet.stat().st_size > 1000
         counts = [int(line.split()[1]) for line in out.splitlines()[:7]]
         assert sum(counts) == 3
-    sheet = data_inspect.contact_sheet(tmp_path, "actionfaces/clips", "train")
-    assert sheet.width == data_inspect.TILE * data_inspect.STRIP
+    sheet = inspect.contact_sheet(tmp_path, "actionfaces/clips", "train")
+    assert sheet.width == inspect.TILE * inspect.STRIP

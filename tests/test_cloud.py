@@ -10,22 +10,22 @@ import sys
 
 import fsspec
 import jax
-import multihost_worker
 import pytest
 import yaml
-from fake_gcs import Bucket
 from jax.sharding import AbstractMesh, AxisType
 
 from emollama_jax import cli, config
 from emollama_jax.checkpoint import find, matching
 from emollama_jax.errors import UserError
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.paths import as_path, is_remote, write_whole
 from emollama_jax.sharding.mesh import AXES, mesh_sizes
 from emollama_jax.sharding.rules import param_shardings
 from emollama_jax.train import loop
+from tests.helpers import multihost_worker
+from tests.helpers.fake_gcs import Bucket
 
-HERE = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parent.parent
 CHIPS = 4  # of a host of a v5e slice
 
 # ------------------------------------------------------------------ buckets
@@ -35,7 +35,7 @@ def in_bucket(bucket: Bucket, code: str, folder: pathlib.Path, *args: str) -> st
     """Runs code in a new process whose clients know the bucket; clients read this at import."""
     done = subprocess.run(
         [sys.executable, "-c", code, *args],
-        env=os.environ | bucket.environment | {"PYTHONPATH": f"{HERE.parent}:{HERE}"},
+        env=os.environ | bucket.environment | {"PYTHONPATH": str(ROOT)},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -48,11 +48,11 @@ def in_bucket(bucket: Bucket, code: str, folder: pathlib.Path, *args: str) -> st
 TRAIN = """
 import os, pathlib, sys
 import numpy as np, pytest
-import multihost_worker as worker
+from tests.helpers import multihost_worker as worker
 from rich.console import Console
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.evaluate.protocol import Prediction, read_predictions, write_predictions
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.train.loop import fit
 
 bpe, mesh = sys.argv[1], (1, min(len(__import__("jax").devices()), 8), 1)
@@ -135,11 +135,11 @@ def prepared(tmp_path_factory):
     """Three pictures with priors of a fresh FaceXFormer."""
     import numpy as np
 
-    from emollama_jax.data.builders import actionfaces
     from emollama_jax.faces.priors import PER_EXAMPLE, PER_FRAME, priors_folder
+    from emollama_jax.tiny import builder
 
     folder = tmp_path_factory.mktemp("data")
-    actionfaces.prepare(
+    builder.prepare(
         folder,
         config_name="images",
         sizes={"train": 3, "validation": 1, "test": 1},
@@ -161,13 +161,13 @@ def prepared(tmp_path_factory):
 WEIGHTS = """
 import sys
 import numpy as np
-from emollama_jax import weights
+from emollama_jax import imported
 
 here, there = sys.argv[1], "gs://bucket/weights/one"
-assert weights.read_manifest(there) == weights.read_manifest(here)
-held = weights.leaves_of(there)
+assert imported.read_manifest(there) == imported.read_manifest(here)
+held = imported.leaves_of(there)
 assert set(held) == {"face/a", "face/stack"}
-found, wanted = (weights.load_numpy(folder, list(held)) for folder in (there, here))
+found, wanted = (imported.load_numpy(folder, list(held)) for folder in (there, here))
 assert all(np.array_equal(found[name], wanted[name]) for name in held)
 """
 
@@ -175,12 +175,12 @@ assert all(np.array_equal(found[name], wanted[name]) for name in held)
 def test_weights_are_read_from_a_bucket(tmp_path):
     import numpy as np
 
-    from emollama_jax import weights
+    from emollama_jax import imported
 
-    manifest = weights.Manifest("test", {"a.bin": 3}, "abc", "float32", {}, ())
+    manifest = imported.Manifest("test", {"a.bin": 3}, "abc", "float32", {}, ())
     arrays = {"face/a": np.arange(6.0).reshape(2, 3)}
-    arrays |= {weights.layer_key("face/stack", i): np.full((4,), i * 1.0) for i in range(3)}
-    with weights.Writer(tmp_path / "one", manifest) as writer:
+    arrays |= {imported.layer_key("face/stack", i): np.full((4,), i * 1.0) for i in range(3)}
+    with imported.Writer(tmp_path / "one", manifest) as writer:
         writer.add({name: jax.device_put(np.float32(value)) for name, value in arrays.items()})
         writer.finish()
     with Bucket() as bucket:
@@ -190,7 +190,7 @@ def test_weights_are_read_from_a_bucket(tmp_path):
                 bucket.put(f"weights/{name}", path.read_bytes())
         in_bucket(bucket, WEIGHTS, tmp_path, str(tmp_path / "one"))
     with pytest.raises(UserError, match=r"gs://bucket/new: wanted a folder on a disk"):
-        weights.Writer("gs://bucket/new", manifest)
+        imported.Writer("gs://bucket/new", manifest)
 
 
 FIND = """

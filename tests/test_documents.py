@@ -10,7 +10,7 @@ import skimage
 from PIL import Image
 
 from emollama_jax import cli, config
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from tools.convert_torch import __main__ as convert_torch
 
 NAMES = ("tiny", "emollama_135m", "emollama_7b", "emollama_13b")  # of the parameter table

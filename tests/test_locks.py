@@ -14,11 +14,11 @@ import time
 
 import fsspec
 import pytest
-from fake_gcs import Bucket
 
 from emollama_jax import locks
 from emollama_jax.errors import UserError
 from emollama_jax.locks import hold, lock_file
+from tests.helpers.fake_gcs import Bucket
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOLDER = """

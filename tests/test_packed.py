@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from train_toy import quiet, toy_config, use_toy
 
 from emollama_jax import cli, config, packed, runs
 from emollama_jax.checkpoint import (
@@ -25,11 +24,12 @@ from emollama_jax.checkpoint import (
     read_config,
 )
 from emollama_jax.errors import UserError
-from emollama_jax.models import pretrained
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models import parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.serve import terminal
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train import loop
+from tests.helpers.toy_model import quiet, toy_config, use_toy
 from tools import package_run
 
 SMALLEST = 2.0**-25  # half of float16's smallest step
@@ -243,7 +243,7 @@ def test_the_shipped_run_fits_this_version_and_its_towers(abstract_model):
 
 
 def test_towers_and_run_stay_small_and_name_nobodys_folder():
-    files = [*pretrained.WEIGHTS.glob("tiny_*"), *runs.SHIPPED.iterdir()]
+    files = [*parameters.WEIGHTS.glob("tiny_*"), *runs.SHIPPED.iterdir()]
     assert sum(file.stat().st_size for file in files) <= package_run.LIMIT
     text = (runs.SHIPPED / "config.yaml").read_text() + (runs.SHIPPED / "run.json").read_text()
     assert not re.search(r"/(tmp|home|work|root|Users)\b", text)

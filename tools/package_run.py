@@ -16,8 +16,8 @@ from emollama_jax import checkpoint, packed, runs
 from emollama_jax.config import Config
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.trace import folder_hash
-from emollama_jax.models import pretrained
-from emollama_jax.train.metrics import METRICS, read_metrics
+from emollama_jax.models import parameters
+from emollama_jax.train.run_log import METRICS, read_metrics
 from tools.command import run
 
 LIMIT = 30e6  # bytes of the towers and the run that the package carries, together
@@ -44,7 +44,7 @@ def pack(
     shipped = out.resolve() == runs.SHIPPED.resolve()
     if shipped and cfg.weights != "tiny":
         raise UserError(f"{run}: its weights are {cfg.weights}, wanted the package's own: tiny")
-    leaves = pretrained.named_parameters(model)
+    leaves = parameters.named_parameters(model)
     trained = checkpoint.matching(cfg.train.trainable, leaves, key="train.trainable")
     tensors = {name: np.asarray(leaves[name][...]) for name in sorted(trained)}
     # Where its maker kept the data is nobody's business; it is `data` for whoever reads it.
@@ -57,7 +57,7 @@ def pack(
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
     count = sum(tensor.size for tensor in tensors.values())
-    towers = sum(file.stat().st_size for file in pretrained.WEIGHTS.glob("tiny_*"))
+    towers = sum(file.stat().st_size for file in parameters.WEIGHTS.glob("tiny_*"))
     if shipped and (size := towers + 2 * count) > LIMIT:
         raise UserError(
             f"{run}: {count:,} parameters, {size / 1e6:.1f} MB with the towers, wanted at most "

@@ -26,7 +26,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from emollama_jax import weights
+from emollama_jax import imported
 from emollama_jax.errors import UserError
 from emollama_jax.locks import hold
 from emollama_jax.paths import on_disk
@@ -154,7 +154,7 @@ def _is_whole(out: pathlib.Path, part: Part) -> bool:
         return False
     wanted = {part.name: part.files[next(iter(part.files))]}
     try:
-        manifest = weights.read_manifest(folder)
+        manifest = imported.read_manifest(folder)
         found = (manifest.source, manifest.files)
     except UserError:
         found = None

@@ -26,13 +26,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from emollama_jax import config as configs
+from emollama_jax import config
 from emollama_jax.config import Config
-from emollama_jax.data.actionfaces.sample import sample_clip
 from emollama_jax.data.emotions import label_space
-from emollama_jax.data.instruct import category_item
+from emollama_jax.data.items import category_item
 from emollama_jax.data.pipeline import THREADS, make_train_iterator
 from emollama_jax.errors import UserError
+from emollama_jax.tiny.actionfaces.sample import sample_clip
 
 WIDTH, HEIGHT, FPS, SECONDS = 640, 360, 30, 4
 FACE, DRAWN = 288, 192  # pixels: side of the face's picture in the clip, and as it is drawn
@@ -67,7 +67,7 @@ class FacePrior:
 def bench_config(name: str, *, batch: int) -> Config:
     """A config whose shapes are measured; the tokenizers are those that the package carries."""
     tokenizer = "{kind: bpe, path: tiny}"
-    return configs.load(
+    return config.load(
         name,
         [
             f"data.sources=[{{name: {NAME}, split: train, kind: clip, weight: 1.0}}]",
@@ -224,7 +224,7 @@ class _TorchSide:
             return None
         settings = json.dumps(
             {
-                "config": configs.to_dict(cfg),
+                "config": config.to_dict(cfg),
                 "folder": str(folder),
                 "clips": clips,
                 "workers": THREADS,

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.numpy import save_file
 
-from emollama_jax import config, weights
+from emollama_jax import config, imported
 from emollama_jax.bench.options import DecodeSizes
 from emollama_jax.bench.torch_side import TorchProcess, transformers_llama
 from emollama_jax.config import LlamaConfig
@@ -34,7 +34,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.generate.decode import decode, make_ending
 from emollama_jax.generate.prompt import Prompt
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 
 CONFIG = "emollama_135m"  # whose LLaMA is measured where no folder is named
@@ -156,12 +156,12 @@ def read_folder(folder: pathlib.Path) -> Work:
     Raises:
         UserError: a folder of something else.
     """
-    sizes = weights.read_manifest(folder).model.get("llama")
+    sizes = imported.read_manifest(folder).model.get("llama")
     if sizes is None:
         raise UserError(f"{folder}: holds no LLaMA: convert one (docs/convert.md)")
     cfg = _float32(sizes, origin=str(folder))
     paths = [PREFIX + path for path in named_parameters(_abstract(cfg))]
-    values = weights.load_numpy(folder, paths)
+    values = imported.load_numpy(folder, paths)
     params = {
         path.removeprefix(PREFIX): np.asarray(value, np.float32) for path, value in values.items()
     }

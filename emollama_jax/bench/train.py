@@ -36,7 +36,7 @@ from emollama_jax.bench.torch_side import TorchProcess, transformers_llama
 from emollama_jax.config import LlamaConfig, LoraConfig, MeshConfig, TrainConfig, load
 from emollama_jax.errors import UserError
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings

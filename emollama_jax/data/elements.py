@@ -17,6 +17,7 @@ from emollama_jax.batch import IGNORE, Batch
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data import prompts
 from emollama_jax.data.chat import open_chat
+from emollama_jax.data.face_crop import crop_face
 from emollama_jax.data.media import (
     Source,
     fps_indices,
@@ -27,7 +28,6 @@ from emollama_jax.data.media import (
 )
 from emollama_jax.data.tokenizers import load_tokenizer
 from emollama_jax.errors import UserError
-from emollama_jax.faces.track import crop_face
 
 Kind = Literal["image", "clip"]
 View = Literal["all", "middle", "blank"]  # of an evaluation: what of the media the model gets

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emollama_jax.data.builders import actionfaces, registry, store
+from emollama_jax.data.builders import registry, store
+from emollama_jax.tiny import builder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ def read_index(
     """
     where = registry.find(data_dir, name, split)
     stored = f"{where.name}/{where.split}"
-    if name.startswith(f"{actionfaces.NAME}/"):
+    if name.startswith(f"{builder.NAME}/"):
         examples = [data[i] for i in range(len(data))]
         return Index(
             ids=[example["id"] for example in examples],

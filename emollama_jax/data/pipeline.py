@@ -28,7 +28,7 @@ from emollama_jax.batch import Batch
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.builders import registry
 from emollama_jax.data.elements import Encoder, Examples, Kind, Prior, Row, View, stack
-from emollama_jax.data.instruct import drawable, with_conversations
+from emollama_jax.data.items import drawable, with_conversations
 from emollama_jax.errors import UserError
 
 Data = Sequence[Mapping[str, Any]]  # examples by their position, read lazily

@@ -27,10 +27,10 @@ from jaxtyping import Bool, Int32
 
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN
 from emollama_jax.data.chat import Chat
+from emollama_jax.data.face_labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 from emollama_jax.data.templates import Template, Token
 from emollama_jax.data.tokenizers import Tokenizer
 from emollama_jax.errors import UserError
-from emollama_jax.faces.labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 
 PLACE = "<image>"  # LLaMA-VID's place holder, of images and videos alike
 

@@ -20,8 +20,8 @@ from etils import epath
 from jaxtyping import Bool, Float32, Int64
 
 from emollama_jax.data.builders import registry
+from emollama_jax.data.face_labels import AGE_LABELS
 from emollama_jax.errors import UserError
-from emollama_jax.faces.labels import AGE_LABELS
 from emollama_jax.paths import as_path
 
 UNKNOWN = -1

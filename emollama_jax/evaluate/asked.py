@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from emollama_jax.data.emotions import SYNONYMS, LabelSpace
-from emollama_jax.data.instruct import category_question
+from emollama_jax.data.items import category_question
 from emollama_jax.evaluate import metrics
 from emollama_jax.evaluate.protocol import Prediction
 

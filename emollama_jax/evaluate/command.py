@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from emollama_jax import config as configs
+from emollama_jax import config
 from emollama_jax.checkpoint import load_for_inference, read_config
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.builders.registry import space_of
@@ -25,16 +25,16 @@ from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds, groups, report
 from emollama_jax.evaluate import without as leaving
 from emollama_jax.evaluate.asked import Asked, Order, map_classes, unanswerable
+from emollama_jax.evaluate.of_run import Answering, predict
+from emollama_jax.evaluate.parse.unparsed import warning
 from emollama_jax.evaluate.protocol import (
     SEGMENTS,
     Prediction,
     protocol_of,
     write_predictions,
 )
-from emollama_jax.evaluate.results import Tested, make_tested, summarise, worst, write_results
-from emollama_jax.evaluate.run import Answering, predict
+from emollama_jax.evaluate.publish import Tested, make_tested, summarise, worst, write_results
 from emollama_jax.evaluate.trace import data_hash, file_hash, folder_hash, priors_hash
-from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path
@@ -104,7 +104,7 @@ def evaluate_source(
     if len(names) > 1 and how.without is not None:
         raise UserError(f"--without {how.without}: of one fold, not of all")
     paths = [run.replace("{fold}", str(number)) for number, _ in names]
-    runs = [configs.override(read_config(path), overrides) for path in paths]
+    runs = [config.override(read_config(path), overrides) for path in paths]
     for cfg, (_, name) in zip(runs, names, strict=True):  # before any model is loaded
         check_unseen(cfg, name, split)
     tested, loaded = [], ""
@@ -260,7 +260,7 @@ def evaluate_run(
         notes=[_protocol(cfg, name, kind), *_mapping(asked, space, tested[0])],
         mistakes=mistakes,
         command=_command(name, split, how),
-        config=yaml.safe_dump(json.loads(json.dumps(configs.to_dict(cfg))), sort_keys=False),
+        config=yaml.safe_dump(json.loads(json.dumps(config.to_dict(cfg))), sort_keys=False),
         versions=_versions(),
         trace=trace,
     )

@@ -21,7 +21,7 @@ from emollama_jax.evaluate.protocol import (
     protocol_of,
     read_predictions,
 )
-from emollama_jax.evaluate.results import Tested, write_results
+from emollama_jax.evaluate.publish import Tested, write_results
 from emollama_jax.evaluate.trace import file_hash
 from emollama_jax.paths import as_path
 

@@ -13,10 +13,10 @@ import numpy as np
 from etils import epath
 
 from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.data.face_labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics, report
 from emollama_jax.evaluate.protocol import Prediction
-from emollama_jax.faces.labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 
 ATTRIBUTES = ("age", "gender", "race")
 UNKNOWN = "unknown"

@@ -21,7 +21,7 @@ from typing import Any
 
 from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, label_space, stem
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate.answers import Parsed, parse_ranked, parse_tree, vocabulary
+from emollama_jax.evaluate.parse.answers import Parsed, parse_ranked, parse_tree, vocabulary
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, read_predictions
 from emollama_jax.tables import Rows, read_rows
 

@@ -14,10 +14,10 @@ import numpy as np
 from etils import epath
 
 from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace
-from emollama_jax.data.instruct import category_question
+from emollama_jax.data.items import category_question
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics
-from emollama_jax.evaluate.answers import How
+from emollama_jax.evaluate.parse.answers import How
 from emollama_jax.paths import as_path, write_whole
 
 

@@ -14,8 +14,8 @@ from etils import epath
 
 from emollama_jax.evaluate import charts
 from emollama_jax.evaluate.metrics import Calibration, Interval
+from emollama_jax.evaluate.parse.unparsed import warning
 from emollama_jax.evaluate.protocol import Evaluation
-from emollama_jax.evaluate.unparsed import warning
 from emollama_jax.paths import as_path, write_whole
 
 _STYLE = pathlib.Path(__file__).with_name("report.css")

@@ -26,10 +26,10 @@ from etils import epath
 
 from emollama_jax.ahead import ahead
 from emollama_jax.data.builders import registry
+from emollama_jax.data.face_crop import track
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.errors import UserError
 from emollama_jax.faces.reader import Detect, Prior, Reader, cut_out, read_faces
-from emollama_jax.faces.track import track
 from emollama_jax.paths import as_path, is_remote
 
 CHUNK = {"image": 512, "clip": 32}  # examples of one resumable part

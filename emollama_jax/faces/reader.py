@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from emollama_jax.faces.track import Faces, crop_face
+from emollama_jax.data.face_crop import Faces, crop_face
 from emollama_jax.models.eva_vit import normalise
 from emollama_jax.models.facexformer import FaceXFormer
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 
 Detect = Callable[[Sequence[np.ndarray]], Sequence[Faces]]  # uint8 [H, W, 3] each → its faces
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 
-from emollama_jax.data.instruct import MEDIUM
+from emollama_jax.data.items import MEDIUM
 from emollama_jax.data.prompts import PLACE
 from emollama_jax.instruct.check import faults
 from emollama_jax.remote.request import Reply, Request, one_line

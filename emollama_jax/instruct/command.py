@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from emollama_jax.data.builders.registry import open_split, space_of
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.index import Index, read_index
-from emollama_jax.data.instruct import instruct_folder
+from emollama_jax.data.items import instruct_folder
 from emollama_jax.data.media import read_frames, read_image
 from emollama_jax.errors import UserError
 from emollama_jax.instruct import ask, store

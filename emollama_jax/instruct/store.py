@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from emollama_jax.data.instruct import CONVERSES, DONE, ITEMS
+from emollama_jax.data.items import CONVERSES, DONE, ITEMS
 
 JSON = "conversations.json"
 ASIDE = "set_aside.jsonl"

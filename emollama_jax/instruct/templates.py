@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from emollama_jax.data.actionfaces.action_units import ACTION_UNITS, AU, EMOTIONS, MIXES
-from emollama_jax.data.actionfaces.describe import conversation
 from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS, AU, EMOTIONS, MIXES
+from emollama_jax.tiny.actionfaces.describe import conversation
 
 # Emotions that have no mix of action units here borrow one.
 _NEAR = {

@@ -27,10 +27,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 from PIL import Image
 
 from emollama_jax.ahead import ahead
-from emollama_jax.models import mtcnn_search as geometry
+from emollama_jax.models import mtcnn_search
 from emollama_jax.models.layers import Linear, param, torch_linear, zeros
 from emollama_jax.models.mtcnn_search import Candidates, Level, Tiles
-from emollama_jax.models.pretrained import WEIGHTS, load
+from emollama_jax.models.parameters import WEIGHTS, load
 from emollama_jax.models.rngs import Rngs, abstract
 
 _Rows = dict[str, np.ndarray]  # a network's inputs, by the names of its arguments
@@ -279,7 +279,7 @@ class Detector:
         said = self._pnet(cut())
 
         candidates = [
-            geometry.propose(
+            mtcnn_search.propose(
                 cut_out,
                 scene.levels,
                 *outputs,
@@ -297,21 +297,23 @@ class Detector:
         cfg = self.cfg
         crops = [s.crops(c.boxes) for s, c in zip(scenes, candidates, strict=True)]
         read = self._rnet(
-            {"x": s.resized(crop, geometry.R_SIZE)}
+            {"x": s.resized(crop, mtcnn_search.R_SIZE)}
             for s, (crop, _) in zip(scenes, crops, strict=True)
         )
         refined = []
         for found, (_, some), (score, shifts) in zip(candidates, crops, read, strict=True):
             good = score > np.float32(cfg.thresholds[1])
-            new = geometry.best_first(
+            new = mtcnn_search.best_first(
                 Candidates(found.boxes[some][good], score[good], shifts[good])
             )
-            kept = geometry.keep_best(
-                new.boxes, threshold=cfg.overlaps[2], overlap=geometry.over_union
+            kept = mtcnn_search.keep_best(
+                new.boxes, threshold=cfg.overlaps[2], overlap=mtcnn_search.over_union
             )
             new = new[kept]
             refined.append(
-                new._replace(boxes=geometry.square(geometry.shift(new.boxes, new.shifts, 1)))
+                new._replace(
+                    boxes=mtcnn_search.square(mtcnn_search.shift(new.boxes, new.shifts, 1))
+                )
             )
         return refined
 
@@ -325,7 +327,7 @@ class Detector:
         cfg = self.cfg
         crops = [s.crops(c.boxes) for s, c in zip(scenes, candidates, strict=True)]
         read = self._onet(
-            {"x": s.resized(crop, geometry.O_SIZE)}
+            {"x": s.resized(crop, mtcnn_search.O_SIZE)}
             for s, (crop, _) in zip(scenes, crops, strict=True)
         )
         faces = []
@@ -339,11 +341,11 @@ class Detector:
             (good,) = np.nonzero(score > np.float32(cfg.thresholds[2]))
             # Ascending and then reversed, as the original: of equal ones the last comes first.
             good = good[np.argsort(score[good], kind="stable")[::-1]]
-            boxes = geometry.shift(boxes, shifts, 1)[good]
-            kept = geometry.keep_best(
-                boxes, threshold=cfg.overlaps[3], overlap=geometry.over_smaller
+            boxes = mtcnn_search.shift(boxes, shifts, 1)[good]
+            kept = mtcnn_search.keep_best(
+                boxes, threshold=cfg.overlaps[3], overlap=mtcnn_search.over_smaller
             )
-            kept = kept[np.argsort(geometry.area(boxes[kept], 0), kind="stable")[::-1]]
+            kept = kept[np.argsort(mtcnn_search.area(boxes[kept], 0), kind="stable")[::-1]]
             scale = np.array(picture.shape[1::-1], np.float32) / np.float32(scene.size[::-1])
             faces.append(
                 Faces(
@@ -363,8 +365,8 @@ class _Scene(NamedTuple):
 
     @classmethod
     def of(cls, picture: np.ndarray, cfg: MtcnnConfig) -> "_Scene":
-        levels = geometry.pyramid(*picture.shape[:2], min_face=cfg.min_face, factor=cfg.factor)
-        return cls(geometry.integral_image(picture), levels)
+        levels = mtcnn_search.pyramid(*picture.shape[:2], min_face=cfg.min_face, factor=cfg.factor)
+        return cls(mtcnn_search.integral_image(picture), levels)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -372,15 +374,15 @@ class _Scene(NamedTuple):
         return self.integral.shape[0] - 1, self.integral.shape[1] - 1
 
     def tiles(self) -> Tiles:
-        return geometry.cut_tiles(self.integral, self.levels)
+        return mtcnn_search.cut_tiles(self.integral, self.levels)
 
     def crops(self, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The crops of the boxes that have a pixel, and which those are."""
-        crops, some = geometry.trunc_crops(boxes, height=self.size[0], width=self.size[1])
+        crops, some = mtcnn_search.trunc_crops(boxes, height=self.size[0], width=self.size[1])
         return crops[some], some
 
     def resized(self, crops: np.ndarray, size: int) -> np.ndarray:
-        return geometry.area_resize(self.integral, crops, (size, size))
+        return mtcnn_search.area_resize(self.integral, crops, (size, size))
 
 
 def _groups(pictures: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:

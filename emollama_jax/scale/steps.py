@@ -26,7 +26,7 @@ from emollama_jax.generate import decode
 from emollama_jax.generate.prompt import Prompt, embed
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.face_info_mining import LANDMARKS
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 from emollama_jax.scale.cost import OTHER
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards, replicated

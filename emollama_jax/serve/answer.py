@@ -15,16 +15,16 @@ from flax import nnx
 from emollama_jax.config import Config, GenerateConfig
 from emollama_jax.data import prompts
 from emollama_jax.data.elements import Encoder, Kind
-from emollama_jax.data.instruct import MEDIUM, category_question
+from emollama_jax.data.face_crop import Faces, Track, track
+from emollama_jax.data.items import MEDIUM, category_question
 from emollama_jax.data.media import Clip, Source, is_video, read_frames, read_image
 from emollama_jax.errors import UserError
 from emollama_jax.faces.reader import Detect, Prior, age_gender_race
-from emollama_jax.faces.track import Faces, Track, track
 from emollama_jax.generate import prompt as reading
 from emollama_jax.generate.decode import Stop, stream
 from emollama_jax.generate.flagged import of_backend
+from emollama_jax.generate.label_scores import pad_labels, score
 from emollama_jax.generate.sampling import sampling
-from emollama_jax.generate.score import pad_labels, score
 from emollama_jax.models.emollama import EmoLlama, Mined, Sight
 from emollama_jax.models.mtcnn import Detector
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from emollama_jax import compile_cache
-from emollama_jax.data.instruct import standard_question
+from emollama_jax.data.items import standard_question
 from emollama_jax.data.media import is_video
 from emollama_jax.errors import UserError
 from emollama_jax.preflight import at_least

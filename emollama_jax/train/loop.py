@@ -36,14 +36,14 @@ from emollama_jax.data.pipeline import make_train_iterator
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.locks import hold
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.paths import as_path
 from emollama_jax.runs import refuse_packed
 from emollama_jax.sharding.distributed import gather, leads, place_batch, share
 from emollama_jax.sharding.mesh import batch_shards, make_mesh
 from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.train.metrics import RunLog
 from emollama_jax.train.optimizer import make_optimizer, warmup_cosine
+from emollama_jax.train.run_log import RunLog
 from emollama_jax.train.step import (
     Metrics,
     Params,

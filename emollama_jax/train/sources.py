@@ -10,11 +10,12 @@ import itertools
 from collections.abc import Sequence
 
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data import instruct, prompts
+from emollama_jax.data import items as instruct
+from emollama_jax.data import prompts
 from emollama_jax.data.builders import registry
 from emollama_jax.data.elements import Encoder, Kind
+from emollama_jax.data.face_labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 from emollama_jax.errors import UserError
-from emollama_jax.faces.labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 
 SPLIT = "train"
 MULTIPLE = 8  # that raised text lengths are rounded up to

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from emollama_jax.config import EmoLlamaConfig, LlamaConfig
-from tools.convert_torch import llama_vid as lv
-from tools.convert_torch import peft
+from tools.convert_torch import llama_vid, peft
 from tools.convert_torch.engine import Row, problem_of
 from tools.convert_torch.files import ADAPTER, Opened, Tensor, open_paths
 from tools.convert_torch.leaves import every_leaf
@@ -203,8 +202,8 @@ def _zeros(like: Tensor) -> Tensor:
 def visual_rows(model: EmoLlamaConfig) -> list[Row]:
     """Projector and Q-Former in a LLaMA-VID's naming."""
     return [
-        *lv.projectors(),
-        *lv.qformer(model.qformer.cross_attention_every, lv.LLAMA_VID),
+        *llama_vid.projectors(),
+        *llama_vid.qformer(model.qformer.cross_attention_every, llama_vid.LLAMA_VID),
     ]
 
 

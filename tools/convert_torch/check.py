@@ -16,7 +16,7 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from emollama_jax import weights
+from emollama_jax import imported
 from emollama_jax.config import MeshConfig
 from emollama_jax.errors import UserError
 from tools.convert_torch.convert import abstract_leaves, convert
@@ -127,13 +127,13 @@ def _converted(
         )
         leaves = abstract_leaves(SOURCES[golden.source], golden.model)
         shapes = {path: leaf.shape for path, leaf in leaves.items()}
-        weights.check_base([ours], golden.model, shapes)
+        imported.check_base([ours], golden.model, shapes)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
             path: jax.ShapeDtypeStruct(shape, np.float32, sharding=here)
             for path, shape in shapes.items()
         }
-        return jax.block_until_ready(weights.load(ours, wanted))
+        return jax.block_until_ready(imported.load(ours, wanted))
 
 
 def _fill(network: nnx.Module, values: Mapping[str, jax.Array]) -> None:

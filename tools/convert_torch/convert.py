@@ -26,9 +26,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from emollama_jax import config
 from emollama_jax.config import EmoLlamaConfig, MeshConfig, Preset
 from emollama_jax.errors import UserError
+from emollama_jax.imported import Manifest, Writer, layer_key, layer_place, sizes
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.weights import Manifest, Writer, layer_key, layer_place, sizes
 from tools.convert_torch import positions
 from tools.convert_torch.engine import Empty, Leaf, listed, match
 from tools.convert_torch.files import Opened, Tensor

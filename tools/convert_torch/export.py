@@ -17,14 +17,19 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from emollama_jax import checkpoint, config, config_weights, runs, weights
+from emollama_jax import (
+    checkpoint,
+    config,
+    config_weights,
+    imported,
+    runs,
+)
 from emollama_jax.config import EmoLlamaConfig
 from emollama_jax.data.templates import TEMPLATE_FILE
 from emollama_jax.errors import UserError
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.paths import as_path
-from tools.convert_torch import facexformer, language, mtcnn, peft
-from tools.convert_torch import llama_vid as lv
+from tools.convert_torch import facexformer, language, llama_vid, mtcnn, peft
 from tools.convert_torch.convert import DTYPES, TOGETHER
 from tools.convert_torch.engine import Row, emit
 from tools.convert_torch.files import LANGUAGE
@@ -66,13 +71,13 @@ def open_ours(src: pathlib.Path, base: Iterable[pathlib.Path]) -> Ours:
     where: dict[str, pathlib.Path] = {}
     seen: dict[str, tuple[Any, pathlib.Path]] = {}
     for folder in folders:
-        for section, fields in weights.read_manifest(folder).model.items():
+        for section, fields in imported.read_manifest(folder).model.items():
             before, other = seen.setdefault(section, (fields, folder))
             if before != fields:
                 raise UserError(f"{folder}: its {section} has other sizes than that of {other}")
             part = tree["model"]["llama"]["lora"] if section == "lora" else tree["model"][section]
             part.update(fields)
-        for path in weights.leaves_of(folder):
+        for path in imported.leaves_of(folder):
             if path in where:
                 raise UserError(f"{path}: both in {where[path]} and in {folder}: name one of them")
             where[path] = folder
@@ -96,7 +101,7 @@ class _Reader:
     def get(self, path: str) -> np.ndarray:
         if path not in self._held:
             folder, size = self._where[path], 0
-            leaves = weights.leaves_of(folder)
+            leaves = imported.leaves_of(folder)
             paths = list(leaves)
             here = paths.index(path)
             together: list[str] = []
@@ -109,7 +114,7 @@ class _Reader:
                 together.append(other)
             while sum(value.nbytes for value in self._held.values()) > TOGETHER:
                 self._held.pop(next(iter(self._held)))  # the oldest
-            self._held |= weights.load_numpy(folder, together)
+            self._held |= imported.load_numpy(folder, together)
         return self._held[path]
 
 
@@ -385,13 +390,15 @@ def _adapters(ours: Ours) -> list[Row]:
 
 
 ROWS: dict[str, Callable[[Ours], list[Row]]] = {
-    "llama": lambda ours: lv.llama(ours.model.llama),
+    "llama": lambda ours: llama_vid.llama(ours.model.llama),
     "peft": _adapters,
-    "llama-vid": lambda ours: lv.llama_vid(
+    "llama-vid": lambda ours: llama_vid.llama_vid(
         ours.model.llama, ours.model.qformer.cross_attention_every
     ),
-    "eva-vit": lambda ours: lv.eva_vit(),
-    "qformer": lambda ours: lv.qformer(ours.model.qformer.cross_attention_every, lv.LAVIS),
+    "eva-vit": lambda ours: llama_vid.eva_vit(),
+    "qformer": lambda ours: llama_vid.qformer(
+        ours.model.qformer.cross_attention_every, llama_vid.LAVIS
+    ),
     "facexformer": lambda ours: facexformer.facexformer(ours.model.face),
     "mtcnn": lambda ours: mtcnn.mtcnn(),
     "ours": lambda ours: [Row(path, path) for path in sorted(ours.paths)],

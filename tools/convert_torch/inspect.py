@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from emollama_jax import weights
+from emollama_jax import imported
 from emollama_jax.config import EmoLlamaConfig
 from emollama_jax.errors import UserError
 from tools.convert_torch.bert import open_bert
@@ -133,14 +133,14 @@ def _theirs(
 
 def _ours(folder: pathlib.Path, console: Console) -> None:
     """A folder that this tool wrote."""
-    manifest = weights.read_manifest(folder)
+    manifest = imported.read_manifest(folder)
     files = ", ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in manifest.files.items())
     console.print(f"source [bold]{manifest.source}[/bold], from {files}", highlight=False)
     console.print(f"fingerprint {manifest.fingerprint}", highlight=False)
     for note in manifest.notes:
         console.print(f"note: {escape(note)}", highlight=False)
     table = Table("ours", "shape", "dtype", box=box.SIMPLE)
-    for path, leaf in weights.leaves_of(folder).items():
+    for path, leaf in imported.leaves_of(folder).items():
         table.add_row(path, str(tuple(leaf.shape)), str(leaf.dtype))
     console.print(table)
 

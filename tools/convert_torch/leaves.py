@@ -10,7 +10,7 @@ from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.mtcnn import Mtcnn
-from emollama_jax.models.pretrained import named_parameters
+from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.qformer import QFormer
 from emollama_jax.models.rngs import Rngs, abstract
 from emollama_jax.models.visual_tokens import VisualTokens

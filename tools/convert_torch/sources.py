@@ -8,9 +8,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from emollama_jax.config import EmoLlamaConfig
-from emollama_jax.weights import FREE
-from tools.convert_torch import adapters, bert, dinov2, facexformer, language, mtcnn, peft
-from tools.convert_torch import llama_vid as lv
+from emollama_jax.imported import FREE
+from tools.convert_torch import (
+    adapters,
+    bert,
+    dinov2,
+    facexformer,
+    language,
+    llama_vid,
+    mtcnn,
+    peft,
+)
 from tools.convert_torch.engine import Row
 from tools.convert_torch.files import LANGUAGE, Opened, open_paths
 from tools.convert_torch.settings import check_tower, from_transformers
@@ -143,7 +151,7 @@ class Source:
 def _llama(cfg: EmoLlamaConfig, prefix: str) -> list[Row]:
     # A multimodal model of `transformers` 5 nests its LLaMA, but not the head.
     head = "" if prefix == "model.language_model." else prefix.removesuffix("model.")
-    return lv.llama(cfg.llama, model=prefix, head=f"{head}lm_head.")
+    return llama_vid.llama(cfg.llama, model=prefix, head=f"{head}lm_head.")
 
 
 def _eva_ignore(cfg: EmoLlamaConfig) -> dict[str, str]:
@@ -155,11 +163,13 @@ def _eva_ignore(cfg: EmoLlamaConfig) -> dict[str, str]:
 
 
 def _llama_vid(cfg: EmoLlamaConfig, prefix: str) -> list[Row]:
-    return lv.llama_vid(cfg.llama, cfg.qformer.cross_attention_every)
+    return llama_vid.llama_vid(cfg.llama, cfg.qformer.cross_attention_every)
 
 
-def _qformer(names: lv.QFormerNames) -> Callable[[EmoLlamaConfig, str], list[Row]]:
-    return lambda cfg, prefix: lv.qformer(cfg.qformer.cross_attention_every, names, prefix=prefix)
+def _qformer(names: llama_vid.QFormerNames) -> Callable[[EmoLlamaConfig, str], list[Row]]:
+    return lambda cfg, prefix: llama_vid.qformer(
+        cfg.qformer.cross_attention_every, names, prefix=prefix
+    )
 
 
 def _always(ignore: Mapping[str, str]) -> Callable[[EmoLlamaConfig], Mapping[str, str]]:
@@ -175,7 +185,7 @@ def _open_llama_vid(paths: Sequence[pathlib.Path]) -> Opened:
     opened = _open_language(paths)
     tensors = opened.tensors
     eva = [key for key in tensors if re.fullmatch(_EVA, key)]
-    _instead(opened, {key: lv.TOWER + key for key in eva}, lv.TOWER)
+    _instead(opened, {key: llama_vid.TOWER + key for key in eva}, llama_vid.TOWER)
     trained = [key for key in tensors if key.startswith(adapters.WHOLE) and ".lora_" not in key]
     _instead(opened, {key: key.removeprefix(adapters.WHOLE) for key in trained}, None)
     return opened
@@ -198,12 +208,12 @@ def _instead(opened: Opened, names: Mapping[str, str], whole: str | None) -> Non
         tensors[name] = tensors.pop(key)
 
 
-_QFORMER_IGNORE = _always({**lv.BUFFERS, **_OTHERS, **_NOT_QFORMER})
+_QFORMER_IGNORE = _always({**llama_vid.BUFFERS, **_OTHERS, **_NOT_QFORMER})
 _LLAMA = Naming(
     "transformers",
     r"(.*)layers\.0\.self_attn\.q_proj\.weight",
     _llama,
-    lambda cfg: {**lv.BUFFERS, **(lv.TIED if cfg.llama.tied else {})},
+    lambda cfg: {**llama_vid.BUFFERS, **(llama_vid.TIED if cfg.llama.tied else {})},
 )
 
 SOURCES: dict[str, Source] = {
@@ -227,8 +237,8 @@ SOURCES: dict[str, Source] = {
                 r"()model\.vlm_att_query",
                 _llama_vid,
                 lambda cfg: {
-                    **(lv.TIED if cfg.llama.tied else {}),
-                    **lv.BUFFERS,
+                    **(llama_vid.TIED if cfg.llama.tied else {}),
+                    **llama_vid.BUFFERS,
                     **_eva_ignore(cfg),
                 },
             ),
@@ -246,14 +256,14 @@ SOURCES: dict[str, Source] = {
             Naming(
                 "LAVIS",
                 r"(.*)blocks\.0\.attn\.qkv\.weight",
-                lambda cfg, prefix: lv.eva_vit(prefix),
-                lambda cfg: {**lv.BUFFERS, **_OTHERS, **_NOT_VISION, **_eva_ignore(cfg)},
+                lambda cfg, prefix: llama_vid.eva_vit(prefix),
+                lambda cfg: {**llama_vid.BUFFERS, **_OTHERS, **_NOT_VISION, **_eva_ignore(cfg)},
             ),
             Naming(
                 "transformers",
                 r"(.*)encoder\.layers\.0\.self_attn\.qkv\.weight",
-                lambda cfg, prefix: lv.eva_vit_transformers(prefix),
-                _always({**lv.BUFFERS, **_OTHERS, **_NOT_VISION}),
+                lambda cfg, prefix: llama_vid.eva_vit_transformers(prefix),
+                _always({**llama_vid.BUFFERS, **_OTHERS, **_NOT_VISION}),
             ),
         ),
     ),
@@ -285,19 +295,19 @@ SOURCES: dict[str, Source] = {
             Naming(
                 "LAVIS",
                 r"(.*)Qformer\.bert\.encoder\.layer\.0\.attention\.self\.query\.weight",
-                _qformer(lv.LAVIS),
+                _qformer(llama_vid.LAVIS),
                 _QFORMER_IGNORE,
             ),
             Naming(
                 "transformers (InstructBLIP)",
                 r"(.*)qformer\.embeddings\.layernorm\.weight",
-                _qformer(lv.INSTRUCT_BLIP),
+                _qformer(llama_vid.INSTRUCT_BLIP),
                 _QFORMER_IGNORE,
             ),
             Naming(
                 "transformers (BLIP-2)",
                 r"(.*)qformer\.layernorm\.weight",
-                _qformer(lv.BLIP2),
+                _qformer(llama_vid.BLIP2),
                 _QFORMER_IGNORE,
             ),
         ),

@@ -23,13 +23,14 @@ import numpy as np
 
 from emollama_jax.ahead import ahead
 from emollama_jax.data import taught
-from emollama_jax.data.builders import actionfaces, registry
+from emollama_jax.data.builders import registry
+from emollama_jax.data.face_crop import Crop, crop_box
 from emollama_jax.data.media import read_image
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import Priors, priors_folder
 from emollama_jax.faces.reader import Prior
-from emollama_jax.faces.track import Crop, crop_box
-from emollama_jax.train.augment import MIRROR
+from emollama_jax.tiny import builder
+from emollama_jax.tiny.towers.augment import MIRROR
 from tools.face_teacher import networks
 from tools.face_teacher.package import Weights
 from tools.face_teacher.pose import head_pose
@@ -169,7 +170,7 @@ def open_source(data_dir: pathlib.Path, name: str, split: str) -> Source:
         UserError: not prepared, without face priors, drawn, or a set of clips.
     """
     where = registry.find(data_dir, name, split)
-    if where.name.partition("/")[0] == actionfaces.NAME:
+    if where.name.partition("/")[0] == builder.NAME:
         raise UserError(f"{name}: drawn faces carry labels of their own: name a real set")
     examples = registry.open_stored(data_dir, where.name, where.split)
     if (kind := examples[0]["kind"]) != "image":

@@ -11,7 +11,7 @@ pitch are uncertain by that much.
 import numpy as np
 from jaxtyping import Float
 
-from emollama_jax.data.actionfaces.geometry import MEAN_FACE
+from emollama_jax.tiny.actionfaces.geometry import MEAN_FACE
 
 STEADY = np.array([0, 1, 2, 14, 15, 16, *range(27, 36), 36, 39, 42, 45])
 

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 from emollama_jax.data.builders import (
-    actionfaces,
     affectnet,
     dfew,
     ferplus,
@@ -25,6 +24,7 @@ from emollama_jax.data.builders.listing import Listing
 from emollama_jax.data.emotions import LabelSpace, label_space
 from emollama_jax.data.names import check, check_one_fold
 from emollama_jax.errors import UserError
+from emollama_jax.tiny import builder as actionfaces
 
 Report = Callable[[int, int], None]  # (done, all)
 

@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 
 from emollama_jax.data.builders import schema
 from emollama_jax.data.builders.listing import Item, Kind, Listing, brief
-from emollama_jax.data.instruct import category_item
+from emollama_jax.data.items import category_item
 from emollama_jax.data.media import pack_frames
 from emollama_jax.errors import UserError
 

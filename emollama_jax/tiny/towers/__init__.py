@@ -1,0 +1,1 @@
+"""`emollama pretrain`: how the small towers that the package carries are made."""
