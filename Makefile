@@ -44,14 +44,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-# One folder of pages: README becomes the home page, and links to docs/ lose that prefix.
+# One folder of pages: README becomes the home page, links to docs/ lose that prefix, and pipes in
+# tables lose the backslash that GitHub wants.
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	rm -rf build/docs
 	mkdir -p build
 	cp -r docs build/docs
-	for page in README CONTRIBUTING CHANGELOG; do \
-	  sed 's#](docs/#](#g' $$page.md > build/docs/$$page.md; done
+	for page in README.md CONTRIBUTING.md CHANGELOG.md docs/*.md; do \
+	  sed 's#](docs/#](#g; s#\\|#|#g' $$page > build/docs/$${page##*/}; done
 	mv build/docs/README.md build/docs/index.md
 	$(BIN)/zensical build --clean --strict
 

@@ -1,4 +1,4 @@
-"""README and docs: every command exists, every link leads somewhere, the Python runs."""
+"""README, docs and their site: commands, links, files and pages exist, and the Python runs."""
 
 import importlib
 import pathlib
@@ -138,9 +138,7 @@ def test_documents_name_files_that_exist(root):
 
 def test_the_site_has_every_page_and_every_public_name(root):
     site = yaml.safe_load((root / "mkdocs.yml").read_text())
-    pages = {
-        page for entry in site["nav"] for part in entry.values() for page in listed(part)
-    }
+    pages = {page for entry in site["nav"] for part in entry.values() for page in listed(part)}
     written = {path.name for path in (root / "docs").glob("*.md")}
     assert pages == written | {"index.md", "CONTRIBUTING.md", "CHANGELOG.md"}
     api = re.findall(r"^::: (.*)$", (root / "docs" / "api.md").read_text(), re.M)
