@@ -13,12 +13,13 @@ STAMP := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test docs lint format clean
 
 help:
 	@echo "make install            .venv with all that demo and tests need"
 	@echo "make demo [OUT=DIR]     the whole story on the embedded data set; report in DIR"
 	@echo "make test [ARGS=...]    the tests, in WORKERS=2 processes; ARGS go to pytest"
+	@echo "make docs               README and docs/ as a site in site/; fails on a broken link"
 	@echo "make lint               ruff and ty, nothing is changed"
 	@echo "make format             ruff mends what it can"
 	@echo "make clean              removes .venv and caches"
@@ -43,6 +44,18 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
+# One folder of pages: README becomes the home page, links to docs/ lose that prefix, and pipes in
+# tables lose the backslash that GitHub wants.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	rm -rf build/docs
+	mkdir -p build
+	cp -r docs build/docs
+	for page in README.md CONTRIBUTING.md CHANGELOG.md docs/*.md; do \
+	  sed 's#](docs/#](#g; s#\\|#|#g' $$page > build/docs/$${page##*/}; done
+	mv build/docs/README.md build/docs/index.md
+	$(BIN)/zensical build --clean --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +66,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache build site

@@ -1,4 +1,4 @@
-"""README and docs: every command exists, every link leads somewhere, the Python runs."""
+"""README, docs and their site: commands, links, files and pages exist, and the Python runs."""
 
 import importlib
 import pathlib
@@ -7,8 +7,10 @@ import shlex
 
 import pytest
 import skimage
+import yaml
 from PIL import Image
 
+from emollama_jax import _PUBLIC as PUBLIC
 from emollama_jax import cli, config
 from emollama_jax.models.parameters import named_parameters
 from tools.convert_torch import __main__ as convert_torch
@@ -102,6 +104,50 @@ def test_documents_link_to_what_exists(root):
             if not (path.parent / target).exists():
                 broken.append(f"{path.relative_to(root)} → {target}")
     assert broken == []
+
+
+def prose(path):
+    """The text of a document without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+
+
+def test_prose_wraps_at_100(root):
+    long = [
+        f"{path.name}: {line}"
+        for path in documents(root)
+        for line in prose(path).splitlines()
+        if len(line) > 100 and not line.startswith("|")
+    ]
+    assert long == []
+
+
+def test_documents_name_files_that_exist(root):
+    missing = []
+    for path in documents(root):
+        for name in re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", prose(path)):
+            if name.startswith(("tests/", "docs/", "benchmarks/", "tools/", "emollama_jax/")):
+                found = (root / name).exists()
+            elif name.endswith(".py"):
+                found = (root / "emollama_jax" / name).exists()
+            else:  # a folder of the user's
+                continue
+            if not found:
+                missing.append(f"{path.name}: {name}")
+    assert missing == []
+
+
+def test_the_site_has_every_page_and_every_public_name(root):
+    site = yaml.safe_load((root / "mkdocs.yml").read_text())
+    pages = {page for entry in site["nav"] for part in entry.values() for page in listed(part)}
+    written = {path.name for path in (root / "docs").glob("*.md")}
+    assert pages == written | {"index.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+    api = re.findall(r"^::: (.*)$", (root / "docs" / "api.md").read_text(), re.M)
+    assert sorted(api) == sorted(f"{module}.{name}" for name, module in PUBLIC.items())
+
+
+def listed(part):
+    """The pages of a navigation entry."""
+    return [part] if isinstance(part, str) else [page for entry in part for page in entry.values()]
 
 
 def test_parameter_table_is_what_is_built(root, abstract_model):
