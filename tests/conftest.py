@@ -10,6 +10,7 @@ import os
 import pathlib
 import socket
 
+import jaxtyping
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,7 +25,11 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs under pytest's cache, for all processes of this run and the next."""
+    """Checks array annotations, and keeps compiled programs under pytest's cache, for all processes
+    of this run and the next."""
+    import tests.helpers.array_checks  # the hook finds it by name
+
+    jaxtyping.install_import_hook("emollama_jax", "tests.helpers.array_checks.check")
     from emollama_jax import compile_cache
 
     os.environ[compile_cache.VARIABLE] = str(config.cache.mkdir("programs"))
