@@ -1,14 +1,14 @@
-"""LLaMA laid out for a CPU, where answers grow token by token.
+"""LLaMA laid out for a CPU, where many answers grow token by token (docs/performance.md).
 
-The mathematics is `LlamaLayer`'s and `Llama`'s; only where the numbers lie differs:
+The mathematics is `LlamaLayer`'s and `Llama`'s; only the arrays differ:
 
-- each layer's kernels are arrays of their own: out of a stack they are copied for every token;
-- kernels are [out, in] and stand on the left of their product, which then reads them as they lie;
-  adapters are merged into them;
-- the cache is one array a layer, heads before slots, and is written in place before it is read.
+- each layer's kernels are arrays of their own: a slice of a stack is copied for every token;
+- kernels are [out, in], on the left of their products, which read them in order; adapters are
+  merged into them;
+- each layer's cache is an array of its own, heads before slots, written in place, then read.
 
-Prompts still take the stacked kernels, so that their program holds one layer's code: the kernels
-here are a second copy.
+Prompts still run over the stack, whose program holds one layer's code: the kernels here are a
+second copy.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from emollama_jax.models.attention import attention_up_to
 from emollama_jax.models.layers import Linear, RMSNorm
 from emollama_jax.models.llama import KVCache, Llama, LlamaOutput
 
-LEAST, MOST = 64, 4096  # MiB of kernels for which a second copy is worth its memory
+LEAST, MOST = 64, 4096  # MiB of the layers' kernels that are worth a second copy
 
 
 @flax.struct.dataclass
@@ -82,14 +82,13 @@ class LlamaByToken(Llama):
         self.layers = nnx.merge(*nnx.split(llama.layers))
         for name, child in vars(llama.layers).items():
             if isinstance(child, Linear):
-                setattr(
-                    self.layers, name, LeftLinear(nnx.Param(tuple(map(_turned, _merged(child)))))
-                )
+                kernels = tuple(map(_turned, _merged(child)))
+                setattr(self.layers, name, LeftLinear(nnx.Param(kernels)))
             elif isinstance(child, RMSNorm):
                 getattr(self.layers, name).scale = nnx.Param(tuple(child.scale[...]))
         head = llama.lm_head
         self.head = LeftLinear(
-            llama.embed_tokens if head is None else nnx.Param(_turned(np.asarray(head.kernel[...])))
+            llama.embed_tokens if head is None else nnx.Param(_turned(_merged(head)))
         )
 
     def take(self, cache: KVCache) -> list[LayerCache]:
@@ -134,8 +133,8 @@ def laid_out(llama: Llama) -> Llama:
     return both
 
 
-def _merged(linear: Linear) -> Float[np.ndarray, "l i o"]:
-    """Stacked kernels, adapters added."""
+def _merged(linear: Linear) -> Float[np.ndarray, "*l i o"]:
+    """The kernel, its adapter added."""
     kernel = linear.kernel[...]
     if linear.lora is not None:
         update = linear.lora_A[...] @ linear.lora_B[...]
