@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,8 @@ from emollama_jax.generate import (
     prompt,
     sampling,
 )
-from emollama_jax.models import llama_by_token
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 
 LENGTHS = (5, 9, 2)
@@ -171,72 +168,6 @@ def test_an_answer_depends_neither_on_padding_nor_on_its_neighbours(model):
     want = generate(model, batch, how=warm).ids[0].tolist()
     alone = Prompts(ids=batch.ids[:1, :5], length=batch.length[:1])
     assert generate(model, alone, how=warm).ids[0].tolist() == want
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_laid_out_decoder_gives_the_same_answers(model, tied, monkeypatch):
-    """Adapters and all, as a batch and as a stream."""
-    lora = config.LoraConfig(rank=2, alpha=6.0, dropout=0.5, targets=("q_proj", "down_proj"))
-    cfg = dataclasses.replace(model.llama.cfg, lora=lora, tied=tied)
-    plain = TextModel(cfg)
-    for path, leaf in named_parameters(plain.llama).items():
-        rng = np.random.default_rng(len(path))
-        scale = 1.0 if path.endswith("scale") else 0.5
-        leaf.set_value(jnp.asarray(scale * rng.standard_normal(leaf.shape), jnp.float32))
-    without = TextModel(cfg)
-    without.llama = nnx.clone(plain.llama)
-    without.llama.layers.down_proj.lora_B[...] *= 0
-    assert llama_by_token.laid_out(plain.llama) is plain.llama  # small: it fits the caches
-    monkeypatch.setattr(llama_by_token, "LEAST", 0)
-    fast = TextModel(cfg)
-    fast.llama = llama_by_token.laid_out(plain.llama)
-    assert fast.llama.by_token is not None
-    assert plain.llama.by_token is None
-    batch = prompts()
-    want = generate(plain, batch).ids.tolist()
-    assert generate(fast, batch).ids.tolist() == want
-    assert generate(without, batch).ids.tolist() != want
-    pieces = list(stream(fast, batch_row(batch), to_text=as_words))
-    assert pieces == list(stream(plain, batch_row(batch), to_text=as_words))
-
-
-def test_only_what_gains_is_laid_out(model, monkeypatch):
-    monkeypatch.setattr(llama_by_token, "LEAST", 0)
-    cfg = dataclasses.replace(model.llama.cfg, dtype="bfloat16")
-    half = Llama(cfg, rngs=nnx.Rngs(0))
-    assert llama_by_token.laid_out(half) is half
-    assert llama_by_token.laid_out(model.llama) is not model.llama
-    with monkeypatch.context() as patch:
-        patch.setattr(llama_by_token, "MOST", 0.01)
-        assert llama_by_token.laid_out(model.llama) is model.llama
-    spread = nnx.merge(*nnx.split(model.llama))
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    for leaf in named_parameters(spread).values():
-        leaf.set_value(jax.device_put(leaf[...], whole))
-    assert llama_by_token.laid_out(spread) is spread
-
-
-def test_the_laid_out_decoder_copies_neither_kernels_nor_cache(model, monkeypatch):
-    """By the compiler: kernels are on the left of their products, and a step needs little memory
-    beside a layer's kernels and slots."""
-    monkeypatch.setattr(llama_by_token, "LEAST", 0)
-    rows, slots = 3, 900
-    cfg = dataclasses.replace(model.llama.cfg, mlp_width=2000, max_positions=slots)
-    llama = nnx.split(llama_by_token.laid_out(Llama(cfg, rngs=nnx.Rngs(0))))
-    embeds = jax.ShapeDtypeStruct((rows, slots - 8, cfg.width), cfg.dtype)
-    ready = prompt.Prompt(embeds=embeds, length=jax.ShapeDtypeStruct((rows,), jnp.int32))
-    fixed = (None, decode.make_ending([1], PAD))
-    first = functools.partial(decode._first.under({}), llama[0], max_new_tokens=8)
-    loop = jax.eval_shape(first, llama[1], ready, *fixed)
-    compiled = decode._next.under({}).lower(*llama, loop, *fixed).compile()
-    products = re.findall(r"f32\[([\d,]+)\]\S* dot\(", compiled.as_text())
-    assert {f"2000,{rows}", f"97,{rows}"} <= set(products)
-    assert not {f"{rows},2000", f"{rows},97"} & set(products)
-    used = compiled.memory_analysis()
-    cache = [x.size * x.dtype.itemsize for x in jax.tree.leaves(loop.cache)]
-    assert used.alias_size_in_bytes >= sum(cache)
-    assert used.temp_size_in_bytes < min(*cache, 4 * cfg.width * cfg.mlp_width)
 
 
 def test_stop_token_drawn_first_gives_an_empty_answer(model):
