@@ -34,6 +34,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.generate.decode import decode, make_ending
 from emollama_jax.generate.prompt import Prompt
 from emollama_jax.models.llama import Llama
+from emollama_jax.models.llama_by_token import laid_out
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 
@@ -211,7 +212,7 @@ def jax_side(work: Work) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]
     model = _abstract(work.cfg)
     for path, leaf in named_parameters(model).items():
         leaf.set_value(jnp.asarray(work.params[path]))
-    llama = nnx.split(model)
+    llama = nnx.split(laid_out(model))
     embed = jax.jit(lambda state, ids: nnx.merge(llama[0], state).embed(ids))
     ending = make_ending((), 0)
 

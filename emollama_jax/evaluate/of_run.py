@@ -7,6 +7,7 @@ On several hosts each looks at its own rows of every batch; all take the same st
 all predictions at the end.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from emollama_jax.generate.label_scores import Labels, pad_labels, score
 from emollama_jax.generate.prompt import Prompt, embed
 from emollama_jax.generate.sampling import sampling
 from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.models.llama_by_token import laid_out
 from emollama_jax.sharding.distributed import gather, place_batch, share, whole
 from emollama_jax.sharding.mesh import batch_shards, make_mesh
 
@@ -61,8 +63,13 @@ class Speaker:
         """The model's own words."""
         fixed = (self._how, self._ending)
         answer = decode.under(self._flags)
-        ids = answer(*self._llama, prompt, *fixed, max_new_tokens=max_new_tokens)
+        ids = answer(*self._writer, prompt, *fixed, max_new_tokens=max_new_tokens)
         return texts(whole(ids), self.chat.tokenizer.decode)
+
+    @functools.cached_property
+    def _writer(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The decoder for many tokens."""
+        return nnx.split(laid_out(nnx.merge(*self._llama)))
 
     def rate(self, prompt: Prompt, labels: Labels) -> Float[np.ndarray, "b c"]:
         """The log-likelihood of each label."""

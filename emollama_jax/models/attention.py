@@ -113,6 +113,35 @@ def attention_after(
         return rearrange(mixed / total, "b k g t h -> b t (k g) h").astype(q.dtype)
 
 
+def attention_up_to(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b k s h"],
+    v: Float[Array, "b k s h"],
+    *,
+    last: Int[Array, "b t"],
+) -> Float[Array, "b t n h"]:
+    """Attention of tokens over slots that hold their own keys and values too.
+
+    Heads stand before slots: so neither product has to transpose them. Products and softmax are
+    float32.
+
+    Args:
+        q: queries.
+        k: keys by slot.
+        v: values by slot.
+        last: the last slot that each query sees.
+    """
+    with jax.named_scope("attention"):
+        queries = rearrange(q, "b t (k g) h -> b k (g t) h", k=k.shape[1])
+        logits = _product("bkrh,bksh->bkrs", queries, k) / math.sqrt(q.shape[-1])
+        seen = jnp.arange(k.shape[2]) <= jnp.tile(last, q.shape[2] // k.shape[1])[..., None]
+        logits = jnp.where(seen[:, None], logits, -jnp.inf)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        mixed = _product("bkrs,bksh->bkrh", weights.astype(v.dtype), v)
+        mixed /= weights.sum(-1, keepdims=True)
+        return rearrange(mixed, "b k (g t) h -> b t (k g) h", t=q.shape[1]).astype(q.dtype)
+
+
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 

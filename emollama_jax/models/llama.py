@@ -48,6 +48,22 @@ class KVCache:
     k: jax.Array  # [L, B, S, K, H]
     v: jax.Array  # [L, B, S, K, H]
 
+    def attend(
+        self,
+        q: Float[Array, "b t n h"],
+        k: Float[Array, "b t k h"],
+        v: Float[Array, "b t k h"],
+        *,
+        positions: Int[Array, "b t"],
+    ) -> tuple[Float[Array, "b t n h"], "KVCache"]:
+        """Attention of new tokens over one layer's slots, [B, S, K, H], and among themselves.
+
+        Returns:
+            What they see, and what is to be kept of them: for all layers at once, see `_write`.
+        """
+        mixed = attention_after(q, k, v, earlier=(self.k, self.v), count=positions[:, 0])
+        return mixed, KVCache(k=k, v=v)
+
 
 @flax.struct.dataclass
 class LlamaOutput:
@@ -103,17 +119,18 @@ class LlamaLayer(nnx.Module):
         }
         q, k = rotary(q, where, **rope), rotary(k, where, **rope)
         if cache is None:
+            new = KVCache(k=k, v=v)
             mixed = attention(
                 q, k, v, causal=True, positions=positions, implementation=cfg.attention
             )
         else:
-            mixed = attention_after(q, k, v, earlier=(cache.k, cache.v), count=where[:, 0])
+            mixed, new = cache.attend(q, k, v, positions=where)
         mixed = rearrange(mixed, "b t n h -> b t (n h)")
         x = x + self.o_proj(mixed, dropout_key=keys[3])
         y = self.post_attention_layernorm(x)
         gate = self.gate_proj(y, dropout_key=keys[4])
         y = swiglu(gate, self.up_proj(y, dropout_key=keys[5]))
-        return x + self.down_proj(y, dropout_key=keys[6]), KVCache(k=k, v=v)
+        return x + self.down_proj(y, dropout_key=keys[6]), new
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # layers are scanned
@@ -168,6 +185,7 @@ class Llama(nnx.Module):
         )
         self.layers = stack(lambda rngs: LlamaLayer(cfg, rngs=rngs), cfg.layers, rngs=rngs)
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
+        self.by_token: nnx.Module | None = None  # see `llama_by_token`
         self.lm_head = (
             None
             if cfg.tied
@@ -239,11 +257,15 @@ class Llama(nnx.Module):
 
         V is `vocab_rows`; the padding's logits are −∞: it has no probability and is never chosen.
         """
+        logits = self._products(hidden)
+        if self.cfg.vocab_rows == self.cfg.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(self.cfg.vocab_rows) < self.cfg.vocab_size, logits, -jnp.inf)
+
+    def _products(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """With the head's kernel, in float32."""
         kernel = self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
         kernel = kernel.astype(self.cfg.dtype)
         # The product's float32 sums are kept: logits in bfloat16 would cost the loss digits.
         hidden = hidden.astype(self.cfg.dtype)
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-        if self.cfg.vocab_rows == self.cfg.vocab_size:
-            return logits
-        return jnp.where(jnp.arange(self.cfg.vocab_rows) < self.cfg.vocab_size, logits, -jnp.inf)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
-from emollama_jax.models.attention import attention, attention_after
+from emollama_jax.models.attention import attention, attention_after, attention_up_to
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.layers import scan
 from emollama_jax.models.llama import Llama
@@ -127,6 +127,19 @@ def test_new_tokens_see_what_came_before_and_each_other(heads):
         earlier = tuple(jnp.pad(x[:, :count], beyond, constant_values=7.0) for x in (k, v))
         new = (x[:, count:] for x in (q, k, v))
         assert_same(attention_after(*new, earlier=earlier, count=jnp.array([count])), wanted)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2)], ids=["each its own key", "grouped"])
+def test_tokens_see_slots_up_to_their_own(heads):
+    """As one pass over all tokens gives the newest ones; later slots are not looked at."""
+    slots, tokens = 12, 2
+    for row, length in enumerate((2, 7, 12)):
+        q, k, v, gradient = arrays((1, length, *heads, 16), seed=row)
+        wanted = reference(True)(q, k, v, gradient)[0][:, -tokens:]
+        later = [(0, 0), (0, slots - length), (0, 0), (0, 0)]
+        kept = (jnp.pad(x, later, constant_values=7.0).swapaxes(1, 2) for x in (k, v))
+        last = jnp.arange(length - tokens, length)[None]
+        assert_same(attention_up_to(q[:, -tokens:], *kept, last=last), wanted)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "splash"])

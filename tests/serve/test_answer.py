@@ -19,6 +19,8 @@ from emollama_jax.evaluate.of_run import Speaker, predict
 from emollama_jax.evaluate.protocol import evaluate, read_predictions
 from emollama_jax.faces.priors import open_priors, prepare_priors, priors_folder
 from emollama_jax.faces.reader import Reader, cut_out, read_faces
+from emollama_jax.generate.prompt import Prompt
+from emollama_jax.models import llama_by_token
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.serve.answer import Answerer, Conversation, probabilities
 from emollama_jax.tiny import builder
@@ -75,6 +77,19 @@ def test_a_picture_is_answered(answerer, photo):
     np.testing.assert_array_equal(media.prior.boxes[0], [20, 20, 70, 80])
     pieces = list(answerer.ask(media, "How does the person feel?"))
     assert pieces and all(isinstance(piece, str) for piece in pieces)
+
+
+def test_many_answers_come_from_the_laid_out_decoder(cfg, model, monkeypatch):
+    rng, llama = np.random.default_rng(0), cfg.model.llama
+    embeds = rng.standard_normal((2, 9, llama.width), np.float32).astype(llama.dtype)
+    prompt = Prompt(embeds=embeds, length=np.array([9, 4], np.int32))
+    words = []
+    for least in (llama_by_token.LEAST, 0):
+        monkeypatch.setattr(llama_by_token, "LEAST", least)
+        speaker = Speaker(cfg, model)
+        words.append(speaker.write(prompt, max_new_tokens=3))
+        assert (nnx.merge(*speaker._writer).by_token is None) == (least > 0)
+    assert words[0] == words[1]
 
 
 def test_another_face_can_be_named(answerer, photo):
