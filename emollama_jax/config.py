@@ -6,6 +6,7 @@ Every number has its bounds beside it; `fields_help` lists them.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -217,6 +218,33 @@ class FaceInfoMiningConfig:
     norm_eps: Epsilon
 
 
+def content_window(content: str, patches: int) -> int:
+    """Patches along a side of the square that becomes one content token.
+
+    Raises:
+        UserError: a grid finer than the patches.
+    """
+    side = math.isqrt(patches)
+    if content in ("all", "mean"):
+        return 1 if content == "all" else side
+    n = int(content.removeprefix("grid:"))
+    if n > side:
+        raise UserError(
+            f"model.content: {content}, but a frame has {side} × {side} patches: choose "
+            f"grid:{side} or smaller, or all"
+        )
+    return side // n
+
+
+def content_tokens(content: str, patches: int) -> int:
+    """Content tokens of a frame.
+
+    What does not fill a window is left out, so "grid:n" has n × n tokens only where n divides the
+    side: 16 × 16 patches give 3 × 3 for "grid:3", but 8 × 8 for "grid:6", as in LLaMA-VID.
+    """
+    return (math.isqrt(patches) // content_window(content, patches)) ** 2
+
+
 @_config
 class EmoLlamaConfig:
     """The assembled model."""
@@ -234,19 +262,8 @@ class EmoLlamaConfig:
 
     @property
     def content_tokens(self) -> int:
-        """Content tokens of a frame. LLaMA-VID's `grid:g` is not always g × g (6 on 16 gives 8)."""
-        if self.content == "all":
-            return self.vision.patches
-        if self.content == "mean":
-            return 1
-        side = self.vision.image_size // self.vision.patch_size
-        n = int(self.content.removeprefix("grid:"))
-        if n > side:
-            raise UserError(
-                f"model.content: {self.content}, but a frame has {side} × {side} patches: choose "
-                f"grid:{side} or smaller, or all"
-            )
-        return (side // (side // n)) ** 2
+        """Content tokens of a frame."""
+        return content_tokens(self.content, self.vision.patches)
 
     @property
     def face_tokens(self) -> int:

@@ -32,7 +32,7 @@ BASE = {
     "status",
     "compile_cache",
 }
-LOWER = BASE | {"models", "data", "sharding", "imported", "checkpoint"}
+LOWER = BASE | {"models", "data", "sharding", "imported", "base", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
@@ -72,7 +72,8 @@ MAY_IMPORT = {
     "remote": BASE,
     "instruct": BASE | {"data", "remote"},
     "imported": BASE,
-    "checkpoint": BASE | {"models", "sharding", "imported"},
+    "base": BASE | {"models", "sharding", "imported"},
+    "checkpoint": BASE | {"models", "sharding", "base"},
     "faces": LOWER,
     "prepare": LOWER | {"faces"},
     "generate": LOWER,
@@ -85,7 +86,7 @@ MAY_IMPORT = {
     "cli": LOWER
     | {"prepare", "faces", "generate", "train", "evaluate", "serve", "scale", "tiny"}
     | {"remote", "instruct", "bench", "dispatch", "cli_words", "cli_results", "cli_speed"},
-    "testing": LOWER,
+    "testing": LOWER | {"faces"},
 }
 HEAVY = ("torch", "matplotlib", "transformers", "gradio", "tensorflow", "google.genai")
 

@@ -1,8 +1,8 @@
 """`emollama bench decode`: tokens per second of greedy decoding, against `transformers`.
 
 The same LLaMA, the same weights, the same prompts, on a CPU: our jitted `decode` on one side, on
-the other `transformers`' `generate` (`benchmarks/torch_decode.py`, in a process of its own, because
-the package never imports PyTorch). They answer in turns, round after round, whole calls of prompt
+the other `transformers`' `generate` (`torch_sides/torch_decode.py`, in a process of its own: the
+package never imports PyTorch). They answer in turns, round after round, whole calls of prompt
 and new tokens and calls of one new token: what lies between the two is the time of the tokens after
 the first. The tokens must be the same, or nothing is printed but the error.
 """
@@ -23,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.numpy import save_file
 
 from emollama_jax import config, imported
 from emollama_jax.bench.options import DecodeSizes
-from emollama_jax.bench.torch_side import TorchProcess, transformers_llama
+from emollama_jax.bench.torch_side import TorchProcess, check_cpu, progress, transformers_llama
 from emollama_jax.config import LlamaConfig
 from emollama_jax.errors import UserError
 from emollama_jax.generate.decode import decode, make_ending
@@ -268,18 +267,11 @@ def run(
     Raises:
         UserError: PyTorch is missing, or answers that differ.
     """
-    if jax.default_backend() != "cpu":
-        raise UserError(
-            f"bench decode compares CPUs, found {jax.default_backend()}: JAX_PLATFORMS=cpu"
-        )
+    check_cpu("bench decode")
     threads = len(os.sched_getaffinity(0))
     rng = np.random.Generator(np.random.PCG64(0))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     found = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Progress(*columns, TimeElapsedColumn(), console=console) as bars,
-    ):
+    with tempfile.TemporaryDirectory() as folder, progress(console) as bars:
         task = bars.add_task("building the models", total=len(batches) * (1 + rounds))
         torch = TorchSide(work, pathlib.Path(folder), threads=threads)
         try:

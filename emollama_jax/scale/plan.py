@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from emollama_jax.base import AbstractModel, abstract_model
 from emollama_jax.config import Config, MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.scale import flops, hlo, moved, steps
@@ -149,29 +150,14 @@ def make_plan(
     mesh = slice_mesh(cfg.mesh, found)
     shapes = steps.shapes(cfg, kind, step, examples=examples)
     start = time.monotonic()
-    seconds = 0.0
-
-    def compiled(program: steps.Program) -> jax.stages.Compiled:
-        nonlocal seconds
-        tell(f"{program.name}: compiling for {topology}")
-        before = time.monotonic()
-        result = compile_program(program, cfg)
-        seconds += time.monotonic() - before
-        return result
-
     tell(f"{cfg.name}: tracing the {step} step")
-    with jax.set_mesh(mesh):
-        if step == "train":
-            programs = steps.lower_train(cfg, mesh, shapes)
-        elif step == "prefill":
-            programs = steps.lower_prefill(cfg, mesh, shapes)
-        else:
-            programs = steps.lower_decode(cfg, mesh, shapes, compiled)
-        results = [(program, compiled(program)) for program in programs]
+    results, seconds = _compile_step(
+        cfg, mesh, shapes, step, lambda name: tell(f"{name}: compiling for {topology}")
+    )
     total, memories = Cost(), []
     activations: list[moved.Moved] = []
     price = make_price(chip, mesh)
-    whole = steps.abstract_model(cfg, mesh)
+    whole = abstract_model(cfg, mesh)
     known = steps.gathered_shapes(whole)
     for program, result in results:
         tell(f"{program.name}: reading {time.monotonic() - start:.0f} s after the start")
@@ -200,6 +186,31 @@ def make_plan(
         activations=tuple(activations),
         chip=chip,
     )
+
+
+def _compile_step(
+    cfg: Config, mesh: Mesh, shapes: steps.Shapes, step: steps.Step, told: Callable[[str], None]
+) -> tuple[list[tuple[steps.Program, jax.stages.Compiled]], float]:
+    """The programs of a step, compiled, and the seconds that compiling took."""
+    seconds = 0.0
+
+    def compiled(program: steps.Program) -> jax.stages.Compiled:
+        nonlocal seconds
+        told(program.name)
+        before = time.monotonic()
+        result = compile_program(program, cfg)
+        seconds += time.monotonic() - before
+        return result
+
+    with jax.set_mesh(mesh):
+        if step == "train":
+            programs = steps.lower_train(cfg, mesh, shapes)
+        elif step == "prefill":
+            programs = steps.lower_prefill(cfg, mesh, shapes)
+        else:
+            programs = steps.lower_decode(cfg, mesh, shapes, compiled)
+        results = [(program, compiled(program)) for program in programs]
+    return results, seconds
 
 
 def slice_mesh(cfg: MeshConfig, found: Sequence[jax.Device]) -> Mesh:
@@ -322,7 +333,7 @@ def _memory(
 
 
 def _model_flops(
-    cfg: Config, whole: steps.Abstract, shapes: steps.Shapes, step: steps.Step
+    cfg: Config, whole: AbstractModel, shapes: steps.Shapes, step: steps.Step
 ) -> flops.ModelFlops:
     if step == "decode":
         slots = shapes.tokens + cfg.generate.max_new_tokens

@@ -6,8 +6,7 @@ The gradient is Σ gradients / Σ label tokens over all micro-batches, as tunix 
 to one large batch, however the tokens are spread.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -15,11 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from emollama_jax.batch import IGNORE, Batch
-from emollama_jax.sharding.mesh import batch_sharding, replicated
 from emollama_jax.sharding.points import constrain
 from emollama_jax.train.optimizer import Optimizer
 
@@ -229,53 +226,3 @@ def train_step(
         opt_state=opt_state,
     )
     return state, metrics
-
-
-def state_shardings(
-    state: TrainState, params: Mapping[str, NamedSharding], mesh: Mesh
-) -> TrainState:
-    """Where the state lives: moments with their parameters, counters and the key everywhere."""
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        name = getattr(path[-1], "key", None)
-        return params.get(name, replicated(mesh))
-
-    return jax.tree_util.tree_map_with_path(place, state)
-
-
-def compile_step(
-    graphdef: nnx.GraphDef,
-    optimizer: Optimizer,
-    *,
-    frozen: Mapping[str, NamedSharding],
-    state: TrainState,
-    mesh: Mesh,
-    accumulation: int,
-    loss_chunk: int,
-    xla: Mapping[str, str],
-) -> Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step` under `jax.jit` on a mesh; compiled when it first meets a batch's shape.
-
-    Args:
-        graphdef: of the model.
-        optimizer: of the trainable parameters.
-        frozen: where the frozen parameters live.
-        state: where the state lives, of `state_shardings`.
-        mesh: to be entered by the caller with `jax.set_mesh`.
-        accumulation: micro-batches of a step.
-        loss_chunk: positions whose logits exist together.
-        xla: flags for the compiler; only a TPU's knows them.
-
-    Returns:
-        (frozen, state, batch) → (state, metrics). The old state's buffers are given away.
-    """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return jax.jit(
-        functools.partial(
-            train_step, graphdef, optimizer, accumulation=accumulation, loss_chunk=loss_chunk
-        ),
-        in_shardings=(dict(frozen), state, batch_sharding(mesh)),
-        out_shardings=(state, replicated(mesh)),
-        donate_argnums=1,
-        compiler_options=dict(xla) if on_tpu else None,
-    )

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from emollama_jax.batch import IMAGE_TOKEN
+from emollama_jax.config import content_tokens
 from emollama_jax.errors import UserError
-from emollama_jax.models.visual_tokens import VisualTokens, content_tokens, merge, pool
+from emollama_jax.models.visual_tokens import VisualTokens, merge, pool
 from tests.helpers import llama_vid_golden
 from tools.convert_torch.golden import off
 

@@ -18,14 +18,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN
-from emollama_jax.config import EvaVitConfig, LlamaConfig, QFormerConfig
+from emollama_jax.config import EvaVitConfig, LlamaConfig, QFormerConfig, content_tokens
 from emollama_jax.errors import UserError
 from emollama_jax.generate.cache import init_cache
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.facexformer import FaceXFormer, FaceXFormerOutput
 from emollama_jax.models.llama import KVCache, Llama
 from emollama_jax.models.qformer import QFormer
-from emollama_jax.models.visual_tokens import VisualTokens, content_tokens, merge
+from emollama_jax.models.visual_tokens import VisualTokens, merge
 
 Arrays = Mapping[str, np.ndarray]
 
