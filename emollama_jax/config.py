@@ -6,7 +6,6 @@ Every number has its bounds beside it; `fields_help` lists them.
 
 import dataclasses
 import functools
-import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, dataclass_transform
 import pydantic
 from pydantic import dataclasses as pydantic_dataclasses
 
-from emollama_jax import config_fields, config_weights, yaml_file
+from emollama_jax import config_content, config_fields, config_weights, yaml_file
 from emollama_jax.bounds import (
     Amount,
     Axis,
@@ -66,9 +65,8 @@ def _config(cls):
         try:
             checked(self, *args, **kwargs)
         except pydantic.ValidationError as error:
-            raise UserError(
-                config_fields.explain(error, Config, config_fields.section_of(cls, Config))
-            ) from None
+            section = config_fields.section_of(cls, Config)
+            raise UserError(config_fields.explain(error, Config, section)) from None
 
     cls.__init__ = init
     return cls
@@ -218,33 +216,6 @@ class FaceInfoMiningConfig:
     norm_eps: Epsilon
 
 
-def content_window(content: str, patches: int) -> int:
-    """Patches along a side of the square that becomes one content token.
-
-    Raises:
-        UserError: a grid finer than the patches.
-    """
-    side = math.isqrt(patches)
-    if content in ("all", "mean"):
-        return 1 if content == "all" else side
-    n = int(content.removeprefix("grid:"))
-    if n > side:
-        raise UserError(
-            f"model.content: {content}, but a frame has {side} × {side} patches: choose "
-            f"grid:{side} or smaller, or all"
-        )
-    return side // n
-
-
-def content_tokens(content: str, patches: int) -> int:
-    """Content tokens of a frame.
-
-    What does not fill a window is left out, so "grid:n" has n × n tokens only where n divides the
-    side: 16 × 16 patches give 3 × 3 for "grid:3", but 8 × 8 for "grid:6", as in LLaMA-VID.
-    """
-    return (math.isqrt(patches) // content_window(content, patches)) ** 2
-
-
 @_config
 class EmoLlamaConfig:
     """The assembled model."""
@@ -263,7 +234,7 @@ class EmoLlamaConfig:
     @property
     def content_tokens(self) -> int:
         """Content tokens of a frame."""
-        return content_tokens(self.content, self.vision.patches)
+        return config_content.tokens(self.content, self.vision.patches)
 
     @property
     def face_tokens(self) -> int:
@@ -278,11 +249,7 @@ class EmoLlamaConfig:
     @pydantic.field_validator("content")
     @classmethod
     def _content(cls, value: str) -> str:
-        if value not in ("all", "mean"):
-            kind, _, n = value.partition(":")
-            if kind != "grid" or not n.isdigit() or int(n) < 2:
-                raise ValueError(f"{value!r} is neither 'all' nor 'mean' nor 'grid:n' with n > 1")
-        return value
+        return config_content.checked(value)
 
 
 @_config
@@ -461,13 +428,12 @@ def how_to_run(overrides: Sequence[str]) -> DistributedConfig:
     Raises:
         UserError: an override of what training fixed, or a value of the wrong type.
     """
+    tree: dict[str, Any] = {"distributed": {}}
     for change in overrides:
         if change.split(".")[0] not in RUN_SECTIONS:
             raise UserError(
                 f"{change}: training fixed this; only {', '.join(RUN_SECTIONS)} may change"
             )
-    tree: dict[str, Any] = {"distributed": {}}
-    for change in overrides:
         if change.startswith("distributed."):
             apply(tree, change, Config)
     return _checked(DistributedConfig, tree["distributed"], "distributed")

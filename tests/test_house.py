@@ -20,6 +20,7 @@ from emollama_jax.sharding.rules import FSDP
 BASE = {
     "errors",
     "config",
+    "config_content",
     "config_weights",
     "batch",
     "ahead",
@@ -42,10 +43,11 @@ MAY_IMPORT = {
     "yaml_file": {"errors", "paths"},
     "config_fields": {"bounds"},
     "config_overrides": {"errors", "yaml_file", "config_fields"},
+    "config_content": {"errors"},
     "config_weights": set(),
     "config": {
         *("errors", "paths", "bounds", "yaml_file"),
-        *("config_fields", "config_overrides", "config_weights"),
+        *("config_content", "config_fields", "config_overrides", "config_weights"),
     },
     "tables": {"errors"},
     "preflight": {"errors"},

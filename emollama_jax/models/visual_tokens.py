@@ -15,16 +15,17 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from emollama_jax import config_content
 from emollama_jax.batch import IMAGE_TOKEN
-from emollama_jax.config import QFormerConfig, content_window
+from emollama_jax.config import QFormerConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.layers import LayerNorm, Linear, gelu
 from emollama_jax.models.rngs import Rngs
 
 
 def pool(patches: Float[Array, "b p d"], kind: str) -> Float[Array, "b n d"]:
-    """Patches, row by row, to the `content_tokens` of a config; each the mean of a window."""
-    side, window = math.isqrt(patches.shape[1]), content_window(kind, patches.shape[1])
+    """Patches, row by row, to content tokens, each the mean of a window."""
+    side, window = math.isqrt(patches.shape[1]), config_content.window(kind, patches.shape[1])
     if window == 1:
         return patches
     if window == side:

@@ -142,29 +142,25 @@ def make_plan(
 
     Raises:
         DoesNotFit: the compiler says so.
-        UserError: an unknown topology, no libtpu, a mesh or batch that does not divide, an XLA flag
-            that the compiler does not know, arguments that hold more than the parameters.
+        UserError: an unknown topology or XLA flag, no libtpu, a mesh or batch that does not divide,
+            arguments that hold more than the parameters.
     """
     chip = chip_of(topology)
-    found = devices(topology, cfg.mesh.slices)
-    mesh = slice_mesh(cfg.mesh, found)
+    mesh = slice_mesh(cfg.mesh, devices(topology, cfg.mesh.slices))
     shapes = steps.shapes(cfg, kind, step, examples=examples)
     start = time.monotonic()
     tell(f"{cfg.name}: tracing the {step} step")
     results, seconds = _compile_step(
         cfg, mesh, shapes, step, lambda name: tell(f"{name}: compiling for {topology}")
     )
-    total, memories = Cost(), []
-    activations: list[moved.Moved] = []
-    price = make_price(chip, mesh)
-    whole = abstract_model(cfg, mesh)
-    known = steps.gathered_shapes(whole)
+    total, memories, activations = Cost(), [], []
+    price, whole = make_price(chip, mesh), abstract_model(cfg, mesh)
     for program, result in results:
         tell(f"{program.name}: reading {time.monotonic() - start:.0f} s after the start")
         module = hlo.parse(result.as_text())
         total.add(cost(module, dict(mesh.shape), price, part=program.part))
         memories.append(_memory(program, result, module, chip))
-        activations += moved.activations(module, known)
+        activations += moved.activations(module, steps.gathered_shapes(whole))
     model = _model_flops(cfg, whole, shapes, step)
     return Plan(
         config=cfg.name,

@@ -143,24 +143,21 @@ def fit(
             share, or in a bucket.
         until: last step of this call, saved as after a signal; the next call resumes.
         console: where progress goes; the terminal by default.
-        build: makes the model from `cfg.model`; see `base.py`.
-        data: opens this host's part of the batches. The iterator's state, which is saved in every
-            checkpoint, must be the same on all hosts.
+        build: makes the model; see `base.py`.
+        data: opens this host's part of the batches; its state must be the same on all hosts.
 
     Raises:
-        UserError: a batch or mesh that does not divide, a pattern that matches nothing, a folder
-            that another process trains in or that holds a checkpoint of another config, a loss
-            that is no longer finite.
+        UserError: a batch or mesh that does not divide, a pattern that matches nothing, a folder in
+            use or with a checkpoint of another config, a loss that is no longer finite.
     """
     start = time.monotonic()
     out, mesh = as_path(out), make_mesh(cfg.mesh)
     console = (console or Console()) if leads() else Console(quiet=True)
     _check_batches(cfg, mesh)
     part = share(mesh)
-    end = cfg.train.steps if until is None else min(until, cfg.train.steps)
+    steps = cfg.train.steps if until is None else min(until, cfg.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        refuse_packed(out)
         _hold(out, stack)
         stop = stack.enter_context(StopSignals())
         batches = data(cfg, part)
@@ -171,35 +168,34 @@ def fit(
         step = saved = int(state.step)
         log = stack.enter_context(RunLog(out, console, steps=cfg.train.steps, done=step))
 
-        def save() -> None:
-            log.keep()
-            checkpoints.save(state, data=batches)
-
-        while step < end and stop.agreed() is None:
+        while step < steps and stop.agreed() is None:
             if step % cfg.train.save_every == 0 and step != saved:
-                save()
+                log.keep()
+                checkpoints.save(state, data=batches)
                 saved = step
             batch = next(batches)
-            placed = place_batch(batch, mesh)
-            with jax.transfer_guard("disallow"):
-                state, metrics = setup.step(frozen, state, placed)
+            state, metrics = _advance(setup, frozen, state, batch)
             step += 1
             logged = step % cfg.train.log_every == 0 or step == cfg.train.steps
             values = _floats(metrics, step=step, saved=saved) if logged else None
             log.step(step, values, **_size(batch, part.count))
         if step != saved:
-            save()
+            log.keep()
+            checkpoints.save(state, data=batches)
         seconds = time.monotonic() - start
-    ended = step == cfg.train.steps
-    if not ended:
+    stopped = step < cfg.train.steps
+    if stopped:
         console.print(f"stopped at step {step} of {cfg.train.steps}: re-run the command to resume")
-    return FitResult(
-        step=step,
-        steps=cfg.train.steps,
-        loss=log.loss,
-        seconds=seconds,
-        stopped_by=None if ended else stop.stopped_by,
-    )
+    return FitResult(step, cfg.train.steps, log.loss, seconds, stop.stopped_by if stopped else None)
+
+
+def _advance(
+    setup: Setup, frozen: Params, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One step; nothing but the batch moves to the devices."""
+    placed = place_batch(batch, setup.model.mesh)
+    with jax.transfer_guard("disallow"):
+        return setup.step(frozen, state, placed)
 
 
 def begin(
@@ -236,8 +232,9 @@ def _hold(out: epath.Path, stack: contextlib.ExitStack) -> None:
     """Locks the run's folder until the stack ends. The first host does; if it cannot, all raise.
 
     Raises:
-        UserError: another process trains in it, or it cannot be made.
+        UserError: another process trains in it, it cannot be made, or is a packed run.
     """
+    refuse_packed(out)
     refusal = None
     if leads():
         try:

@@ -94,15 +94,8 @@ def next_token_sums(
         chunk: positions whose logits exist together; with 32,000 words, float32 logits of a whole
             2048-token example would be 260 MB.
     """
-    examples, length, width = hidden.shape
-    chunks = -(-(length - 1) // chunk)
-    rest = chunks * chunk - (length - 1)
-    hidden = jnp.pad(hidden[:, :-1], ((0, 0), (0, rest), (0, 0)))
-    labels = jnp.pad(labels[:, 1:], ((0, 0), (0, rest)), constant_values=IGNORE)
-    hidden = hidden.reshape(examples, chunks, chunk, width)
-    labels = labels.reshape(examples, chunks, chunk)
-
-    hidden, labels = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(labels, 0, 1)  # [chunks, B, C, …]
+    hidden = _in_chunks(hidden[:, :-1], chunk, fill=0)
+    labels = _in_chunks(labels[:, 1:], chunk, fill=IGNORE)
     # `head`: what the logits need that trains. The frozen rest stays in the function.
     logits, head = jax.closure_convert(logits, hidden[0])
 
@@ -114,28 +107,16 @@ def next_token_sums(
         right = jnp.sum((of_label >= y.max(-1)) * borne)
         return loss, Sums(loss=loss, tokens=jnp.sum(borne), correct=right)
 
-    def over_chunks(of_chunk: Callable, head: Any, hidden: jax.Array, labels: jax.Array):
-        """Sums of the first result; the second one of each chunk."""
-        empty = jax.eval_shape(of_chunk, head, hidden[0], labels[0])
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
-
-        def add(total: Any, one: tuple[jax.Array, jax.Array]):
-            some = jnp.any(one[1] != IGNORE)
-            part, rest = jax.lax.cond(some, of_chunk, lambda *_: empty, head, *one)
-            return jax.tree.map(jnp.add, total, part), rest
-
-        return jax.lax.scan(add, empty[0], (hidden, labels))
-
     @jax.custom_vjp
     def sums(head: Any, hidden: jax.Array, labels: jax.Array) -> Sums:
-        return over_chunks(lambda *one: (of_chunk(*one)[1], None), head, hidden, labels)[0]
+        return _over_chunks(lambda *one: (of_chunk(*one)[1], None), head, hidden, labels)[0]
 
     def forward(head: Any, hidden: jax.Array, labels: jax.Array):
         def with_gradient(*one):
             (_, part), grads = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)(*one)
             return (part, grads[0]), grads[1]
 
-        (total, of_head), of_hidden = over_chunks(with_gradient, head, hidden, labels)
+        (total, of_head), of_hidden = _over_chunks(with_gradient, head, hidden, labels)
         return total, (of_head, of_hidden)
 
     def backward(grads: tuple[Any, jax.Array], of_sums: Sums):
@@ -143,6 +124,28 @@ def next_token_sums(
 
     sums.defvjp(forward, backward)
     return sums(head, hidden, labels)
+
+
+def _in_chunks(x: jax.Array, chunk: int, *, fill: int) -> jax.Array:
+    """[B, T, …] → [chunks, B, chunk, …], the last one filled up."""
+    examples, length = x.shape[:2]
+    chunks = -(-length // chunk)
+    rest = ((0, 0), (0, chunks * chunk - length), *[(0, 0)] * (x.ndim - 2))
+    x = jnp.pad(x, rest, constant_values=fill)
+    return jnp.swapaxes(x.reshape(examples, chunks, chunk, *x.shape[2:]), 0, 1)
+
+
+def _over_chunks(of_chunk: Callable, head: Any, hidden: jax.Array, labels: jax.Array):
+    """Sums of the first result of each chunk that has a label; the second one of each chunk."""
+    empty = jax.eval_shape(of_chunk, head, hidden[0], labels[0])
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
+
+    def add(total: Any, one: tuple[jax.Array, jax.Array]):
+        some = jnp.any(one[1] != IGNORE)
+        part, rest = jax.lax.cond(some, of_chunk, lambda *_: empty, head, *one)
+        return jax.tree.map(jnp.add, total, part), rest
+
+    return jax.lax.scan(add, empty[0], (hidden, labels))
 
 
 def micro_batches(batch: Batch, accumulation: int) -> Batch:
@@ -183,18 +186,7 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        model = merge(graphdef, frozen | params)
-        hidden = model.hidden(batch, dropout_key=key)
-        hidden = constrain(hidden, "batch")
-        tied = model.llama.lm_head is None
-        head = model.llama.embed_tokens if tied else model.llama.lm_head.kernel
-        # Here, not in the loop over the loss's chunks.
-        head.set_value(constrain(head[...], "table" if tied else "head"))
-        labels, weight = batch.labels, batch.weight
-        with jax.named_scope("loss"):
-            sums = next_token_sums(
-                model.llama.logits, hidden, labels=labels, weight=weight, chunk=loss_chunk
-            )
+        sums = _loss(merge(graphdef, frozen | params), batch, key, chunk=loss_chunk)
         return sums.loss, sums
 
     def add(total: tuple[Params, Sums], xs: tuple[Batch, jax.Array]):
@@ -226,3 +218,16 @@ def train_step(
         opt_state=opt_state,
     )
     return state, metrics
+
+
+def _loss(model: Any, batch: Batch, key: jax.Array, *, chunk: int) -> Sums:
+    """`next_token_sums` of a model's answers."""
+    hidden = constrain(model.hidden(batch, dropout_key=key), "batch")
+    tied = model.llama.lm_head is None
+    head = model.llama.embed_tokens if tied else model.llama.lm_head.kernel
+    # Here, not in the loop over the loss's chunks.
+    head.set_value(constrain(head[...], "table" if tied else "head"))
+    with jax.named_scope("loss"):
+        return next_token_sums(
+            model.llama.logits, hidden, labels=batch.labels, weight=batch.weight, chunk=chunk
+        )
