@@ -29,7 +29,7 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from emollama_jax.batch import IGNORE, Batch
+from emollama_jax.batch import IGNORE, LANDMARKS, Batch
 from emollama_jax.bench.options import TrainSizes
 from emollama_jax.bench.torch_side import TorchProcess, check_cpu, progress, transformers_llama
 from emollama_jax.checkpoint import ONE_DEVICE
@@ -223,7 +223,7 @@ def _batch(work: Work) -> Batch:
         frames=np.zeros((examples, 0, 1, 1, 3), np.uint8),
         faces=np.zeros((examples, 0, 1, 1, 3), np.uint8),
         face_found=np.zeros((examples, 0), bool),
-        landmarks=np.zeros((examples, 0, 68, 2), np.float32),
+        landmarks=np.zeros((examples, 0, LANDMARKS, 2), np.float32),
         ids=work.ids,
         labels=work.labels,
         length=np.full(examples, length, np.int32),

@@ -142,8 +142,7 @@ def make_plan(
 
     Raises:
         DoesNotFit: the compiler says so.
-        UserError: an unknown topology or XLA flag, no libtpu, a mesh or batch that does not divide,
-            arguments that hold more than the parameters.
+        UserError: an unknown topology or XLA flag, no libtpu, sizes or arguments that do not fit.
     """
     chip = chip_of(topology)
     mesh = slice_mesh(cfg.mesh, devices(topology, cfg.mesh.slices))

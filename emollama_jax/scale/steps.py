@@ -18,12 +18,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from emollama_jax.base import AbstractModel, abstract_model
-from emollama_jax.batch import Batch
+from emollama_jax.batch import LANDMARKS, Batch
 from emollama_jax.config import Config
 from emollama_jax.errors import UserError
 from emollama_jax.generate import decode
 from emollama_jax.generate.prompt import Prompt, embed
-from emollama_jax.models.face_info_mining import LANDMARKS
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.scale.cost import OTHER
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards, replicated

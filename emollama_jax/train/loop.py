@@ -147,8 +147,7 @@ def fit(
         data: opens this host's part of the batches; its state must be the same on all hosts.
 
     Raises:
-        UserError: a batch or mesh that does not divide, a pattern that matches nothing, a folder in
-            use or with a checkpoint of another config, a loss that is no longer finite.
+        UserError: a config or folder that does not fit, a folder in use, a loss that is not finite.
     """
     start = time.monotonic()
     out, mesh = as_path(out), make_mesh(cfg.mesh)
