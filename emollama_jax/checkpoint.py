@@ -13,7 +13,7 @@ Orbax' v1 API is used throughout. A packed run (`packed.py`) is read as a checkp
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
@@ -178,25 +178,10 @@ def load_for_inference(
 
 
 def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    texts: list[str] = []
-    found, failure = attempt(
-        lambda: _telling(texts, lambda: ocp.load_checkpointables(from_root(path), wanted))
-    )
-    if failure is None:
-        return found
-    raise UserError(f"{path}: broken checkpoint: {_broken(path, texts)}: {_instead(path)}")
-
-
-def _telling(texts: list[str], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Reads; an error and those that it came from leave their texts."""
-    try:
-        return read()
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            texts.append(" ".join(str(cause).split()))
-            cause = cause.__cause__ or cause.__context__
-        raise
+    found, failure = attempt(lambda: ocp.load_checkpointables(from_root(path), wanted))
+    if failure:
+        raise UserError(f"{path}: broken checkpoint: {_broken(path, failure)}: {_instead(path)}")
+    return found
 
 
 def _broken(path: epath.Path, texts: Sequence[str]) -> str:
@@ -225,7 +210,7 @@ def _broken(path: epath.Path, texts: Sequence[str]) -> str:
         if files:
             name = files[-1].rpartition(f"/{path.name}/")[2].rstrip("/")
             return f"{name} is damaged" if (path / name).exists() else f"{name} is missing"
-    told = [text for text in texts if text and "incompatible handler" not in text]
+    told = [text for text in texts if "incompatible handler" not in text]
     return (told or ["no reason given"])[0][:200]
 
 
@@ -251,14 +236,13 @@ def _read_metadata(path: epath.Path) -> dict[str, Any]:
         saved = ocp.metadata(from_root(path), "params").custom_metadata
         return {key: saved[key] for key in ("config", "base", "data")}
 
-    texts: list[str] = []
-    found, failure = attempt(lambda: _telling(texts, read))
-    if failure is None:
-        return found
-    raise UserError(
-        f"{path}: not a checkpoint of this program, or a broken one: {_broken(path, texts)}: "
-        f"{_instead(path)}"
-    )
+    found, failure = attempt(read)
+    if failure:
+        raise UserError(
+            f"{path}: not a checkpoint of this program, or a broken one: "
+            f"{_broken(path, failure)}: {_instead(path)}"
+        )
+    return found
 
 
 def _check_base(path: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -57,26 +57,28 @@ def quiet_orbax() -> Iterator[None]:
             logger.disabled = was
 
 
-def attempt(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
-    """What a read of Orbax gives and None, or nothing and the first line of its error.
+def attempt(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What a read of Orbax gives and [], or {} and the texts of its error and of its causes.
 
     Its readers raise anything. A failed read leaves other reads on a loop that is closed: they
     complain when they come back, or when they are collected. Both are waited for here.
     """
-    hook = sys.unraisablehook
+    hook, texts = sys.unraisablehook, []
     try:
         sys.unraisablehook = lambda _: None
         with quiet_orbax(), warnings.catch_warnings():
             try:
-                return read(), None
+                return read(), []
             except Exception as error:
-                lines = str(error).strip().splitlines()
-                failure = (lines or [type(error).__name__])[0].split(". See full")[0][:200]
+                cause: BaseException | None = error
+                while cause is not None:
+                    texts.append(" ".join(str(cause).split()) or type(cause).__name__)
+                    cause = cause.__cause__ or cause.__context__
             warnings.simplefilter("ignore")
             gc.collect()  # the error, and with it Orbax' frames and tasks, is gone by now
             time.sleep(SETTLE)
             gc.collect()
-        return {}, failure
+        return {}, texts
     finally:
         sys.unraisablehook = hook
 

@@ -239,7 +239,7 @@ def _read(folder: epath.Path, changed: int) -> _Folder:
         return {"version": version, "fields": fields, "stored": dict(metadata.metadata)}
 
     found, failure = attempt(read)
-    if failure is not None:
+    if failure:
         raise UserError(f"{folder}: holds no imported weights; {wanted}")
     version, fields, stored = found["version"], found["fields"], found["stored"]
     if version != VERSION:
@@ -326,10 +326,9 @@ def _load(
             return ocp.load(from_root(folder), stored)
 
     found, failure = attempt(read)
-    if failure is not None:
-        raise UserError(
-            f"{folder}: a file in it is missing or broken: convert it again ({failure})"
-        )
+    if failure:
+        why = failure[0].split(". See full")[0][:200]
+        raise UserError(f"{folder}: a file in it is missing or broken: convert it again ({why})")
     return {
         path: _stack([found[layer_key(path, i)] for i in range(layers[path])], place=leaf.sharding)
         if path in layers
