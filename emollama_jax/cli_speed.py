@@ -126,6 +126,6 @@ def bench_decode(
     compile_cache.start()
     from emollama_jax.bench import decode
 
-    work = decode.random_model() if folder is None else decode.read_folder(folder)
+    work = decode.random_model() if folder is None else decode.load_folder(folder)
     result = decode.run(work, sizes, batches=batch, rounds=rounds, console=new_console())
     print(result.report(as_json=json))

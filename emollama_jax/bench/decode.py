@@ -54,7 +54,7 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchResult:
+class BatchComparison:
     """What was measured of one batch."""
 
     batch: int
@@ -104,7 +104,7 @@ class BatchResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Comparison:
     """What was measured."""
 
     source: str  # of the weights
@@ -112,7 +112,7 @@ class Result:
     threads: int
     sizes: DecodeSizes
     versions: dict[str, str]
-    batches: tuple[BatchResult, ...]
+    batches: tuple[BatchComparison, ...]
 
     def report(self, *, as_json: bool) -> str:
         """What the command prints."""
@@ -149,7 +149,7 @@ class Work:
     source: str
 
 
-def read_folder(folder: pathlib.Path) -> Work:
+def load_folder(folder: pathlib.Path) -> Work:
     """The LLaMA of a folder that `tools.convert_torch` wrote.
 
     Raises:
@@ -253,7 +253,7 @@ class TorchSide(TorchProcess):
 
 def run(
     work: Work, sizes: DecodeSizes, *, batches: Sequence[int], rounds: int, console: Console
-) -> Result:
+) -> Comparison:
     """Measures both sides in turns.
 
     Args:
@@ -284,12 +284,12 @@ def run(
                 for _ in range(1 + rounds):
                     measured.append(_round(sides, prompts, sizes.new))
                     bars.advance(task)
-                found.append(BatchResult(batch, sizes, tuple(measured[1:])))
+                found.append(BatchComparison(batch, sizes, tuple(measured[1:])))
         finally:
             torch.close()
     parameters = sum(value.size for value in work.params.values())
     versions = {"jax": jax.__version__, **torch.versions}
-    return Result(work.source, parameters, threads, sizes, versions, tuple(found))
+    return Comparison(work.source, parameters, threads, sizes, versions, tuple(found))
 
 
 def _round(sides: dict[str, Callable], prompts: np.ndarray, new: int) -> Round:

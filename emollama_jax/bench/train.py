@@ -99,7 +99,7 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Comparison:
     """What was measured."""
 
     sizes: TrainSizes
@@ -312,7 +312,7 @@ def product_rate(products: Sequence[tuple[int, int, int, int]]) -> float:
     return flops / seconds
 
 
-def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result:
+def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Comparison:
     """Measures all sides in turns, step after step.
 
     Args:
@@ -361,4 +361,4 @@ def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result
                     )
         finally:
             torch.close()
-    return Result(sizes, threads, max(rates[0].values()), seconds, rates[1], difference)
+    return Comparison(sizes, threads, max(rates[0].values()), seconds, rates[1], difference)
