@@ -15,9 +15,9 @@ import yaml
 from jax.sharding import AbstractMesh, AxisType
 
 from emollama_jax import cli, config
-from emollama_jax.checkpoint import find, matching
+from emollama_jax.checkpoint import find
 from emollama_jax.errors import UserError
-from emollama_jax.models.parameters import named_parameters
+from emollama_jax.models.parameters import matching, named_parameters
 from emollama_jax.paths import as_path, is_remote, write_whole
 from emollama_jax.sharding.mesh import AXES, mesh_sizes
 from emollama_jax.sharding.rules import param_shardings
