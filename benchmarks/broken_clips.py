@@ -140,10 +140,10 @@ class Names(logging.Handler):
 def prepare(folder: pathlib.Path, data: pathlib.Path) -> None:
     """Examples, and face priors with one box for every frame."""
     from emollama_jax import config
+    from emollama_jax.base import load_face
     from emollama_jax.data.builders import registry
     from emollama_jax.faces.priors import prepare_priors, priors_folder
     from emollama_jax.faces.reader import Reader
-    from emollama_jax.prepare import load_face
 
     class Middle:
         boxes = np.array([[16, 12, 40, 40]], np.float32)

@@ -20,7 +20,8 @@ from onnx import helper
 from PIL import Image
 
 from emollama_jax import config, imported
-from emollama_jax.models.eva_vit import EvaVit, normalise
+from emollama_jax.models.eva_vit import EvaVit
+from emollama_jax.models.layers import normalise
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 

@@ -1,44 +1,34 @@
-"""What a run writes down and reads back: Orbax checkpoints of what trains, and the base below it.
+"""What a run writes down and restores: Orbax checkpoints of what trains.
 
 A checkpoint holds only what training changes, the parameters that `train.trainable` names with the
-optimizer's state, and what is needed to go on exactly: the step, the config, and the state of the
-data iterator, which is the same on every host: so a run may go on with other hosts and devices.
-All other weights are the *base*, which `init_model` makes again from the config: the package's tiny
-towers, imported weights (`weights.py`), or random numbers from the seed. A fingerprint of the base
-is kept, since adapters on another base would give wrong answers without any error.
+optimizer's state, and what is needed to resume exactly: the step, the config, and the state of the
+data iterator, which is the same on every host: so a run may resume on other hosts and devices.
+All other weights are the *base*, which `base.py` makes again from the config. A fingerprint of the
+base is kept, since adapters on another base would give wrong answers without any error.
 
     RUN/checkpoints/STEP/{params, training}; config, base and data as Orbax' custom metadata
 
 Orbax' v1 API is used throughout. A packed run (`packed.py`) is read as a checkpoint is.
 """
 
-import difflib
-import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp  # where Orbax 0.12 keeps its v1 API
 from etils import epath
-from jax.sharding import Mesh
 
-from emollama_jax import config, config_weights, packed
-from emollama_jax import imported as weights
+from emollama_jax import config, packed
+from emollama_jax.base import Build, abstract_model, base_reference, base_values
 from emollama_jax.config import Config, MeshConfig
-from emollama_jax.errors import UserError
-from emollama_jax.imported import attempt
-from emollama_jax.models import parameters
+from emollama_jax.errors import UserError, attempt
 from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.models.parameters import named_parameters
-from emollama_jax.models.rngs import Keys, Rngs, abstract
 from emollama_jax.paths import as_path, from_root
 from emollama_jax.runs import FOLDER, find, is_packed
 from emollama_jax.sharding.distributed import put
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.sharding.rules import param_shardings
 
 if TYPE_CHECKING:  # asking a question needs no pipeline
     import grain
@@ -61,112 +51,6 @@ FREE = (
     "train.keep",
     "train.log_every",
 )
-
-
-def matching(patterns: Iterable[str], paths: Collection[str], *, key: str) -> frozenset[str]:
-    """The parameter paths that any of the regular expressions matches as a whole.
-
-    Args:
-        patterns: e.g. "llama/.*lora_[AB]".
-        paths: of all parameters.
-        key: the config key that holds the patterns, for the message.
-
-    Raises:
-        UserError: not a regular expression, or one that matches nothing.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        try:
-            matched = [path for path in paths if re.fullmatch(pattern, path)]
-        except re.error as error:
-            raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
-        if not matched:
-            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0) or sorted(paths)[:3]
-            raise UserError(
-                f"{key}: {pattern!r} matches no parameter (near: {', '.join(near)}): patterns "
-                "match whole paths"
-            )
-        found.update(matched)
-    return frozenset(found)
-
-
-def init_model(cfg: Config, mesh: Mesh, *, given: Iterable[str] = ()) -> EmoLlama:
-    """The model that a run starts from: the base towers, and random numbers from the seed.
-
-    Every leaf is born on its devices, and what does not train in `train.frozen_dtype`. What a file
-    holds is not drawn first.
-
-    Args:
-        cfg: of the run.
-        mesh: of `make_mesh`.
-        given: patterns of what the caller fills, e.g. from a checkpoint. It stays abstract: shape,
-            dtype and sharding.
-    """
-
-    def make(rngs: Rngs) -> EmoLlama:
-        return EmoLlama(cfg.model, rngs=rngs)
-
-    model = abstract(make)
-    leaves = named_parameters(model)
-    trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
-    shardings = param_shardings(leaves, mesh, preset=cfg.mesh.preset).params
-    elsewhere = matching(given, leaves, key="train.trainable")
-    wanted = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape,
-            jnp.float32 if name in trainable else cfg.train.frozen_dtype,
-            sharding=shardings[name],
-        )
-        for name, leaf in leaves.items()
-    }
-    imported = _imported(cfg, leaves)
-    tiny = _tiny_paths(cfg, leaves)
-    random = [name for name in leaves if name not in {*elsewhere, *imported, *tiny}]
-
-    def start() -> dict[str, jax.Array]:
-        drawn = named_parameters(make(Keys(cfg.train.seed)))
-        return {name: drawn[name].astype(wanted[name].dtype) for name in random}
-
-    values: dict[str, Any] = {name: wanted[name] for name in elsewhere}
-    if random:
-        # Random numbers are made once: on a CPU, optimising their program takes most of the time.
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        places = {name: shardings[name] for name in random}
-        values |= jax.jit(start, out_shardings=places, compiler_options=options)()
-    values |= weights.load_base(
-        imported, {name: wanted[name] for name in imported if name not in elsewhere}
-    )
-    if tiny:
-        shapes = {name: leaf.shape for name, leaf in leaves.items()}
-        read = parameters.read_tiny(shapes, parameters.towers(cfg.weights))
-        values |= {
-            name: put(tensor.astype(wanted[name].dtype), shardings[name])
-            for name, tensor in read.items()
-            if name not in elsewhere
-        }
-    for name, leaf in leaves.items():
-        leaf.set_value(values[name])
-    return model
-
-
-def base_reference(cfg: Config) -> dict[str, Any]:
-    """What the frozen weights are made from, so that a checkpoint can tell them apart."""
-    if cfg.weights == "none":
-        return {"weights": "none", "seed": cfg.train.seed}
-    names = [parameters.TINY[tower] for tower in parameters.towers(cfg.weights)]
-    files = {name: parameters.WEIGHTS / f"{name}.safetensors" for name in names}
-    for path in files.values():
-        if not path.is_file():
-            raise UserError(f"{path}: the package's weights are missing: install it again")
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    if cfg.weights == "tiny":
-        return {"weights": "tiny", "sha256": digests}
-    folders = config_weights.folders(cfg.weights)
-    manifests = [weights.read_manifest(folder) for folder in folders]
-    prints = sorted([manifest.source, manifest.fingerprint] for manifest in manifests)
-    found = {"weights": "imported", "fingerprints": prints, "seed": cfg.train.seed}
-    return {**found, "sha256": digests} if digests else found
 
 
 class State(Protocol):
@@ -228,7 +112,7 @@ class Checkpoints:
         """Reads the newest checkpoint.
 
         Args:
-            state: what is wanted; leaves have shape, dtype and sharding.
+            state: what is wanted: shapes, dtypes and shardings.
             data: is moved to where the run stopped.
 
         Raises:
@@ -244,10 +128,7 @@ class Checkpoints:
                 "choose another folder"
             )
         _check_base(path, saved["base"], self._metadata["base"])
-        wanted = {
-            "params": _abstract(state.params),
-            "training": _abstract(state.replace(params={})),
-        }
+        wanted = {"params": state.params, "training": state.replace(params={})}
         found = _load(path, wanted)
         data.set_state(saved["data"])
         return found["training"].replace(params=found["params"])
@@ -264,7 +145,7 @@ def read_config(path: epath.PathLike) -> Config:
 
 
 def load_for_inference(
-    path: epath.PathLike, *, mesh: MeshConfig = ONE_DEVICE
+    path: epath.PathLike, *, mesh: MeshConfig = ONE_DEVICE, build: Build = EmoLlama
 ) -> tuple[Config, EmoLlama]:
     """The model of a checkpoint, on its base, and the config that made it.
 
@@ -272,6 +153,7 @@ def load_for_inference(
         path: a run (its newest checkpoint is taken), one checkpoint of it, a packed run, or
             `package`.
         mesh: where to put it; one device by default, whatever it was trained on.
+        build: makes the model, as it did in training.
 
     Raises:
         UserError: no checkpoint, one of another base, or one that cannot be read.
@@ -280,64 +162,26 @@ def load_for_inference(
     saved = _read_saved(path)
     cfg = config.from_dict(saved["config"], origin=str(path))
     _check_base(path, saved["base"], base_reference(cfg))
-    model = init_model(cfg, make_mesh(mesh), given=cfg.train.trainable)
-    leaves = named_parameters(model)
-    trained = matching(cfg.train.trainable, leaves, key="train.trainable")
-    wanted = {name: leaves[name].get_value() for name in trained}  # abstract
+    whole = abstract_model(cfg, make_mesh(mesh), build=build)
+    wanted = whole.only(whole.trainable)
+    values = base_values(whole, given=wanted)
     if is_packed(path):
         shapes = {name: leaf.shape for name, leaf in wanted.items()}
-        read = packed.read(path, shapes, sha256=saved["sha256"])
-        values = {
+        tensors = packed.load(path, shapes, sha256=saved["sha256"])
+        values |= {
             name: put(tensor.astype(wanted[name].dtype), wanted[name].sharding)
-            for name, tensor in read.items()
+            for name, tensor in tensors.items()
         }
     else:
-        values = _load(path, {"params": wanted})["params"]
-    for name, value in values.items():
-        leaves[name].set_value(value)
-    return cfg, model
-
-
-def _imported(cfg: Config, leaves: dict[str, Any]) -> dict[str, epath.Path]:
-    """The parameters that imported weights fill, and the folder of each."""
-    shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    where = weights.check_base(config_weights.folders(cfg.weights), cfg.model, shapes)
-    for path in _tiny_paths(cfg, where):
-        tower = f"{config_weights.ONE}{path.split('/')[0]}"
-        raise UserError(f"{path}: both in {where[path]} and in {tower}: name one of them")
-    return where
-
-
-def _tiny_paths(cfg: Config, paths: Collection[str]) -> set[str]:
-    """The parameters that the package's towers fill."""
-    towers = parameters.towers(cfg.weights)
-    return {
-        path
-        for path in paths
-        if path.split("/")[0] in towers and not path.endswith(("lora_A", "lora_B"))
-    }
+        values |= _load(path, {"params": wanted})["params"]
+    return cfg, whole.with_values(values)
 
 
 def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    texts: list[str] = []
-    found, failure = attempt(
-        lambda: _telling(texts, lambda: ocp.load_checkpointables(from_root(path), wanted))
-    )
-    if failure is None:
-        return found
-    raise UserError(f"{path}: broken checkpoint: {_broken(path, texts)}: {_instead(path)}")
-
-
-def _telling(texts: list[str], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Reads; an error and those that it came from leave their texts."""
-    try:
-        return read()
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            texts.append(" ".join(str(cause).split()))
-            cause = cause.__cause__ or cause.__context__
-        raise
+    found, failure = attempt(lambda: ocp.load_checkpointables(from_root(path), wanted))
+    if failure:
+        raise UserError(f"{path}: broken checkpoint: {_broken(path, failure)}: {_instead(path)}")
+    return found
 
 
 def _broken(path: epath.Path, texts: Sequence[str]) -> str:
@@ -366,7 +210,7 @@ def _broken(path: epath.Path, texts: Sequence[str]) -> str:
         if files:
             name = files[-1].rpartition(f"/{path.name}/")[2].rstrip("/")
             return f"{name} is damaged" if (path / name).exists() else f"{name} is missing"
-    told = [text for text in texts if text and "incompatible handler" not in text]
+    told = [text for text in texts if "incompatible handler" not in text]
     return (told or ["no reason given"])[0][:200]
 
 
@@ -392,14 +236,13 @@ def _read_metadata(path: epath.Path) -> dict[str, Any]:
         saved = ocp.metadata(from_root(path), "params").custom_metadata
         return {key: saved[key] for key in ("config", "base", "data")}
 
-    texts: list[str] = []
-    found, failure = attempt(lambda: _telling(texts, read))
-    if failure is None:
-        return found
-    raise UserError(
-        f"{path}: not a checkpoint of this program, or a broken one: {_broken(path, texts)}: "
-        f"{_instead(path)}"
-    )
+    found, failure = attempt(read)
+    if failure:
+        raise UserError(
+            f"{path}: not a checkpoint of this program, or a broken one: "
+            f"{_broken(path, failure)}: {_instead(path)}"
+        )
+    return found
 
 
 def _check_base(path: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -408,10 +251,6 @@ def _check_base(path: epath.Path, saved: dict[str, Any], now: dict[str, Any]) ->
             f"{path}: trained on other base weights ({_first_difference(saved, now)}): use the "
             "version that trained it, or train again"
         )
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def _plain(tree: Any) -> Any:

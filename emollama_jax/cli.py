@@ -94,7 +94,8 @@ def data_prepare(
     on_disk(cfg.data.dir, instead=names.PREPARE_HERE)
     check_writable(cfg.data.dir, option="--dir")
     compile_cache.start()
-    from emollama_jax.prepare import load_face, prepare_source
+    from emollama_jax.base import load_face
+    from emollama_jax.prepare import prepare_source
 
     folder = prepare_source(
         cfg,
@@ -219,7 +220,7 @@ def pretrain(
     compile_cache.start()
     from emollama_jax.tiny.towers import pretrain as module
 
-    plan = module.Plan(
+    recipe = module.Recipe(
         real=real,
         data=str(data),
         pictures=pictures,
@@ -233,7 +234,7 @@ def pretrain(
         llama_steps=llama_steps,
         seed=seed,
     )
-    module.pretrain(cfg, plan, out, new_console(), towers)
+    module.pretrain(cfg, recipe, out, new_console(), towers)
 
 
 def train(

@@ -85,7 +85,7 @@ def bench_train(
     sizes: Inline[TrainSizes], steps: int = 5, warm: int = 2, json: bool = False
 ) -> None:
     """Tokens per second of a LoRA train step on this CPU, against the same model, weights and batch
-    in PyTorch, in turns; needs the extra `parity` and a checkout. Losses must agree.
+    in PyTorch, in turns; needs the extra `parity`. Losses must agree.
 
     Args:
         sizes: sizes of the LLaMA and its batch.
@@ -110,7 +110,7 @@ def bench_decode(
     json: bool = False,
 ) -> None:
     """Tokens per second of greedy decoding on this CPU, against the same LLaMA, weights and prompts
-    in `transformers`, in turns; needs the extra `parity` and a checkout. Tokens must be the same.
+    in `transformers`, in turns; needs the extra `parity`. Tokens must be the same.
 
     Args:
         folder: a LLaMA that tools.convert_torch wrote; random weights of emollama_135m's shape
@@ -126,6 +126,6 @@ def bench_decode(
     compile_cache.start()
     from emollama_jax.bench import decode
 
-    work = decode.random_model() if folder is None else decode.read_folder(folder)
+    work = decode.random_model() if folder is None else decode.load_folder(folder)
     result = decode.run(work, sizes, batches=batch, rounds=rounds, console=new_console())
     print(result.report(as_json=json))

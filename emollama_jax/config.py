@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, dataclass_transform
 import pydantic
 from pydantic import dataclasses as pydantic_dataclasses
 
-from emollama_jax import config_fields, config_weights, yaml_file
+from emollama_jax import config_content, config_fields, config_weights, yaml_file
 from emollama_jax.bounds import (
     Amount,
     Axis,
@@ -65,9 +65,8 @@ def _config(cls):
         try:
             checked(self, *args, **kwargs)
         except pydantic.ValidationError as error:
-            raise UserError(
-                config_fields.explain(error, Config, config_fields.section_of(cls, Config))
-            ) from None
+            section = config_fields.section_of(cls, Config)
+            raise UserError(config_fields.explain(error, Config, section)) from None
 
     cls.__init__ = init
     return cls
@@ -234,19 +233,8 @@ class EmoLlamaConfig:
 
     @property
     def content_tokens(self) -> int:
-        """Content tokens of a frame. LLaMA-VID's `grid:g` is not always g × g (6 on 16 gives 8)."""
-        if self.content == "all":
-            return self.vision.patches
-        if self.content == "mean":
-            return 1
-        side = self.vision.image_size // self.vision.patch_size
-        n = int(self.content.removeprefix("grid:"))
-        if n > side:
-            raise UserError(
-                f"model.content: {self.content}, but a frame has {side} × {side} patches: choose "
-                f"grid:{side} or smaller, or all"
-            )
-        return (side // (side // n)) ** 2
+        """Content tokens of a frame."""
+        return config_content.tokens(self.content, self.vision.patches)
 
     @property
     def face_tokens(self) -> int:
@@ -261,11 +249,7 @@ class EmoLlamaConfig:
     @pydantic.field_validator("content")
     @classmethod
     def _content(cls, value: str) -> str:
-        if value not in ("all", "mean"):
-            kind, _, n = value.partition(":")
-            if kind != "grid" or not n.isdigit() or int(n) < 2:
-                raise ValueError(f"{value!r} is neither 'all' nor 'mean' nor 'grid:n' with n > 1")
-        return value
+        return config_content.checked(value)
 
 
 @_config
@@ -444,13 +428,12 @@ def how_to_run(overrides: Sequence[str]) -> DistributedConfig:
     Raises:
         UserError: an override of what training fixed, or a value of the wrong type.
     """
+    tree: dict[str, Any] = {"distributed": {}}
     for change in overrides:
         if change.split(".")[0] not in RUN_SECTIONS:
             raise UserError(
                 f"{change}: training fixed this; only {', '.join(RUN_SECTIONS)} may change"
             )
-    tree: dict[str, Any] = {"distributed": {}}
-    for change in overrides:
         if change.startswith("distributed."):
             apply(tree, change, Config)
     return _checked(DistributedConfig, tree["distributed"], "distributed")

@@ -1,8 +1,17 @@
-"""Errors that the user can mend: one line, exit status 2."""
+"""Errors that the user can mend: one line, exit status 2; and what Orbax raises, as one line."""
 
+import contextlib
 import difflib
+import gc
+import logging
 import re
-from collections.abc import Iterable
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+SETTLE = 0.5  # seconds for the other reads of a checkpoint after one failed
 
 
 class UserError(Exception):
@@ -26,6 +35,52 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     if not near and len(wanted) > 2:  # `affectnet` for affectnet7
         near = [name for name in plain if name.startswith(wanted)][:1]
     return f" (did you mean {plain[near[0]]}?)" if near else ""
+
+
+def some(problems: Sequence[str]) -> str:
+    """The first three of them, and how many more there are."""
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Orbax warns of what is meant (no OCDBT), and prints pages of log where a read fails."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    disabled = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        yield
+    finally:
+        for logger, was in zip(loggers, disabled, strict=True):
+            logger.disabled = was
+
+
+def attempt(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What a read of Orbax gives and [], or {} and the texts of its error and of its causes.
+
+    Its readers raise anything. A failed read leaves other reads on a loop that is closed: they
+    complain when they come back, or when they are collected. Both are waited for here.
+    """
+    hook, texts = sys.unraisablehook, []
+    try:
+        sys.unraisablehook = lambda _: None
+        with quiet_orbax(), warnings.catch_warnings():
+            try:
+                return read(), []
+            except Exception as error:
+                cause: BaseException | None = error
+                while cause is not None:
+                    texts.append(" ".join(str(cause).split()) or type(cause).__name__)
+                    cause = cause.__cause__ or cause.__context__
+            warnings.simplefilter("ignore")
+            gc.collect()  # the error, and with it Orbax' frames and tasks, is gone by now
+            time.sleep(SETTLE)
+            gc.collect()
+        return {}, texts
+    finally:
+        sys.unraisablehook = hook
 
 
 def _plain(name: str) -> str:

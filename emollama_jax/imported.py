@@ -18,18 +18,13 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
 import json
-import logging
 import math
 import os
 import pathlib
 import shutil
-import sys
-import time
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,13 +35,12 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from emollama_jax.config import EmoLlamaConfig, to_dict
-from emollama_jax.errors import UserError
+from emollama_jax.errors import UserError, attempt, quiet_orbax, some
 from emollama_jax.paths import as_path, from_root, is_remote, on_disk
 
 VERSION = 2  # of the format
 LAYER = "@"  # between a leaf's path and the number of a layer of it; "#" would end a gs:// URL
 TOGETHER = 512 << 20  # bytes of leaves that are read at once
-SETTLE = 0.5  # seconds for the other reads of a checkpoint after one failed
 # What of a network's config weights do not depend on, as a rule.
 FREE = ("dtype", "remat", "attention", "dropout", "lora", "image_mean", "image_std", "race_labels")
 
@@ -179,47 +173,9 @@ class Writer:
         if jax.process_index() == 0:
             for name, content in self._files.items():
                 (self.out.parent / f"{self.out.name}.partial_save" / name).write_bytes(content)
-        with self._context, _quiet():
+        with self._context, quiet_orbax():
             ocp.partial.finalize(self.out)
         self._finished = True
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax warns of what is meant (no OCDBT), and prints pages of log where a read fails."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    disabled = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        yield
-    finally:
-        for logger, was in zip(loggers, disabled, strict=True):
-            logger.disabled = was
-
-
-def attempt(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
-    """What a read of Orbax gives and None, or nothing and the first line of its error.
-
-    Its readers raise anything. A failed read leaves other reads on a loop that is closed: they
-    complain when they come back, or when they are collected. Both are waited for here.
-    """
-    hook = sys.unraisablehook
-    try:
-        sys.unraisablehook = lambda _: None
-        with _quiet(), warnings.catch_warnings():
-            try:
-                return read(), None
-            except Exception as error:
-                lines = str(error).strip().splitlines()
-                failure = (lines or [type(error).__name__])[0].split(". See full")[0][:200]
-            warnings.simplefilter("ignore")
-            gc.collect()  # the error, and with it Orbax' frames and tasks, is gone by now
-            time.sleep(SETTLE)
-            gc.collect()
-        return {}, failure
-    finally:
-        sys.unraisablehook = hook
 
 
 def layer_key(path: str, layer: int) -> str:
@@ -283,7 +239,7 @@ def _read(folder: epath.Path, changed: int) -> _Folder:
         return {"version": version, "fields": fields, "stored": dict(metadata.metadata)}
 
     found, failure = attempt(read)
-    if failure is not None:
+    if failure:
         raise UserError(f"{folder}: holds no imported weights; {wanted}")
     version, fields, stored = found["version"], found["fields"], found["stored"]
     if version != VERSION:
@@ -327,8 +283,7 @@ def load(
         if path not in held or held[path].shape != leaf.shape
     ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{folder}: weights of another config: {'; '.join(problems[:3])}{more}")
+        raise UserError(f"{folder}: weights of another config: {some(problems)}")
     values: dict[str, jax.Array] = {}
     for group in _groups(wanted):
         values |= _load(as_path(folder), {path: wanted[path] for path in group}, opened.layers)
@@ -371,10 +326,9 @@ def _load(
             return ocp.load(from_root(folder), stored)
 
     found, failure = attempt(read)
-    if failure is not None:
-        raise UserError(
-            f"{folder}: a file in it is missing or broken: convert it again ({failure})"
-        )
+    if failure:
+        why = failure[0].split(". See full")[0][:200]
+        raise UserError(f"{folder}: a file in it is missing or broken: convert it again ({why})")
     return {
         path: _stack([found[layer_key(path, i)] for i in range(layers[path])], place=leaf.sharding)
         if path in layers
@@ -442,20 +396,3 @@ def check_base(
                 )
             where[path] = folder
     return where
-
-
-def load_base(
-    where: Mapping[str, epath.PathLike], wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    """Reads what `check_base` found, folder by folder, each leaf to its sharding.
-
-    Args:
-        where: path → folder.
-        wanted: path → shape, dtype and sharding; a part of them.
-    """
-    values: dict[str, jax.Array] = {}
-    for folder in dict.fromkeys(where.values()):
-        mine = {path: leaf for path, leaf in wanted.items() if where[path] == folder}
-        if mine:
-            values |= load(folder, mine)
-    return values

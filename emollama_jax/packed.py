@@ -46,7 +46,7 @@ def write(
         folder: gets the three files.
         tensors: what training changed, by path.
         cfg: of the run.
-        base: of `checkpoint.base_reference`.
+        base: of `base.base_reference`.
         learned_from: sets and splits, e.g. "ferplus:train".
         about: what else `run.json` says of where it comes from.
 
@@ -115,7 +115,7 @@ def read_about(folder: epath.PathLike) -> dict[str, Any]:
     }
 
 
-def read(
+def load(
     folder: epath.PathLike, shapes: Mapping[str, Sequence[int]], *, sha256: str
 ) -> dict[str, np.ndarray]:
     """The parameters as float32, all of these names and shapes.
@@ -131,7 +131,7 @@ def read(
     file = pathlib.Path(as_path(folder)) / PACKED
     if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{file}: not the file that was packed with {ABOUT}: {_again(folder)}")
-    return parameters.read(file, shapes)
+    return parameters.load(file, shapes)
 
 
 def _again(folder: epath.PathLike) -> str:

@@ -3,67 +3,23 @@
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from emollama_jax import config_weights, imported
 from emollama_jax.config import Config
 from emollama_jax.data.builders import registry, store
 from emollama_jax.data.builders.listing import Listing, brief
 from emollama_jax.data.names import PREPARE_HERE, check_source
-from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import Summary, prepare_priors, priors_folder
 from emollama_jax.faces.reader import Reader, local_mesh
 from emollama_jax.locks import hold
-from emollama_jax.models import parameters
-from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.mtcnn import Detector
-from emollama_jax.models.parameters import named_parameters
-from emollama_jax.models.rngs import Keys, Rngs, abstract
 from emollama_jax.paths import on_disk
 from emollama_jax.sharding.distributed import alone
 from emollama_jax.tiny import builder
 
 Report = Callable[[int, int], None]  # (done, all)
-
-
-def load_face(cfg: Config) -> FaceXFormer:
-    """The FaceXFormer that a run of this config starts from, without the rest of the model.
-
-    Raises:
-        UserError: imported weights that do not fit, or that hold no FaceXFormer.
-    """
-
-    def make(rngs: Rngs) -> FaceXFormer:
-        return FaceXFormer(cfg.model.face, rngs=rngs)
-
-    if cfg.weights == "none":
-        return nnx.jit(lambda: make(Keys(cfg.train.seed)))()
-    face = abstract(make)
-    leaves = named_parameters(face)
-    if "face" in parameters.towers(cfg.weights):
-        parameters.load(face, parameters.WEIGHTS / f"{parameters.TINY['face']}.safetensors")
-        return face
-    model = abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs))
-    shapes = {name: leaf.shape for name, leaf in named_parameters(model).items()}
-    folders = config_weights.folders(cfg.weights)
-    where = imported.check_base(folders, cfg.model, shapes)
-    if absent := [name for name in leaves if f"face/{name}" not in where]:
-        raise UserError(
-            f"weights: face/{absent[0]} is in none of {', '.join(folders)}: import "
-            "FaceXFormer with python -m tools.convert_torch and name its folder too"
-        )
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {
-        f"face/{name}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
-        for name, leaf in leaves.items()
-    }
-    for name, value in imported.load_base(where, wanted).items():
-        leaves[name.removeprefix("face/")].set_value(value)
-    return face
 
 
 def prepare_source(

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 import emollama_jax
-from emollama_jax import cli, config, dispatch, prepare
+from emollama_jax import base, cli, config, dispatch
 from emollama_jax.cli_words import LogLines, new_console, remove_handlers
 from emollama_jax.data import inspect, names
 from emollama_jax.data.builders import registry
@@ -382,7 +382,7 @@ def test_what_is_logged_appears_above_a_bar_and_once():
     [("actionfaces/images", "actionfaces/images"), ("affectnet7", "affectnet"), ("own/a", "own/a")],
 )
 def test_a_set_is_prepared_by_one_process(capsys, tmp_path, monkeypatch, name, stored):
-    monkeypatch.setattr(prepare, "load_face", lambda cfg: None)
+    monkeypatch.setattr(base, "load_face", lambda cfg: None)
     source = [] if name in names.EMBEDDED else ["--source", tmp_path]
     with hold(tmp_path / "data" / stored, instead=""):
         err = refused(capsys, "data", "prepare", name, "--dir", tmp_path / "data", *source)

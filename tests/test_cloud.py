@@ -15,9 +15,9 @@ import yaml
 from jax.sharding import AbstractMesh, AxisType
 
 from emollama_jax import cli, config
-from emollama_jax.checkpoint import find, matching
+from emollama_jax.checkpoint import find
 from emollama_jax.errors import UserError
-from emollama_jax.models.parameters import named_parameters
+from emollama_jax.models.parameters import matching, named_parameters
 from emollama_jax.paths import as_path, is_remote, write_whole
 from emollama_jax.sharding.mesh import AXES, mesh_sizes
 from emollama_jax.sharding.rules import param_shardings
@@ -47,21 +47,21 @@ def in_bucket(bucket: Bucket, code: str, folder: pathlib.Path, *args: str) -> st
 
 TRAIN = """
 import os, pathlib, sys
-import numpy as np, pytest
+import numpy as np
 from tests.helpers import multihost_worker as worker
+from tests.helpers.toy_runs import load_for_inference
 from rich.console import Console
-from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.evaluate.protocol import Prediction, read_predictions, write_predictions
 from emollama_jax.models.parameters import named_parameters
-from emollama_jax.train.loop import fit
 
 bpe, mesh = sys.argv[1], (1, min(len(__import__("jax").devices()), 8), 1)
-worker.use(pytest.MonkeyPatch(), bpe, pathlib.Path.cwd(), process=0, pause=0)
+worker.towers(bpe).__enter__()
 cfg = worker.config(bpe, mesh, "train.steps=5")
-quiet = Console(file=open(os.devnull, "w"))
+how = {"process": 0, "pause": 0, "console": Console(file=open(os.devnull, "w"))}
+drawn = pathlib.Path.cwd()
 for until in (4, None):
-    there = fit(cfg, "gs://bucket/runs/one", until=until, console=quiet)
-    here = fit(cfg, "here", until=until, console=quiet)
+    there = worker.train(cfg, "gs://bucket/runs/one", drawn=drawn, until=until, **how)
+    here = worker.train(cfg, "here", drawn=drawn, until=until, **how)
 assert (there.step, there.loss) == (here.step, here.loss) == (5, here.loss)
 pair = [load_for_inference(run)[1] for run in ("gs://bucket/runs/one", "here")]
 first, second = ({n: np.asarray(x[...]) for n, x in named_parameters(m).items()} for m in pair)

@@ -20,6 +20,7 @@ from emollama_jax.sharding.rules import FSDP
 BASE = {
     "errors",
     "config",
+    "config_content",
     "config_weights",
     "batch",
     "ahead",
@@ -32,7 +33,7 @@ BASE = {
     "status",
     "compile_cache",
 }
-LOWER = BASE | {"models", "data", "sharding", "imported", "checkpoint"}
+LOWER = BASE | {"models", "data", "sharding", "imported", "base", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
@@ -42,10 +43,11 @@ MAY_IMPORT = {
     "yaml_file": {"errors", "paths"},
     "config_fields": {"bounds"},
     "config_overrides": {"errors", "yaml_file", "config_fields"},
+    "config_content": {"errors"},
     "config_weights": set(),
     "config": {
         *("errors", "paths", "bounds", "yaml_file"),
-        *("config_fields", "config_overrides", "config_weights"),
+        *("config_content", "config_fields", "config_overrides", "config_weights"),
     },
     "tables": {"errors"},
     "preflight": {"errors"},
@@ -72,7 +74,8 @@ MAY_IMPORT = {
     "remote": BASE,
     "instruct": BASE | {"data", "remote"},
     "imported": BASE,
-    "checkpoint": BASE | {"models", "sharding", "imported"},
+    "base": BASE | {"models", "sharding", "imported"},
+    "checkpoint": BASE | {"models", "sharding", "base"},
     "faces": LOWER,
     "prepare": LOWER | {"faces"},
     "generate": LOWER,
@@ -85,7 +88,7 @@ MAY_IMPORT = {
     "cli": LOWER
     | {"prepare", "faces", "generate", "train", "evaluate", "serve", "scale", "tiny"}
     | {"remote", "instruct", "bench", "dispatch", "cli_words", "cli_results", "cli_speed"},
-    "testing": LOWER,
+    "testing": LOWER | {"faces"},
 }
 HEAVY = ("torch", "matplotlib", "transformers", "gradio", "tensorflow", "google.genai")
 

@@ -14,22 +14,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from emollama_jax import cli, config, packed, runs
-from emollama_jax.checkpoint import (
-    Checkpoints,
-    base_reference,
-    init_model,
-    load_for_inference,
-    matching,
-    read_config,
-)
+from emollama_jax import checkpoint, cli, config, packed, runs
+from emollama_jax.base import base_reference
+from emollama_jax.checkpoint import Checkpoints, read_config
 from emollama_jax.errors import UserError
 from emollama_jax.models import parameters
-from emollama_jax.models.parameters import named_parameters
+from emollama_jax.models.parameters import matching, named_parameters
 from emollama_jax.serve import terminal
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.train import loop
-from tests.helpers.toy_model import quiet, toy_config, use_toy
+from emollama_jax.testing.toy_model import toy_config
+from tests.helpers.toy_runs import fit, init_model, load_for_inference, quiet
 from tools import package_run
 
 SMALLEST = 2.0**-25  # half of float16's smallest step
@@ -45,8 +39,9 @@ class Saved:
 
 @pytest.fixture(scope="module", autouse=True)
 def toy():
+    """Lets the tool's command line load the toy."""
     with pytest.MonkeyPatch.context() as patch:
-        use_toy(patch)
+        patch.setattr(checkpoint, "load_for_inference", load_for_inference)
         yield
 
 
@@ -159,7 +154,7 @@ def test_nobody_trains_in_a_packed_run(shipped, capsys):
         assert stop.value.code == 2
         assert f"--out {out}: a packed run is read-only" in capsys.readouterr().err
         with pytest.raises(UserError, match="read-only"):
-            loop.fit(toy_config(steps=3), out, console=quiet())
+            fit(toy_config(steps=3), out, console=quiet())
     assert not pathlib.Path("package").exists()
 
 
@@ -238,7 +233,7 @@ def test_the_shipped_run_fits_this_version_and_its_towers(abstract_model):
     leaves = named_parameters(abstract_model("tiny"))
     trained = matching(shipped.train.trainable, leaves, key="")
     shapes = {name: leaves[name].shape for name in trained}
-    read = packed.read(runs.SHIPPED, shapes, sha256=about["sha256"])
+    read = packed.load(runs.SHIPPED, shapes, sha256=about["sha256"])
     assert read.keys() == trained and all(np.isfinite(value).all() for value in read.values())
 
 

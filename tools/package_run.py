@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 
 from emollama_jax import checkpoint, packed, runs
+from emollama_jax.base import base_reference, chosen
 from emollama_jax.config import Config
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.trace import folder_hash
@@ -45,7 +46,7 @@ def pack(
     if shipped and cfg.weights != "tiny":
         raise UserError(f"{run}: its weights are {cfg.weights}, wanted the package's own: tiny")
     leaves = parameters.named_parameters(model)
-    trained = checkpoint.matching(cfg.train.trainable, leaves, key="train.trainable")
+    trained = chosen(cfg, "trainable", leaves)
     tensors = {name: np.asarray(leaves[name][...]) for name in sorted(trained)}
     # Where its maker kept the data is nobody's business; it is `data` for whoever reads it.
     public = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dir="data"))
@@ -63,7 +64,7 @@ def pack(
             f"{run}: {count:,} parameters, {size / 1e6:.1f} MB with the towers, wanted at most "
             f"{LIMIT / 1e6:g}: train fewer parts"
         )
-    base = checkpoint.base_reference(cfg)
+    base = base_reference(cfg)
     packed.write(out, tensors, public, base=base, learned_from=_sources(cfg), about=about)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {count:,} parameters in float16, {size / 1e6:.2f} MB")

@@ -4,7 +4,7 @@ Both sides do the same work on the same clips, drawn here (H.264 in MP4, 640 × 
 sample 16 segments, resize and crop the frame and the face, build the prompt's tokens, batch. Each
 has two workers, threads here (FFmpeg and Pillow let go of Python's lock), processes there, and they
 take turns in one run, so that whatever else the machine does falls on both. PyTorch runs in a
-process of its own (`benchmarks/torch_data.py`), because the package never imports it.
+process of its own (`torch_sides/torch_data.py`), because the package never imports it.
 """
 
 import dataclasses
@@ -14,8 +14,6 @@ import json
 import math
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,18 +25,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emollama_jax import config
+from emollama_jax.bench.torch_side import TorchProcess
 from emollama_jax.config import Config
 from emollama_jax.data.emotions import label_space
 from emollama_jax.data.items import category_item
 from emollama_jax.data.pipeline import THREADS, make_train_iterator
-from emollama_jax.errors import UserError
+from emollama_jax.faces.reader import Prior
 from emollama_jax.tiny.actionfaces.sample import sample_clip
 
 WIDTH, HEIGHT, FPS, SECONDS = 640, 360, 30, 4
 FACE, DRAWN = 288, 192  # pixels: side of the face's picture in the clip, and as it is drawn
 NAME = "actionfaces/clips"  # whose label words the questions list
 WARM = 2  # batches before a timing starts
-TORCH_SIDE = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "torch_data.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +49,6 @@ class Speed:
     @property
     def ratio(self) -> float:
         return self.ours / self.torch if self.torch else math.nan
-
-
-@dataclasses.dataclass(frozen=True)
-class FacePrior:
-    """What `data/elements.py` reads of an example's face."""
-
-    boxes: np.ndarray
-    found: np.ndarray
-    landmarks: np.ndarray
-    agr: np.ndarray
-    agr_probability: np.ndarray
 
 
 def bench_config(name: str, *, batch: int) -> Config:
@@ -101,7 +88,7 @@ def run(cfg: Config, *, clips: int, batches: int, rounds: int, console: Console)
             bars.update(task, completed=index + 1)
         task = bars.add_task("measuring", total=rounds)
         found = []
-        other = _TorchSide.start(cfg, root, clips)
+        other = _TorchSide(cfg, root, clips) if importlib.util.find_spec("torch") else None
         try:
             for _ in range(rounds):
                 ours = measure(lambda: _ours(cfg, examples), cfg, batches)
@@ -142,7 +129,7 @@ def make_example(folder: pathlib.Path, index: int) -> dict[str, Any]:
     path = folder / f"{index}.mp4"
     path.write_bytes(data)
     grid = np.linspace(-0.8, 0.8, 68, dtype=np.float32)
-    prior = FacePrior(
+    prior = Prior(
         boxes=boxes,
         found=np.ones(len(boxes), bool),
         landmarks=np.tile(np.stack([grid, grid[::-1]], -1), (len(boxes), 1, 1)),
@@ -211,53 +198,14 @@ def _ours(cfg: Config, examples: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
     return make_train_iterator(cfg, open_data=lambda *_: examples, open_priors=lambda *_: priors)
 
 
-class _TorchSide:
-    """The process that runs PyTorch's loader: one number a line in, one out."""
+class _TorchSide(TorchProcess):
+    """The process that runs PyTorch's loader."""
 
-    def __init__(self, process: subprocess.Popen):
-        self._process = process
-
-    @classmethod
-    def start(cls, cfg: Config, folder: pathlib.Path, clips: int) -> Any:
-        """None where PyTorch or the checkout's benchmarks are missing."""
-        if importlib.util.find_spec("torch") is None or not TORCH_SIDE.is_file():
-            return None
-        settings = json.dumps(
-            {
-                "config": config.to_dict(cfg),
-                "folder": str(folder),
-                "clips": clips,
-                "workers": THREADS,
-                "warm": WARM,
-            }
-        )
-        process = subprocess.Popen(
-            [sys.executable, str(TORCH_SIDE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        side = cls(process)
-        side.ask(settings)
-        return side
+    def __init__(self, cfg: Config, folder: pathlib.Path, clips: int):
+        super().__init__("torch_data.py", command="bench data", needs=("torch",))
+        setup = {"folder": str(folder), "clips": clips, "workers": THREADS, "warm": WARM}
+        self.ask(do="build", config=config.to_dict(cfg), **setup)
 
     def measure(self, batches: int) -> float:
-        return float(self.ask(str(batches)))
-
-    def ask(self, line: str) -> str:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise UserError(
-                f"{TORCH_SIDE.name} ended with status {self._process.wait()}; its message is above"
-            )
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        """Frames per second."""
+        return self.ask(do="measure", batches=batches)["speed"]

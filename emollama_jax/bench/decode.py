@@ -1,8 +1,8 @@
 """`emollama bench decode`: tokens per second of greedy decoding, against `transformers`.
 
 The same LLaMA, the same weights, the same prompts, on a CPU: our jitted `decode` on one side, on
-the other `transformers`' `generate` (`benchmarks/torch_decode.py`, in a process of its own, because
-the package never imports PyTorch). They answer in turns, round after round, whole calls of prompt
+the other `transformers`' `generate` (`torch_sides/torch_decode.py`, in a process of its own: the
+package never imports PyTorch). They answer in turns, round after round, whole calls of prompt
 and new tokens and calls of one new token: what lies between the two is the time of the tokens after
 the first. The tokens must be the same, or nothing is printed but the error.
 """
@@ -23,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.numpy import save_file
 
 from emollama_jax import config, imported
 from emollama_jax.bench.options import DecodeSizes
-from emollama_jax.bench.torch_side import TorchProcess, transformers_llama
+from emollama_jax.bench.torch_side import TorchProcess, check_cpu, progress, transformers_llama
 from emollama_jax.config import LlamaConfig
 from emollama_jax.errors import UserError
 from emollama_jax.generate.decode import decode, make_ending
@@ -56,7 +55,7 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchResult:
+class BatchComparison:
     """What was measured of one batch."""
 
     batch: int
@@ -106,7 +105,7 @@ class BatchResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Comparison:
     """What was measured."""
 
     source: str  # of the weights
@@ -114,7 +113,7 @@ class Result:
     threads: int
     sizes: DecodeSizes
     versions: dict[str, str]
-    batches: tuple[BatchResult, ...]
+    batches: tuple[BatchComparison, ...]
 
     def report(self, *, as_json: bool) -> str:
         """What the command prints."""
@@ -151,7 +150,7 @@ class Work:
     source: str
 
 
-def read_folder(folder: pathlib.Path) -> Work:
+def load_folder(folder: pathlib.Path) -> Work:
     """The LLaMA of a folder that `tools.convert_torch` wrote.
 
     Raises:
@@ -255,7 +254,7 @@ class TorchSide(TorchProcess):
 
 def run(
     work: Work, sizes: DecodeSizes, *, batches: Sequence[int], rounds: int, console: Console
-) -> Result:
+) -> Comparison:
     """Measures both sides in turns.
 
     Args:
@@ -269,18 +268,11 @@ def run(
     Raises:
         UserError: PyTorch is missing, or answers that differ.
     """
-    if jax.default_backend() != "cpu":
-        raise UserError(
-            f"bench decode compares CPUs, found {jax.default_backend()}: JAX_PLATFORMS=cpu"
-        )
+    check_cpu("bench decode")
     threads = len(os.sched_getaffinity(0))
     rng = np.random.Generator(np.random.PCG64(0))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     found = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Progress(*columns, TimeElapsedColumn(), console=console) as bars,
-    ):
+    with tempfile.TemporaryDirectory() as folder, progress(console) as bars:
         task = bars.add_task("building the models", total=len(batches) * (1 + rounds))
         torch = TorchSide(work, pathlib.Path(folder), threads=threads)
         try:
@@ -293,12 +285,12 @@ def run(
                 for _ in range(1 + rounds):
                     measured.append(_round(sides, prompts, sizes.new))
                     bars.advance(task)
-                found.append(BatchResult(batch, sizes, tuple(measured[1:])))
+                found.append(BatchComparison(batch, sizes, tuple(measured[1:])))
         finally:
             torch.close()
     parameters = sum(value.size for value in work.params.values())
     versions = {"jax": jax.__version__, **torch.versions}
-    return Result(work.source, parameters, threads, sizes, versions, tuple(found))
+    return Comparison(work.source, parameters, threads, sizes, versions, tuple(found))
 
 
 def _round(sides: dict[str, Callable], prompts: np.ndarray, new: int) -> Round:

@@ -1,7 +1,7 @@
 """The process in which PyTorch is measured, and a LLaMA as it reads one.
 
-The package never imports PyTorch: a script of the checkout's `benchmarks` does, in a process of its
-own, and is asked one thing at a time.
+The package never imports PyTorch: scripts beside it do (`benchmarks/torch_sides`, which a wheel
+carries inside the package), in a process of their own, asked one thing at a time.
 """
 
 import importlib.util
@@ -12,25 +12,52 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from emollama_jax.config import LlamaConfig
 from emollama_jax.errors import UserError
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent.parent / "benchmarks"
+
+def script(name: str) -> pathlib.Path:
+    """A script of PyTorch's sides: inside an installed package, else the checkout's."""
+    inside = pathlib.Path(__file__).parent / "torch_sides"
+    checkout = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "torch_sides"
+    return (inside if inside.is_dir() else checkout) / name
+
+
+def progress(console: Console) -> Progress:
+    """The bar of a comparison."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console)
+
+
+def check_cpu(command: str) -> None:
+    """Refuses other devices.
+
+    Raises:
+        UserError: JAX has found one.
+    """
+    if jax.default_backend() != "cpu":
+        raise UserError(
+            f"{command} compares CPUs, found {jax.default_backend()}: JAX_PLATFORMS=cpu"
+        )
 
 
 class TorchProcess:
     """A request a line in, an answer a line out, both JSON."""
 
-    def __init__(self, script: str, *, command: str, needs: tuple[str, ...]):
+    def __init__(self, name: str, *, command: str, needs: tuple[str, ...]):
         """Starts it.
 
         Args:
-            script: in `benchmarks`.
+            name: file name of the script.
             command: the verb that asks, for messages.
             needs: packages that the script imports.
 
         Raises:
-            UserError: one of them, or the checkout, is missing.
+            UserError: one of them is missing.
         """
         missing = [name for name in needs if importlib.util.find_spec(name) is None]
         if missing:
@@ -38,9 +65,7 @@ class TorchProcess:
                 f"{command} compares with PyTorch; {', '.join(missing)} not found: "
                 "pip install -e '.[parity]'"
             )
-        self._path = BENCHMARKS / script
-        if not self._path.is_file():
-            raise UserError(f"{self._path} not found: {command} needs a checkout")
+        self._path = script(name)
         self._process = subprocess.Popen(
             [sys.executable, str(self._path)],
             stdin=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """`emollama bench train`: tokens per second of the LoRA train step, against PyTorch.
 
 The same LLaMA, the same weights, the same batch, on a CPU: our jitted `train_step` on one side, on
-the other `transformers`' LLaMA with PEFT's adapters (`benchmarks/torch_train.py`, in a process of
+the other `transformers`' LLaMA with PEFT's adapters (`torch_sides/torch_train.py`, in a process of
 its own, because the package never imports PyTorch). Both train, step after step in turns, with
 AdamW, the same learning rates and clipping; neither recomputes activations. Their losses must
 agree at every step, or nothing is printed but the error.
@@ -27,21 +27,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.numpy import save_file
 
-from emollama_jax.batch import IGNORE, Batch
+from emollama_jax.batch import IGNORE, LANDMARKS, Batch
 from emollama_jax.bench.options import TrainSizes
-from emollama_jax.bench.torch_side import TorchProcess, transformers_llama
-from emollama_jax.config import LlamaConfig, LoraConfig, MeshConfig, TrainConfig, load
+from emollama_jax.bench.torch_side import TorchProcess, check_cpu, progress, transformers_llama
+from emollama_jax.checkpoint import ONE_DEVICE
+from emollama_jax.config import Config, EmoLlamaConfig, LlamaConfig, LoraConfig, load
 from emollama_jax.errors import UserError
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.parameters import named_parameters
-from emollama_jax.models.rngs import abstract
+from emollama_jax.models.rngs import Rngs
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.train.optimizer import ADAM_EPS, Optimizer, make_optimizer
-from emollama_jax.train.step import compile_step, init_state, state_shardings
+from emollama_jax.train.optimizer import ADAM_EPS
+from emollama_jax.train.setup import Setup, set_up
 
 AGREE = 1e-4  # by how much the losses of the two float32 sides may differ
 LARGE = 2048  # side of the square product that tells the machine's rate
@@ -81,8 +79,8 @@ def llama_config(sizes: TrainSizes) -> LlamaConfig:
 class TextModel(nnx.Module):
     """The LLM alone, as `train_step` asks for it."""
 
-    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
-        self.llama = Llama(cfg, rngs=rngs)
+    def __init__(self, cfg: EmoLlamaConfig, *, rngs: Rngs):
+        self.llama = Llama(cfg.llama, rngs=rngs)
 
     def hidden(self, batch: Batch, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Final hidden states [B, T, D] of the text."""
@@ -94,15 +92,14 @@ class Work:
     """What both sides do."""
 
     sizes: TrainSizes
-    training: TrainConfig
+    setup: Setup
     params: dict[str, np.ndarray]  # by path, float32
     ids: np.ndarray  # int32 [B, T]
     labels: np.ndarray  # int32 [B, T]
-    optimizer: Optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Comparison:
     """What was measured."""
 
     sizes: TrainSizes
@@ -177,7 +174,7 @@ def make_work(sizes: TrainSizes, *, seed: int = 0) -> Work:
         raise UserError(f"--width {sizes.width}: must be an even multiple of --heads {sizes.heads}")
     if sizes.answer is not None and not 0 < sizes.answer < sizes.length:
         raise UserError(f"--answer {sizes.answer}: must lie between 0 and --length {sizes.length}")
-    params = named_parameters(_abstract(sizes))
+    setup = set_up(_config(sizes), make_mesh(ONE_DEVICE), build=TextModel)
     rng = np.random.Generator(np.random.PCG64(seed))
 
     def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -187,29 +184,36 @@ def make_work(sizes: TrainSizes, *, seed: int = 0) -> Work:
             return np.zeros(shape, np.float32)
         return rng.standard_normal(shape, np.float32) * np.float32(0.02)
 
-    training = dataclasses.replace(
-        load("tiny").train, steps=1000, learning_rate=1e-3, warmup=0.0, projector=()
-    )
     ids = rng.integers(0, sizes.vocab, (sizes.batch, sizes.length)).astype(np.int32)
     labels = ids.copy()
     if sizes.answer is not None:
         labels[:, : -sizes.answer] = IGNORE
     return Work(
         sizes=sizes,
-        training=training,
-        params={path: draw(path, leaf.shape) for path, leaf in sorted(params.items())},
+        setup=setup,
+        params={path: draw(path, leaf.shape) for path, leaf in setup.model.params.items()},
         ids=ids,
         labels=labels,
-        optimizer=make_optimizer(training, params, trainable=[p for p in params if _trains(p)]),
     )
 
 
-def _abstract(sizes: TrainSizes) -> TextModel:
-    return abstract(lambda rngs: TextModel(llama_config(sizes), rngs=rngs))
-
-
-def _trains(path: str) -> bool:
-    return path.endswith(("lora_A", "lora_B"))
+def _config(sizes: TrainSizes) -> Config:
+    """A run that trains the adapters."""
+    cfg = load("tiny")
+    training = dataclasses.replace(
+        cfg.train,
+        steps=1000,
+        seed=0,
+        accumulation=1,
+        loss_chunk=64,
+        trainable=(".*lora_[AB]",),
+        learning_rate=1e-3,
+        projector=(),
+        warmup=0.0,
+        frozen_dtype="float32",
+    )
+    model = dataclasses.replace(cfg.model, llama=llama_config(sizes))
+    return dataclasses.replace(cfg, model=model, train=training, mesh=ONE_DEVICE, xla=())
 
 
 def _batch(work: Work) -> Batch:
@@ -219,7 +223,7 @@ def _batch(work: Work) -> Batch:
         frames=np.zeros((examples, 0, 1, 1, 3), np.uint8),
         faces=np.zeros((examples, 0, 1, 1, 3), np.uint8),
         face_found=np.zeros((examples, 0), bool),
-        landmarks=np.zeros((examples, 0, 68, 2), np.float32),
+        landmarks=np.zeros((examples, 0, LANDMARKS, 2), np.float32),
         ids=work.ids,
         labels=work.labels,
         length=np.full(examples, length, np.int32),
@@ -232,34 +236,18 @@ def _batch(work: Work) -> Batch:
 
 def jax_side(work: Work) -> Callable[[], tuple[float, float]]:
     """Our step: each call is one more, and gives (loss before the update, seconds)."""
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
-    model = _abstract(work.sizes)
-    shardings = param_shardings(named_parameters(model), mesh, preset="fsdp").params
-    params = {path: jax.device_put(work.params[path], s) for path, s in shardings.items()}
-    frozen = {path: leaf for path, leaf in params.items() if not _trains(path)}
-    with jax.set_mesh(mesh):
-        state = init_state(
-            work.optimizer, {path: leaf for path, leaf in params.items() if _trains(path)}, seed=0
-        )
-        where = state_shardings(state, shardings, mesh)
-        state = jax.device_put(state, where)
-    step = compile_step(
-        nnx.split(model)[0],
-        work.optimizer,
-        frozen={path: shardings[path] for path in frozen},
-        state=where,
-        mesh=mesh,
-        accumulation=1,
-        loss_chunk=64,
-        xla={},
-    )
+    setup, mesh = work.setup, work.setup.model.mesh
+    params = {path: jax.device_put(work.params[path], s) for path, s in setup.model.places.items()}
+    frozen = {path: params[path] for path in setup.frozen}
     batch = jax.device_put(_batch(work), jax.devices()[0])
+    with jax.set_mesh(mesh):
+        state = setup.start({path: params[path] for path in setup.state.params})
 
     def run() -> tuple[float, float]:
         nonlocal state
         start = time.perf_counter()
         with jax.set_mesh(mesh):
-            state, metrics = step(frozen, state, batch)
+            state, metrics = setup.step(frozen, state, batch)
         jax.block_until_ready(state)
         return float(metrics.loss), time.perf_counter() - start
 
@@ -285,7 +273,7 @@ class TorchSide(TorchProcess):
 
 def _torch_setup(work: Work, folder: pathlib.Path, *, threads: int) -> dict[str, Any]:
     """A `build` request but for its name and dtype; weights and batch as files in a folder."""
-    cfg, training = llama_config(work.sizes), work.training
+    cfg, training = llama_config(work.sizes), work.setup.model.cfg.train
     save_file(work.params, folder / "weights.safetensors")
     save_file({"input_ids": work.ids, "labels": work.labels}, folder / "batch.safetensors")
     return {
@@ -324,7 +312,7 @@ def product_rate(products: Sequence[tuple[int, int, int, int]]) -> float:
     return flops / seconds
 
 
-def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result:
+def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Comparison:
     """Measures all sides in turns, step after step.
 
     Args:
@@ -336,18 +324,11 @@ def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result
     Raises:
         UserError: PyTorch is missing, sizes that do not fit, or losses that differ.
     """
-    if jax.default_backend() != "cpu":
-        raise UserError(
-            f"bench train compares CPUs, found {jax.default_backend()}: JAX_PLATFORMS=cpu"
-        )
+    check_cpu("bench train")
     work, threads = make_work(sizes), len(os.sched_getaffinity(0))
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     difference = 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Progress(*columns, TimeElapsedColumn(), console=console) as bars,
-    ):
+    with tempfile.TemporaryDirectory() as folder, progress(console) as bars:
         task = bars.add_task("building the models", total=len(SIDES) * (warm + steps))
         torch = TorchSide(work, pathlib.Path(folder), threads=threads)
         try:
@@ -364,7 +345,7 @@ def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result
             ours = jax_side(work)
             for i in range(warm + steps):
                 losses = {}
-                rate = float(work.optimizer.learning_rate(jnp.int32(i)))
+                rate = float(work.setup.optimizer.learning_rate(jnp.int32(i)))
                 for side in SIDES:
                     bars.update(task, description=f"{'warm-up' if i < warm else 'step'}, {side}")
                     call = ours if side == SIDES[0] else None
@@ -380,4 +361,4 @@ def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Result
                     )
         finally:
             torch.close()
-    return Result(sizes, threads, max(rates[0].values()), seconds, rates[1], difference)
+    return Comparison(sizes, threads, max(rates[0].values()), seconds, rates[1], difference)

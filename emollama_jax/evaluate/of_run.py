@@ -32,14 +32,13 @@ from emollama_jax.evaluate.parse.answers import best_label, parse_answer
 from emollama_jax.evaluate.protocol import Prediction
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.generate.decode import decode, make_ending, texts
-from emollama_jax.generate.flagged import of_backend
 from emollama_jax.generate.label_scores import Labels, pad_labels, score
 from emollama_jax.generate.prompt import Prompt, embed
 from emollama_jax.generate.sampling import sampling
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.llama_by_token import laid_out
 from emollama_jax.sharding.distributed import gather, place_batch, share, whole
-from emollama_jax.sharding.mesh import batch_shards, make_mesh
+from emollama_jax.sharding.mesh import batch_shards, flags_for, make_mesh
 
 Answering = Literal["generate", "score"]
 ANSWER_TOKENS = 8  # of a class name, its end included; more would be an answer of another kind
@@ -53,7 +52,7 @@ class Speaker:
         self._model, self._llama = nnx.split(model), nnx.split(model.llama)
         self._how = sampling(cfg.generate)
         self._ending = make_ending(self.chat.stop, self.chat.pad)
-        self._flags = of_backend(cfg.xla_flags)
+        self._flags = flags_for(jax.devices()[0], cfg.xla_flags)
 
     def read(self, batch: Batch) -> Prompt:
         """Looks at the frames and reads the question."""

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emollama_jax.data.face_crop import Faces, crop_face
-from emollama_jax.models.eva_vit import normalise
 from emollama_jax.models.facexformer import FaceXFormer
+from emollama_jax.models.layers import normalise
 from emollama_jax.models.parameters import named_parameters
 
 Detect = Callable[[Sequence[np.ndarray]], Sequence[Faces]]  # uint8 [H, W, 3] each → its faces

@@ -153,8 +153,8 @@ def stream(
         raise ValueError(f"{prompt.embeds.shape[0]} prompts: a stream answers one")
     limit, fixed = _at_least_one(max_new_tokens), (how, make_ending(stop, pad))
     flags = flags or {}
-    following = _next.under(flags)
-    loop = _first.under(flags)(*llama, prompt, *fixed, max_new_tokens=limit)
+    following = next_token.under(flags)
+    loop = first_token.under(flags)(*llama, prompt, *fixed, max_new_tokens=limit)
     pieces = Detokenizer(to_text)
     while True:
         token, stopped = jax.device_get((loop.token, loop.answer.stopped))
@@ -254,12 +254,12 @@ def _take(state: DecodeState, token: Int[Array, " b"], ending: Ending) -> Decode
 
 
 @flagged(static_argnames=("graphdef", "max_new_tokens"))
-def _first(graphdef, state, prompt, how, ending, *, max_new_tokens) -> DecodeState:
+def first_token(graphdef, state, prompt, how, ending, *, max_new_tokens) -> DecodeState:
     return _start(nnx.merge(graphdef, state), prompt, how, ending, max_new_tokens=max_new_tokens)
 
 
 @flagged(static_argnames="graphdef", donate_argnames="loop")
-def _next(graphdef, state, loop, how, ending) -> DecodeState:
+def next_token(graphdef, state, loop, how, ending) -> DecodeState:
     return _advance(nnx.merge(graphdef, state), loop, how, ending)
 
 

@@ -31,8 +31,3 @@ class Flagged(Generic[P, R]):
 def flagged(**how: Any) -> Callable[[Callable[P, R]], Flagged[P, R]]:
     """`Flagged` as a decorator."""
     return functools.partial(Flagged, **how)
-
-
-def of_backend(flags: Mapping[str, str]) -> Mapping[str, str]:
-    """A run's flags on a TPU, none elsewhere: no other compiler knows them."""
-    return flags if jax.default_backend() == "tpu" else {}

@@ -329,3 +329,27 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Arr
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(f"attention: cudnn computes in bfloat16, found {q.dtype}: use xla")
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+
+def attend(
+    q: Float[Array, "... t n h"],
+    k: Float[Array, "... s n h"],
+    v: Float[Array, "... s n h"],
+    *,
+    offset: Float[Array, "... n t s"] | None = None,
+) -> Float[Array, "... t n h"]:
+    """Scaled dot-product attention over any leading axes, logits and softmax in float32.
+
+    `attention` knows no windows, and its grouped heads cost twice the time where heads and
+    sequences are as small as a window's.
+
+    Args:
+        q, k, v: queries, keys and values.
+        offset: added to the logits; leading axes broadcast.
+    """
+    logits = jnp.einsum("...tnh,...snh->...nts", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if offset is not None:
+        logits = logits + offset
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...nts,...snh->...tnh", weights, v)

@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from emollama_jax.batch import Batch
 from emollama_jax.config import EmoLlamaConfig
-from emollama_jax.models.eva_vit import EvaVit, normalise
+from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.face_info_mining import FaceInfoMining
 from emollama_jax.models.facexformer import FaceXFormer
-from emollama_jax.models.layers import split_keys
+from emollama_jax.models.layers import normalise, split_keys
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.qformer import QFormer
 from emollama_jax.models.rngs import Rngs

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from emollama_jax.config import EvaVitConfig
 from emollama_jax.errors import UserError
@@ -31,14 +31,6 @@ from emollama_jax.models.layers import (
 )
 from emollama_jax.models.rngs import Rngs
 from emollama_jax.sharding.points import features
-
-
-def normalise(
-    frames: UInt8[Array, "*b 3"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Array, "*b 3"]:
-    """uint8 pixels to float32 (x / 255 − mean) / std, channel by channel."""
-    x = frames.astype(jnp.float32) / 255
-    return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def _fused(key: jax.Array, shape: Sequence[int], dtype) -> jax.Array:

@@ -20,6 +20,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from emollama_jax.batch import LANDMARKS
 from emollama_jax.config import FaceInfoMiningConfig
 from emollama_jax.models.attention import attention
 from emollama_jax.models.layers import (
@@ -31,8 +32,6 @@ from emollama_jax.models.layers import (
     zeros,
 )
 from emollama_jax.models.rngs import Rngs
-
-LANDMARKS = 68
 
 
 @flax.struct.dataclass

@@ -15,9 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emollama_jax.config import FaceXFormerConfig
+from emollama_jax.models.attention import attend
 from emollama_jax.models.layers import LayerNorm, Linear, dot, gelu, param, zeros
 from emollama_jax.models.rngs import Rngs
-from emollama_jax.models.swin import Swin, attend
+from emollama_jax.models.swin import Swin
 
 # The decoder's tokens in their order, with the width of each one's head.
 TASKS = {

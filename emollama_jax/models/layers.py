@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from emollama_jax.config import LoraConfig, Remat, RopeLlama3Config
 from emollama_jax.models.rngs import Module, Rngs, Shapes, stacked
@@ -30,6 +30,14 @@ def param(init: Init, shape: Sequence[int], axes: Sequence[str | None], *, rngs:
     if isinstance(rngs, Shapes):
         return nnx.Param(jax.ShapeDtypeStruct(tuple(shape), jnp.float32), axes=tuple(axes))
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+def normalise(
+    frames: UInt8[Array, "*b 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "*b 3"]:
+    """uint8 pixels to float32 (x / 255 − mean) / std, channel by channel."""
+    x = frames.astype(jnp.float32) / 255
+    return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def dot(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:

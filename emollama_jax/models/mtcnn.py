@@ -30,7 +30,7 @@ from emollama_jax.ahead import ahead
 from emollama_jax.models import mtcnn_search
 from emollama_jax.models.layers import Linear, param, torch_linear, zeros
 from emollama_jax.models.mtcnn_search import Candidates, Level, Tiles
-from emollama_jax.models.parameters import WEIGHTS, load
+from emollama_jax.models.parameters import WEIGHTS, fill
 from emollama_jax.models.rngs import Rngs, abstract
 
 _Rows = dict[str, np.ndarray]  # a network's inputs, by the names of its arguments
@@ -187,7 +187,7 @@ class Mtcnn(nnx.Module):
 def load_mtcnn() -> Mtcnn:
     """The networks with facenet-pytorch's trained weights, which the package carries."""
     mtcnn = abstract(lambda rngs: Mtcnn(rngs=rngs))
-    load(mtcnn, WEIGHTS / "mtcnn.safetensors")
+    fill(mtcnn, WEIGHTS / "mtcnn.safetensors")
     return mtcnn
 
 

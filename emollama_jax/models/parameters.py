@@ -1,11 +1,13 @@
-"""The tiny towers that the package carries, and weights of any module as one safetensors file.
+"""Parameters by their paths: names, patterns over them, and one module's as a safetensors file.
 
-The real model starts from pretrained EVA-ViT, FaceXFormer and Vicuna; the tiny one starts from
-these (made by `emollama pretrain tiny`, docs/tiny.md).
+A path is what checkpoints, patterns, shardings and imported weights speak of, e.g.
+`llama/layers/q_proj/kernel`.
 """
 
+import difflib
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,17 +15,57 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from emollama_jax import config_weights
-from emollama_jax.errors import UserError
+from emollama_jax.errors import UserError, some
 
-WEIGHTS = pathlib.Path(__file__).parent / "weights"
-TINY = {tower: f"tiny_{tower}" for tower in config_weights.TOWERS}  # tower → file
+WEIGHTS = pathlib.Path(__file__).parent / "weights"  # files that the package carries
+ADAPTERS = ("lora_A", "lora_B")
 
 
 def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
-    """Every parameter by its path, e.g. `llama/layers/q_proj/kernel`, sorted."""
+    """Every parameter by its path, sorted."""
     leaves = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return dict(sorted(("/".join(map(str, path)), leaf) for path, leaf in leaves))
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path is one of LoRA's, which a base does not hold."""
+    return path.endswith(ADAPTERS)
+
+
+def matching(
+    patterns: Iterable[str],
+    paths: Collection[str],
+    *,
+    key: str,
+    elsewhere: Callable[[], Collection[str]] = tuple,
+) -> frozenset[str]:
+    """The parameter paths that any of the regular expressions matches as a whole.
+
+    Args:
+        patterns: e.g. "llama/.*lora_[AB]".
+        paths: all parameter paths of a model.
+        key: config key that holds the patterns, for the message.
+        elsewhere: parameter paths of parts that this model was told to do without; a pattern may
+            match one of them alone.
+
+    Raises:
+        UserError: not a regular expression, or one that matches nothing.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
+        matched = set(filter(compiled.fullmatch, paths))
+        if not matched and not any(map(compiled.fullmatch, elsewhere())):
+            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0) or sorted(paths)[:3]
+            raise UserError(
+                f"{key}: {pattern!r} matches no parameter (near: {', '.join(near)}): patterns "
+                "match whole paths"
+            )
+        found |= matched
+    return frozenset(found)
 
 
 def save(module: nnx.Module, path: pathlib.Path, *, dtype: str = "float16") -> None:
@@ -31,30 +73,30 @@ def save(module: nnx.Module, path: pathlib.Path, *, dtype: str = "float16") -> N
     tensors = {
         name: np.asarray(leaf[...]).astype(dtype)
         for name, leaf in named_parameters(module).items()
-        if _kept(name)
+        if not is_adapter(name)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
 
 
-def load(module: nnx.Module, path: pathlib.Path) -> None:
-    """Fills a module's parameters in place as float32; adapters keep their start.
+def fill(module: nnx.Module, path: pathlib.Path) -> None:
+    """Sets a module's parameters, as float32, to those of a file; adapters keep their start.
 
     The module may be abstract (`rngs.abstract`): nothing that the file holds need be made first.
 
     Raises:
-        UserError: the file is absent, not safetensors, or of another shape or set of names.
+        UserError: as of `load`.
     """
-    leaves = {name: leaf for name, leaf in named_parameters(module).items() if _kept(name)}
-    for name, tensor in read(path, {name: leaf.shape for name, leaf in leaves.items()}).items():
+    leaves = {name: leaf for name, leaf in named_parameters(module).items() if not is_adapter(name)}
+    for name, tensor in load(path, {name: leaf.shape for name, leaf in leaves.items()}).items():
         leaves[name].set_value(jax.device_put(tensor))  # of this host, wherever it was
 
 
-def read(path: pathlib.Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+def load(path: pathlib.Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
     """A file's tensors as float32, all of these names and shapes.
 
     Raises:
-        UserError: as of `load`.
+        UserError: the file is absent, not safetensors, or of another shape or set of names.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
@@ -70,38 +112,5 @@ def read(path: pathlib.Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, n
             problems.append(f"{name} is {tensors[name].shape}, wanted {tuple(shape)}")
     problems += [f"{name} has no place in the model" for name in tensors if name not in shapes]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{path}: weights of another config: {'; '.join(problems[:3])}{more}")
+        raise UserError(f"{path}: weights of another config: {some(problems)}")
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
-
-
-def towers(start: config_weights.Weights) -> list[str]:
-    """Those of `TINY` that a config's `weights` name."""
-    named = config_weights.towers(start)
-    return [tower for tower in TINY if tower in named]
-
-
-def read_tiny(shapes: Mapping[str, Sequence[int]], towers: Sequence[str]) -> dict[str, np.ndarray]:
-    """The package's towers for a model.
-
-    Args:
-        shapes: of the model's parameters by path, e.g. `vision/cls_token`.
-        towers: of `TINY`.
-
-    Raises:
-        UserError: as of `load`.
-    """
-    found = {}
-    for tower in towers:
-        mine = {
-            path.removeprefix(f"{tower}/"): shape
-            for path, shape in shapes.items()
-            if path.startswith(f"{tower}/") and _kept(path)
-        }
-        tensors = read(WEIGHTS / f"{TINY[tower]}.safetensors", mine)
-        found |= {f"{tower}/{name}": tensor for name, tensor in tensors.items()}
-    return found
-
-
-def _kept(path: str) -> bool:
-    return not path.endswith(("lora_A", "lora_B"))

@@ -8,7 +8,6 @@ Stochastic depth is left out: it is the identity in evaluation. Kernels start at
 for a Linear, which unlike torchvision's fixed 0.02 suits small widths too.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from emollama_jax.config import Remat, SwinConfig
 from emollama_jax.errors import UserError
+from emollama_jax.models.attention import attend
 from emollama_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -29,30 +29,6 @@ from emollama_jax.models.layers import (
 from emollama_jax.models.rngs import Rngs
 
 APART = -100.0  # Swin's logit offset between tokens that only the cyclic shift made neighbours
-
-
-def attend(
-    q: Float[Array, "... t n h"],
-    k: Float[Array, "... s n h"],
-    v: Float[Array, "... s n h"],
-    *,
-    offset: Float[Array, "... n t s"] | None = None,
-) -> Float[Array, "... t n h"]:
-    """Scaled dot-product attention over any leading axes, logits and softmax in float32.
-
-    `models/attention.py` knows no windows, and its grouped heads cost twice the time where heads
-    and sequences are this small.
-
-    Args:
-        q, k, v: queries, keys and values.
-        offset: added to the logits; leading axes broadcast.
-    """
-    logits = jnp.einsum("...tnh,...snh->...nts", q, k, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    if offset is not None:
-        logits = logits + offset
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("...nts,...snh->...tnh", weights, v)
 
 
 def relative_index(window: int) -> Int[np.ndarray, "t s"]:

@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from emollama_jax import config_content
 from emollama_jax.batch import IMAGE_TOKEN
 from emollama_jax.config import QFormerConfig
 from emollama_jax.errors import UserError
@@ -22,42 +23,16 @@ from emollama_jax.models.layers import LayerNorm, Linear, gelu
 from emollama_jax.models.rngs import Rngs
 
 
-def content_tokens(kind: str, patches: int) -> int:
-    """Content tokens of a frame: `patches` for "all", 1 for "mean", else the grid's cells.
-
-    "grid:n" pools windows of side // n, and leaves out what does not fill a window. So the result
-    has n × n cells only where n divides the side: 16 × 16 patches give 3 × 3 for "grid:3" (the last
-    row and column left out), but 8 × 8 for "grid:6".
-    """
-    if kind == "all":
-        return patches
-    if kind == "mean":
-        return 1
-    return _grid(kind, patches)[1] ** 2
-
-
-def _grid(kind: str, patches: int) -> tuple[int, int]:
-    """The window and the cells along one side of "grid:n"."""
-    side = math.isqrt(patches)
-    n = int(kind.removeprefix("grid:"))
-    if n > side:
-        raise UserError(
-            f"model.content: {kind}, but a frame has {side} × {side} patches: "
-            f"choose grid:{side} or smaller, or all"
-        )
-    window = side // n
-    return window, side // window
-
-
 def pool(patches: Float[Array, "b p d"], kind: str) -> Float[Array, "b n d"]:
-    """Patches, row by row, to n pooled ones; see `content_tokens`."""
-    if kind == "all":
+    """Patches, row by row, to content tokens, each the mean of a window."""
+    side, window = math.isqrt(patches.shape[1]), config_content.window(kind, patches.shape[1])
+    if window == 1:
         return patches
-    if kind == "mean":
+    if window == side:
         return patches.mean(axis=1, keepdims=True)
-    window, cells = _grid(kind, patches.shape[1])
-    picture = rearrange(patches, "b (h w) d -> b h w d", h=math.isqrt(patches.shape[1]))
-    picture = picture[:, : cells * window, : cells * window]
+    picture = rearrange(patches, "b (h w) d -> b h w d", h=side)
+    whole = side - side % window
+    picture = picture[:, :whole, :whole]
     blocks = rearrange(picture, "b (h i) (w j) d -> b (h w) (i j) d", i=window, j=window)
     return blocks.mean(axis=2)
 

@@ -4,13 +4,12 @@ import json
 import sys
 
 from rich.console import Console
-from rich.table import Table
 
 from emollama_jax.config import Config
 from emollama_jax.scale import steps, topologies
 from emollama_jax.scale.plan import make_plan, to_dict
 from emollama_jax.scale.search import search
-from emollama_jax.scale.table import show
+from emollama_jax.scale.table import show, show_search
 
 
 def run(
@@ -53,34 +52,13 @@ def run(
         else:
             count = len(topologies.devices(topology, cfg.mesh.slices))
             found = search(cfg, topology, count, step=step, kind=kind, tell=console.print)
-            plan = next(one.plan for one in found if one.plan)
+            plan = next(best.plan for best in found if best.plan)
     if as_json:
         tree = to_dict(plan)
         if found:
-            tree["search"] = [
-                {
-                    "preset": one.preset,
-                    "examples": one.plan.shapes.examples if one.plan else 0,
-                    "seconds_per_example": one.per_example if one.plan else None,
-                }
-                for one in found
-            ]
+            tree["search"] = [best.to_dict() for best in found]
         print(json.dumps(tree, indent=2))
         return
     if found:
-        table = Table(title="Presets, the best first", title_justify="left", title_style="bold")
-        for column in ("preset", "largest batch that fits", "s an example", "memory"):
-            table.add_column(column)
-        for one in found:
-            if one.plan is None:
-                table.add_row(one.preset, one.why, "", "")
-                continue
-            memory = one.plan.memory
-            table.add_row(
-                one.preset,
-                f"{one.plan.shapes.examples}",
-                f"{one.per_example:.4f}",
-                f"{memory.total / memory.capacity:.0%}",
-            )
-        out.print(table)
+        show_search(found, out)
     show(plan, out)

@@ -9,8 +9,8 @@ import collections
 import dataclasses
 from collections.abc import Collection, Iterator
 
+from emollama_jax.batch import LANDMARKS
 from emollama_jax.config import Config
-from emollama_jax.models.face_info_mining import LANDMARKS
 from emollama_jax.models.facexformer import PARSING_CLASSES, TASKS
 
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from emollama_jax.base import AbstractModel, abstract_model
 from emollama_jax.config import Config, MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.scale import flops, hlo, moved, steps
@@ -141,44 +142,24 @@ def make_plan(
 
     Raises:
         DoesNotFit: the compiler says so.
-        UserError: an unknown topology, no libtpu, a mesh or batch that does not divide, an XLA flag
-            that the compiler does not know, arguments that hold more than the parameters.
+        UserError: an unknown topology or XLA flag, no libtpu, sizes or arguments that do not fit.
     """
     chip = chip_of(topology)
-    found = devices(topology, cfg.mesh.slices)
-    mesh = slice_mesh(cfg.mesh, found)
+    mesh = slice_mesh(cfg.mesh, devices(topology, cfg.mesh.slices))
     shapes = steps.shapes(cfg, kind, step, examples=examples)
     start = time.monotonic()
-    seconds = 0.0
-
-    def compiled(program: steps.Program) -> jax.stages.Compiled:
-        nonlocal seconds
-        tell(f"{program.name}: compiling for {topology}")
-        before = time.monotonic()
-        result = compile_program(program, cfg)
-        seconds += time.monotonic() - before
-        return result
-
     tell(f"{cfg.name}: tracing the {step} step")
-    with jax.set_mesh(mesh):
-        if step == "train":
-            programs = steps.lower_train(cfg, mesh, shapes)
-        elif step == "prefill":
-            programs = steps.lower_prefill(cfg, mesh, shapes)
-        else:
-            programs = steps.lower_decode(cfg, mesh, shapes, compiled)
-        results = [(program, compiled(program)) for program in programs]
-    total, memories = Cost(), []
-    activations: list[moved.Moved] = []
-    price = make_price(chip, mesh)
-    whole = steps.abstract_model(cfg, mesh)
-    known = steps.gathered_shapes(whole)
+    results, seconds = _compile_step(
+        cfg, mesh, shapes, step, lambda name: tell(f"{name}: compiling for {topology}")
+    )
+    total, memories, activations = Cost(), [], []
+    price, whole = make_price(chip, mesh), abstract_model(cfg, mesh)
     for program, result in results:
         tell(f"{program.name}: reading {time.monotonic() - start:.0f} s after the start")
         module = hlo.parse(result.as_text())
         total.add(cost(module, dict(mesh.shape), price, part=program.part))
         memories.append(_memory(program, result, module, chip))
-        activations += moved.activations(module, known)
+        activations += moved.activations(module, steps.gathered_shapes(whole))
     model = _model_flops(cfg, whole, shapes, step)
     return Plan(
         config=cfg.name,
@@ -200,6 +181,31 @@ def make_plan(
         activations=tuple(activations),
         chip=chip,
     )
+
+
+def _compile_step(
+    cfg: Config, mesh: Mesh, shapes: steps.Shapes, step: steps.Step, told: Callable[[str], None]
+) -> tuple[list[tuple[steps.Program, jax.stages.Compiled]], float]:
+    """The programs of a step, compiled, and the seconds that compiling took."""
+    seconds = 0.0
+
+    def compiled(program: steps.Program) -> jax.stages.Compiled:
+        nonlocal seconds
+        told(program.name)
+        before = time.monotonic()
+        result = compile_program(program, cfg)
+        seconds += time.monotonic() - before
+        return result
+
+    with jax.set_mesh(mesh):
+        if step == "train":
+            programs = steps.lower_train(cfg, mesh, shapes)
+        elif step == "prefill":
+            programs = steps.lower_prefill(cfg, mesh, shapes)
+        else:
+            programs = steps.lower_decode(cfg, mesh, shapes, compiled)
+        results = [(program, compiled(program)) for program in programs]
+    return results, seconds
 
 
 def slice_mesh(cfg: MeshConfig, found: Sequence[jax.Device]) -> Mesh:
@@ -322,7 +328,7 @@ def _memory(
 
 
 def _model_flops(
-    cfg: Config, whole: steps.Abstract, shapes: steps.Shapes, step: steps.Step
+    cfg: Config, whole: AbstractModel, shapes: steps.Shapes, step: steps.Step
 ) -> flops.ModelFlops:
     if step == "decode":
         slots = shapes.tokens + cfg.generate.max_new_tokens

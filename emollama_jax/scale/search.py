@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from emollama_jax.config import Config
 from emollama_jax.errors import UserError
@@ -15,17 +16,24 @@ LIMIT = 1024  # examples of one part of the batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """The best of one preset; None where one example does not fit."""
+class Best:
+    """The plan of a preset's largest batch; None where one example does not fit."""
 
     preset: str
     plan: Plan | None
-    why: str = ""
 
     @property
     def per_example(self) -> float:
         """Estimated seconds of a step for each of its examples."""
         return float("inf") if self.plan is None else self.plan.seconds / self.plan.shapes.examples
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {
+            "preset": self.preset,
+            "examples": self.plan.shapes.examples if self.plan else 0,
+            "seconds_per_example": self.per_example if self.plan else None,
+        }
 
 
 def search(
@@ -37,7 +45,7 @@ def search(
     kind: steps.Kind,
     tell: Callable[[str], None],
     plan: Callable[..., Plan] = make_plan,
-) -> list[Found]:
+) -> list[Best]:
     """Tries every preset that the mesh allows, each with its largest batch.
 
     Args:
@@ -78,8 +86,7 @@ def search(
             )
             return made if made.memory.fits else None
 
-        best = largest(trial)
-        found.append(Found(preset, best, "" if best else "one example does not fit"))
+        found.append(Best(preset, largest(trial)))
     if not any(one.plan for one in found):
         raise UserError(
             f"{cfg.name} on {topology}: no preset fits with one example for each part of the "

@@ -1,13 +1,12 @@
 """The real steps, lowered with shapes in place of arrays: no weight is read, nothing is allocated.
 
-The train step is `train/step.py`'s `compile_step`; prefill and decode are `generate`'s jitted
+The train step is that of `train/setup.py`; prefill and decode are `generate`'s jitted
 functions, as `emollama eval` calls them. What differs from a run is that every argument is a
 `jax.ShapeDtypeStruct` with the sharding that the run would give it.
 """
 
 import collections
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,21 +17,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from emollama_jax.batch import Batch
-from emollama_jax.checkpoint import matching
+from emollama_jax.base import AbstractModel, abstract_model
+from emollama_jax.batch import LANDMARKS, Batch
 from emollama_jax.config import Config
 from emollama_jax.errors import UserError
 from emollama_jax.generate import decode
 from emollama_jax.generate.prompt import Prompt, embed
-from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.models.face_info_mining import LANDMARKS
 from emollama_jax.models.parameters import named_parameters
-from emollama_jax.models.rngs import abstract
 from emollama_jax.scale.cost import OTHER
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards, replicated
-from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.train.optimizer import make_optimizer
-from emollama_jax.train.step import compile_step, init_state, state_shardings
+from emollama_jax.train.setup import set_up
 
 # (dtype, shape of one device's part) → how many
 Shards = collections.Counter[tuple[str, tuple[int, ...]]]
@@ -113,35 +107,7 @@ def abstract_batch(cfg: Config, mesh: Mesh, shapes: Shapes) -> Batch:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Abstract:
-    """The model of a run without numbers: shapes, dtypes and shardings as the run has them."""
-
-    model: EmoLlama
-    leaves: dict[str, nnx.Param]  # by path, float32 as at birth
-    params: dict[str, jax.ShapeDtypeStruct]  # by path
-    trainable: frozenset[str]
-    replicated: tuple[str, ...]  # dimensions whose sharding rule was not followed
-
-
-def abstract_model(cfg: Config, mesh: Mesh) -> Abstract:
-    """The model of a run: trainable leaves float32, frozen ones in `train.frozen_dtype`."""
-    model = abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs))
-    leaves = named_parameters(model)
-    trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
-    where = param_shardings(leaves, mesh, preset=cfg.mesh.preset)
-    params = {
-        path: jax.ShapeDtypeStruct(
-            leaf.shape,
-            jnp.float32 if path in trainable else jnp.dtype(cfg.train.frozen_dtype),
-            sharding=where.params[path],
-        )
-        for path, leaf in leaves.items()
-    }
-    return Abstract(model, leaves, params, trainable, where.replicated)
-
-
-def gathered_shapes(whole: Abstract) -> set[tuple[int, ...]]:
+def gathered_shapes(whole: AbstractModel) -> set[tuple[int, ...]]:
     """Shapes that a gather of parameters gives, and that of one layer where they are stacked.
 
     A parameter may come together over `fsdp` alone and stay split over `tensor`; and the parts of
@@ -167,35 +133,17 @@ def gathered_shapes(whole: Abstract) -> set[tuple[int, ...]]:
 
 
 def lower_train(cfg: Config, mesh: Mesh, shapes: Shapes) -> list[Program]:
-    """The train step of `train/loop.py`. The mesh must be entered."""
-    whole = abstract_model(cfg, mesh)
-    trained = {path: whole.params[path] for path in sorted(whole.trainable)}
-    frozen = {p: leaf for p, leaf in whole.params.items() if p not in whole.trainable}
-    optimizer = make_optimizer(cfg.train, whole.leaves, trainable=whole.trainable)
-    state = jax.eval_shape(functools.partial(init_state, optimizer, seed=0), trained)
-    places = {path: leaf.sharding for path, leaf in whole.params.items()}
-    shardings = state_shardings(state, places, mesh)
-    state = jax.tree.map(placed, state, shardings)
-    batch = abstract_batch(cfg, mesh, shapes)
-    step = compile_step(
-        nnx.graphdef(whole.model),
-        optimizer,
-        frozen={path: places[path] for path in frozen},
-        state=shardings,
-        mesh=mesh,
-        accumulation=cfg.train.accumulation,
-        loss_chunk=cfg.train.loss_chunk,
-        xla=cfg.xla_flags,
-    )
+    """The train step of `train/setup.py`. The mesh must be entered."""
+    setup, batch = set_up(cfg, mesh), abstract_batch(cfg, mesh, shapes)
     return [
         Program(
             "train",
             OTHER,
-            step.lower(frozen, state, batch),
+            setup.step.lower(setup.frozen, setup.state, batch),
             {
-                "frozen parameters": shards(frozen),
-                "trained parameters": shards(state.params),
-                "optimizer": shards(state.replace(params={})),
+                "frozen parameters": shards(setup.frozen),
+                "trained parameters": shards(setup.state.params),
+                "optimizer": shards(setup.state.replace(params={})),
                 "batch": shards(batch),
             },
         )
@@ -206,7 +154,7 @@ def lower_prefill(cfg: Config, mesh: Mesh, shapes: Shapes) -> list[Program]:
     """Both towers and the text, then the prompt's pass and the first token."""
     whole = abstract_model(cfg, mesh)
     batch = abstract_batch(cfg, mesh, shapes)
-    graphdef, state = _split(whole.model, whole.params)
+    graphdef, state = _split(whole.module, whole.params)
     return [
         Program(
             "towers",
@@ -225,13 +173,13 @@ def lower_decode(
     whole = abstract_model(cfg, mesh)
     first = _first(cfg, mesh, shapes, whole)
     loop = jax.tree.map(placed, first.lowered.out_info, compile(first).output_shardings)
-    graphdef, state = _split(whole.model.llama, _llama(whole.params))
+    graphdef, state = _split(whole.module.llama, _llama(whole.params))
     rest = _fixed(mesh)
     return [
         Program(
             "token",
             "llm",
-            decode._next.under(cfg.xla_flags).lower(graphdef, state, loop, *rest),
+            decode.next_token.under(cfg.xla_flags).lower(graphdef, state, loop, *rest),
             {
                 "parameters": shards(state),
                 "cache": shards(loop.cache),
@@ -241,16 +189,16 @@ def lower_decode(
     ]
 
 
-def _first(cfg: Config, mesh: Mesh, shapes: Shapes, whole: Abstract) -> Program:
+def _first(cfg: Config, mesh: Mesh, shapes: Shapes, whole: AbstractModel) -> Program:
     dtype, width = cfg.model.llama.dtype, cfg.model.llama.width
     place = batch_sharding(mesh)
     prompt = Prompt(
         embeds=jax.ShapeDtypeStruct((shapes.examples, shapes.tokens, width), dtype, sharding=place),
         length=jax.ShapeDtypeStruct((shapes.examples,), np.int32, sharding=place),
     )
-    graphdef, state = _split(whole.model.llama, _llama(whole.params))
+    graphdef, state = _split(whole.module.llama, _llama(whole.params))
     rest = _fixed(mesh)
-    limit, first = cfg.generate.max_new_tokens, decode._first.under(cfg.xla_flags)
+    limit, first = cfg.generate.max_new_tokens, decode.first_token.under(cfg.xla_flags)
     return Program(
         "prefill",
         "llm",

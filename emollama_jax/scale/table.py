@@ -1,12 +1,14 @@
 """A plan as tables for a terminal."""
 
 import collections
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from emollama_jax.scale.cost import OTHER, PARTS
 from emollama_jax.scale.plan import SHARE, Plan
+from emollama_jax.scale.search import Best
 
 GiB = 2**30
 
@@ -69,23 +71,14 @@ def _memory(plan: Plan, console: Console) -> None:
 
 
 def _work(plan: Plan, console: Console) -> None:
-    table = _table(
-        "Work of one device, a step",
-        "part",
-        "model TFLOP",
-        "of it backward",
-        "HLO TFLOP",
-        "Mcycles",
-        "share",
-        "HBM GB",
-    )
+    columns = ("part", "model TFLOP", "of it backward", "HLO TFLOP", "Mcycles", "share", "HBM GB")
+    table = _table("Work of one device, a step", *columns)
     model, counted = plan.model, plan.cost
     cycles = sum(counted.cycles.values())
     for part in (*PARTS, OTHER):
         forward, backward = model.forward.get(part, 0.0), model.backward.get(part, 0.0)
         mine = counted.cycles.get(part, 0)
-        values = (forward + backward, counted.flops.get(part, 0), mine)
-        if not any(values):
+        if not any((forward, backward, counted.flops.get(part, 0), mine)):
             continue
         table.add_row(
             part,
@@ -97,7 +90,6 @@ def _work(plan: Plan, console: Console) -> None:
             f"{counted.traffic.get(part, 0) / 1e9:.1f}",
         )
     if counted.kernels:
-        names = ", ".join(f"{n} × {name}" for name, n in counted.kernels.items())
         table.add_row("kernels", "", "", f"{plan.kernel_flops / 1e12:.4g}", "", "", "")
     table.add_section()
     backward = sum(model.backward.values()) / plan.device_count / 1e12
@@ -122,6 +114,7 @@ def _work(plan: Plan, console: Console) -> None:
             "TFLOP leaves it out"
         )
     if counted.kernels:
+        names = ", ".join(f"{n} × {name}" for name, n in counted.kernels.items())
         console.print(
             f"Pallas kernels, to which the compiler gives no cycles: {names}; their FLOPs are "
             "added from the config, at the peak's speed"
@@ -192,3 +185,22 @@ def _time(plan: Plan, console: Console) -> None:
         f"{plan.chip.bandwidth / plan.chip.devices / 1e9:,.0f} GB/s HBM, {plan.chip.links} links "
         f"of {plan.chip.link / 1e9:.0f} GB/s"
     )
+
+
+def show_search(found: Sequence[Best], console: Console) -> None:
+    """Prints what `search` found."""
+    table = Table(title="Presets, the best first", title_justify="left", title_style="bold")
+    for column in ("preset", "largest batch that fits", "s an example", "memory"):
+        table.add_column(column)
+    for best in found:
+        if best.plan is None:
+            table.add_row(best.preset, "one example does not fit", "", "")
+            continue
+        memory = best.plan.memory
+        table.add_row(
+            best.preset,
+            f"{best.plan.shapes.examples}",
+            f"{best.per_example:.4f}",
+            f"{memory.total / memory.capacity:.0%}",
+        )
+    console.print(table)

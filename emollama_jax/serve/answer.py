@@ -22,11 +22,11 @@ from emollama_jax.errors import UserError
 from emollama_jax.faces.reader import Detect, Prior, age_gender_race
 from emollama_jax.generate import prompt as reading
 from emollama_jax.generate.decode import Stop, stream
-from emollama_jax.generate.flagged import of_backend
 from emollama_jax.generate.label_scores import pad_labels, score
 from emollama_jax.generate.sampling import sampling
 from emollama_jax.models.emollama import EmoLlama, Mined, Sight
 from emollama_jax.models.mtcnn import Detector
+from emollama_jax.sharding.mesh import flags_for
 
 NO_FACE = "No face was found in the {medium}."
 QUICKLY = {"xla_backend_optimization_level": "0"}  # XLA's flag for less optimising
@@ -65,7 +65,7 @@ class Answerer:
         self.encoder = Encoder(cfg)
         self._model, self._llama = nnx.split(model), nnx.split(model.llama)
         self._detect = Detector().many if detect is None else detect
-        self._flags = of_backend(cfg.xla_flags)
+        self._flags = flags_for(jax.devices()[0], cfg.xla_flags)
         # The towers are compiled for one example. On a CPU optimising their program takes half of
         # the time to the first answer, and saves hundredths of a second on each picture.
         on_cpu = jax.default_backend() == "cpu"

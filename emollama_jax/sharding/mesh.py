@@ -8,7 +8,7 @@ entered with `jax.set_mesh(mesh)`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -116,3 +116,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def flags_for(device: jax.Device, flags: Mapping[str, str]) -> dict[str, str]:
+    """A run's XLA flags where it computes on TPUs, none elsewhere: no other compiler knows them."""
+    return dict(flags) if device.platform == "tpu" else {}

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from emollama_jax import compile_cache, config
+from emollama_jax.base import load_face
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.elements import View
@@ -36,7 +37,7 @@ from emollama_jax.evaluate.parse.answers import parse_answer
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.prepare import load_face, prepare_source
+from emollama_jax.prepare import prepare_source
 from emollama_jax.serve.answer import Answerer
 from emollama_jax.tiny import demo_photographs
 from emollama_jax.tiny.demo_page import make_page

@@ -24,34 +24,27 @@ import grain
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
+from emollama_jax.base import Build, base_values
 from emollama_jax.batch import Batch
-from emollama_jax.checkpoint import Checkpoints, init_model, matching
+from emollama_jax.checkpoint import Checkpoints
 from emollama_jax.config import Config, TrainConfig
-from emollama_jax.data.pipeline import make_train_iterator
+from emollama_jax.data.pipeline import TrainIterator, make_train_iterator
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.locks import hold
-from emollama_jax.models.parameters import named_parameters
+from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path
 from emollama_jax.runs import refuse_packed
-from emollama_jax.sharding.distributed import gather, leads, place_batch, share
+from emollama_jax.sharding.distributed import Share, gather, leads, place_batch, share
 from emollama_jax.sharding.mesh import batch_shards, make_mesh
-from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.train.optimizer import make_optimizer, warmup_cosine
+from emollama_jax.train.optimizer import warmup_cosine
 from emollama_jax.train.run_log import RunLog
-from emollama_jax.train.step import (
-    Metrics,
-    Params,
-    TrainState,
-    compile_step,
-    init_state,
-    state_shardings,
-)
+from emollama_jax.train.setup import Setup, set_up
+from emollama_jax.train.step import Metrics, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +116,14 @@ class StopSignals:
         return self._received
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What a run steps with."""
+Data = Callable[[Config, Share], grain.DatasetIterator]
 
-    step: Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]
-    frozen: Params
-    state: TrainState  # to start from: new, or restored
+
+def prepared_data(cfg: Config, part: Share) -> TrainIterator:
+    """This host's part of the batches of a run's prepared sets."""
+    return make_train_iterator(
+        cfg, open_priors=open_priors, host_index=part.index, host_count=part.count
+    )
 
 
 def fit(
@@ -138,6 +132,8 @@ def fit(
     *,
     until: int | None = None,
     console: Console | None = None,
+    build: Build = EmoLlama,
+    data: Data = prepared_data,
 ) -> FitResult:
     """Trains the run in a folder, from its start or its newest checkpoint.
 
@@ -145,135 +141,99 @@ def fit(
         cfg: the run.
         out: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`; on a disk that all hosts
             share, or in a bucket.
-        until: stop after this step as a signal would; the next call resumes.
+        until: last step of this call, saved as after a signal; the next call resumes.
         console: where progress goes; the terminal by default.
+        build: makes the model; see `base.py`.
+        data: opens this host's part of the batches; its state must be the same on all hosts.
 
     Raises:
-        UserError: a batch or mesh that does not divide, a pattern that matches nothing, a folder
-            that another process trains in or that holds a checkpoint of another config, a loss
-            that is no longer finite.
+        UserError: a config or folder that does not fit, a folder in use, a loss that is not finite.
     """
     start = time.monotonic()
-    out = as_path(out)
-    console = Console() if console is None else console
-    mesh = make_mesh(cfg.mesh)
-    console = console if leads() else Console(quiet=True)
+    out, mesh = as_path(out), make_mesh(cfg.mesh)
+    console = (console or Console()) if leads() else Console(quiet=True)
     _check_batches(cfg, mesh)
     part = share(mesh)
-    end = cfg.train.steps if until is None else min(until, cfg.train.steps)
+    steps = cfg.train.steps if until is None else min(until, cfg.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        refuse_packed(out)
         _hold(out, stack)
         stop = stack.enter_context(StopSignals())
-        data = make_train_iterator(
-            cfg,
-            open_priors=open_priors,
-            host_index=part.index,
-            host_count=part.count,
-        )
-        stack.callback(data.close)
+        batches = data(cfg, part)
+        stack.callback(batches.close)
         checkpoints = stack.enter_context(Checkpoints(out, cfg))
-        machine = assemble(cfg, mesh, checkpoints=checkpoints, data=data, console=console)
-        state = machine.state
+        setup = set_up(cfg, mesh, build=build)
+        frozen, state = begin(setup, checkpoints, batches, console)
         step = saved = int(state.step)
         log = stack.enter_context(RunLog(out, console, steps=cfg.train.steps, done=step))
 
-        while step < end and stop.agreed() is None:
+        while step < steps and stop.agreed() is None:
             if step % cfg.train.save_every == 0 and step != saved:
                 log.keep()
-                checkpoints.save(state, data=data)
+                checkpoints.save(state, data=batches)
                 saved = step
-            batch = next(data)
-            placed = place_batch(batch, mesh)
-            with jax.transfer_guard("disallow"):
-                state, metrics = machine.step(machine.frozen, state, placed)
+            batch = next(batches)
+            state, metrics = _advance(setup, frozen, state, batch)
             step += 1
             logged = step % cfg.train.log_every == 0 or step == cfg.train.steps
-            values = _read(metrics, step=step, saved=saved) if logged else None
+            values = _floats(metrics, step=step, saved=saved) if logged else None
             log.step(step, values, **_size(batch, part.count))
         if step != saved:
             log.keep()
-            checkpoints.save(state, data=data)
-        stopped_by = stop.stopped_by if step < cfg.train.steps else None
-        result = FitResult(
-            step=step,
-            steps=cfg.train.steps,
-            loss=log.loss,
-            seconds=time.monotonic() - start,
-            stopped_by=stopped_by,
-        )
-    if step < cfg.train.steps:
+            checkpoints.save(state, data=batches)
+        seconds = time.monotonic() - start
+    stopped = step < cfg.train.steps
+    if stopped:
         console.print(f"stopped at step {step} of {cfg.train.steps}: re-run the command to resume")
-    return result
+    return FitResult(step, cfg.train.steps, log.loss, seconds, stop.stopped_by if stopped else None)
 
 
-def assemble(
-    cfg: Config,
-    mesh: Mesh,
-    *,
-    checkpoints: Checkpoints,
-    data: grain.DatasetIterator,
-    console: Console,
-) -> Machine:
-    """Model, optimizer and compiled step, at the newest checkpoint or at the start.
+def _advance(
+    setup: Setup, frozen: Params, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One step; nothing but the batch moves to the devices."""
+    placed = place_batch(batch, setup.model.mesh)
+    with jax.transfer_guard("disallow"):
+        return setup.step(frozen, state, placed)
+
+
+def begin(
+    setup: Setup, checkpoints: Checkpoints, data: grain.DatasetIterator, console: Console
+) -> tuple[Params, TrainState]:
+    """Frozen parameters and state at the newest checkpoint, or at the start.
 
     Args:
-        cfg: the run.
-        mesh: already entered.
+        setup: of the run; its mesh is entered.
         checkpoints: of the run.
         data: moved to where the checkpoint stands.
         console: told what is unusual.
     """
-    resumes = checkpoints.latest is not None
-    model = init_model(cfg, mesh, given=cfg.train.trainable if resumes else ())
-    leaves = named_parameters(model)
-    trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
-    where = param_shardings(leaves, mesh, preset=cfg.mesh.preset)
-    if where.replicated:
+    model, cfg = setup.model, setup.model.cfg
+    if model.replicated:
         console.print(
-            f"{len(where.replicated)} dimensions stay whole on every device, e.g. "
-            f"{where.replicated[0]}"
+            f"{len(model.replicated)} dimensions stay whole on every device, e.g. "
+            f"{model.replicated[0]}"
         )
-    params = {name: leaves[name].get_value() for name in sorted(trainable)}
-    frozen = {name: leaf.get_value() for name, leaf in leaves.items() if name not in trainable}
-    optimizer = make_optimizer(cfg.train, leaves, trainable=trainable)
-
-    def start(params: Params) -> TrainState:
-        return init_state(optimizer, params, seed=cfg.train.seed)
-
-    abstract = jax.eval_shape(start, params)
-    shardings = state_shardings(abstract, where.params, mesh)
-    if resumes:
-        wanted = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
-        state = checkpoints.restore(wanted, data=data)
-        console.print(f"resumed at step {int(state.step)}")
-        before = checkpoints.saved_config()["train"]["steps"]
-        if change := _schedule_change(cfg.train, before, int(state.step)):
-            console.print(change, soft_wrap=True, highlight=False)
-    else:
-        state = jax.jit(start, out_shardings=shardings)(params)
-    step = compile_step(
-        nnx.graphdef(model),
-        optimizer,
-        frozen={name: where.params[name] for name in frozen},
-        state=shardings,
-        mesh=mesh,
-        accumulation=cfg.train.accumulation,
-        loss_chunk=cfg.train.loss_chunk,
-        xla=cfg.xla_flags,
-    )
-    return Machine(step=step, frozen=frozen, state=state)
+    resumes = checkpoints.latest is not None
+    values = base_values(model, given=model.trainable if resumes else ())
+    frozen = {path: values[path] for path in setup.frozen}
+    if not resumes:
+        return frozen, setup.start({path: values[path] for path in sorted(model.trainable)})
+    state = checkpoints.restore(setup.state, data=data)
+    console.print(f"resumed at step {int(state.step)}")
+    before = checkpoints.saved_config()["train"]["steps"]
+    if change := _schedule_change(cfg.train, before, int(state.step)):
+        console.print(change, soft_wrap=True, highlight=False)
+    return frozen, state
 
 
 def _hold(out: epath.Path, stack: contextlib.ExitStack) -> None:
     """Locks the run's folder until the stack ends. The first host does; if it cannot, all raise.
 
     Raises:
-        UserError: another process trains in it, or it cannot be made.
+        UserError: another process trains in it, it cannot be made, or is a packed run.
     """
+    refuse_packed(out)
     refusal = None
     if leads():
         try:
@@ -333,7 +293,7 @@ def _size(batch: Batch, hosts: int) -> dict[str, int]:
     return {"tokens": int(batch.length.sum()) * hosts, "frames": examples * frames * hosts}
 
 
-def _read(metrics: Metrics, *, step: int, saved: int) -> dict[str, float]:
+def _floats(metrics: Metrics, *, step: int, saved: int) -> dict[str, float]:
     """Metrics as plain floats; float32 fits into them without loss."""
     values = {name: float(x) for name, x in vars(jax.device_get(metrics)).items()}
     if not np.isfinite(values["loss"]):

@@ -14,7 +14,6 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from emollama_jax.checkpoint import matching
 from emollama_jax.config import TrainConfig
 
 ADAM_EPS = 1e-8  # torch's default, which LLaVA keeps
@@ -47,7 +46,11 @@ def warmup_cosine(cfg: TrainConfig) -> Schedule:
 
 
 def make_optimizer(
-    cfg: TrainConfig, params: Mapping[str, nnx.Param], *, trainable: Collection[str]
+    cfg: TrainConfig,
+    params: Mapping[str, nnx.Param],
+    *,
+    trainable: Collection[str],
+    projector: Collection[str],
 ) -> Optimizer:
     """The optimizer of the trainable parameters, which it takes as a dict by path.
 
@@ -55,11 +58,8 @@ def make_optimizer(
         cfg: learning rates, schedule, decay, betas, clipping.
         params: all parameters of the model by path, real or abstract.
         trainable: paths of those that train.
-
-    Raises:
-        UserError: a `train.projector` pattern that matches no parameter.
+        projector: paths of those that train at the projector group's learning rate.
     """
-    projector = matching(cfg.projector, params, key="train.projector")
     peak = {
         path: cfg.projector_learning_rate if path in projector else cfg.learning_rate
         for path in sorted(trainable)

@@ -7,8 +7,11 @@ after its checkpoint. Speed goes to the display and to TensorBoard.
 In a bucket, files cannot grow. There both are written to this host's disk and copied, at every
 checkpoint and now and then between.
 
-The event files are written without TensorBoard or TensorFlow: TFRecord frames around hand-encoded
-protocol buffers (tensorflow/core/util/event.proto, summary.proto; scalars only).
+The event files are written by hand: TFRecord frames around protocol buffers (TensorFlow's
+event.proto and summary.proto, scalars only). Of the writers that exist, TensorBoard's own brings
+gRPC, a web server and 10 MB; tensorboardX 2.6 imports torch and google-cloud-storage where they are
+installed, which takes seconds, names files by the second, so that a run resumed at once overwrites
+its own, and hands events to a thread that a kill does not wait for.
 """
 
 import contextlib

@@ -6,8 +6,7 @@ The gradient is Σ gradients / Σ label tokens over all micro-batches, as tunix 
 to one large batch, however the tokens are spread.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -15,11 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from emollama_jax.batch import IGNORE, Batch
-from emollama_jax.sharding.mesh import batch_sharding, replicated
 from emollama_jax.sharding.points import constrain
 from emollama_jax.train.optimizer import Optimizer
 
@@ -97,15 +94,8 @@ def next_token_sums(
         chunk: positions whose logits exist together; with 32,000 words, float32 logits of a whole
             2048-token example would be 260 MB.
     """
-    examples, length, width = hidden.shape
-    chunks = -(-(length - 1) // chunk)
-    rest = chunks * chunk - (length - 1)
-    hidden = jnp.pad(hidden[:, :-1], ((0, 0), (0, rest), (0, 0)))
-    labels = jnp.pad(labels[:, 1:], ((0, 0), (0, rest)), constant_values=IGNORE)
-    hidden = hidden.reshape(examples, chunks, chunk, width)
-    labels = labels.reshape(examples, chunks, chunk)
-
-    hidden, labels = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(labels, 0, 1)  # [chunks, B, C, …]
+    hidden = _in_chunks(hidden[:, :-1], chunk, fill=0)
+    labels = _in_chunks(labels[:, 1:], chunk, fill=IGNORE)
     # `head`: what the logits need that trains. The frozen rest stays in the function.
     logits, head = jax.closure_convert(logits, hidden[0])
 
@@ -117,28 +107,16 @@ def next_token_sums(
         right = jnp.sum((of_label >= y.max(-1)) * borne)
         return loss, Sums(loss=loss, tokens=jnp.sum(borne), correct=right)
 
-    def over_chunks(of_chunk: Callable, head: Any, hidden: jax.Array, labels: jax.Array):
-        """Sums of the first result; the second one of each chunk."""
-        empty = jax.eval_shape(of_chunk, head, hidden[0], labels[0])
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
-
-        def add(total: Any, one: tuple[jax.Array, jax.Array]):
-            some = jnp.any(one[1] != IGNORE)
-            part, rest = jax.lax.cond(some, of_chunk, lambda *_: empty, head, *one)
-            return jax.tree.map(jnp.add, total, part), rest
-
-        return jax.lax.scan(add, empty[0], (hidden, labels))
-
     @jax.custom_vjp
     def sums(head: Any, hidden: jax.Array, labels: jax.Array) -> Sums:
-        return over_chunks(lambda *one: (of_chunk(*one)[1], None), head, hidden, labels)[0]
+        return _over_chunks(lambda *one: (of_chunk(*one)[1], None), head, hidden, labels)[0]
 
     def forward(head: Any, hidden: jax.Array, labels: jax.Array):
         def with_gradient(*one):
             (_, part), grads = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)(*one)
             return (part, grads[0]), grads[1]
 
-        (total, of_head), of_hidden = over_chunks(with_gradient, head, hidden, labels)
+        (total, of_head), of_hidden = _over_chunks(with_gradient, head, hidden, labels)
         return total, (of_head, of_hidden)
 
     def backward(grads: tuple[Any, jax.Array], of_sums: Sums):
@@ -146,6 +124,28 @@ def next_token_sums(
 
     sums.defvjp(forward, backward)
     return sums(head, hidden, labels)
+
+
+def _in_chunks(x: jax.Array, chunk: int, *, fill: int) -> jax.Array:
+    """[B, T, …] → [chunks, B, chunk, …], the last one filled up."""
+    examples, length = x.shape[:2]
+    chunks = -(-length // chunk)
+    rest = ((0, 0), (0, chunks * chunk - length), *[(0, 0)] * (x.ndim - 2))
+    x = jnp.pad(x, rest, constant_values=fill)
+    return jnp.swapaxes(x.reshape(examples, chunks, chunk, *x.shape[2:]), 0, 1)
+
+
+def _over_chunks(of_chunk: Callable, head: Any, hidden: jax.Array, labels: jax.Array):
+    """Sums of the first result of each chunk that has a label; the second one of each chunk."""
+    empty = jax.eval_shape(of_chunk, head, hidden[0], labels[0])
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
+
+    def add(total: Any, one: tuple[jax.Array, jax.Array]):
+        some = jnp.any(one[1] != IGNORE)
+        part, rest = jax.lax.cond(some, of_chunk, lambda *_: empty, head, *one)
+        return jax.tree.map(jnp.add, total, part), rest
+
+    return jax.lax.scan(add, empty[0], (hidden, labels))
 
 
 def micro_batches(batch: Batch, accumulation: int) -> Batch:
@@ -186,18 +186,7 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        model = merge(graphdef, frozen | params)
-        hidden = model.hidden(batch, dropout_key=key)
-        hidden = constrain(hidden, "batch")
-        tied = model.llama.lm_head is None
-        head = model.llama.embed_tokens if tied else model.llama.lm_head.kernel
-        # Here, not in the loop over the loss's chunks.
-        head.set_value(constrain(head[...], "table" if tied else "head"))
-        labels, weight = batch.labels, batch.weight
-        with jax.named_scope("loss"):
-            sums = next_token_sums(
-                model.llama.logits, hidden, labels=labels, weight=weight, chunk=loss_chunk
-            )
+        sums = _loss(merge(graphdef, frozen | params), batch, key, chunk=loss_chunk)
         return sums.loss, sums
 
     def add(total: tuple[Params, Sums], xs: tuple[Batch, jax.Array]):
@@ -231,51 +220,14 @@ def train_step(
     return state, metrics
 
 
-def state_shardings(
-    state: TrainState, params: Mapping[str, NamedSharding], mesh: Mesh
-) -> TrainState:
-    """Where the state lives: moments with their parameters, counters and the key everywhere."""
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        name = getattr(path[-1], "key", None)
-        return params.get(name, replicated(mesh))
-
-    return jax.tree_util.tree_map_with_path(place, state)
-
-
-def compile_step(
-    graphdef: nnx.GraphDef,
-    optimizer: Optimizer,
-    *,
-    frozen: Mapping[str, NamedSharding],
-    state: TrainState,
-    mesh: Mesh,
-    accumulation: int,
-    loss_chunk: int,
-    xla: Mapping[str, str],
-) -> Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step` under `jax.jit` on a mesh; compiled when it first meets a batch's shape.
-
-    Args:
-        graphdef: of the model.
-        optimizer: of the trainable parameters.
-        frozen: where the frozen parameters live.
-        state: where the state lives, of `state_shardings`.
-        mesh: to be entered by the caller with `jax.set_mesh`.
-        accumulation: micro-batches of a step.
-        loss_chunk: positions whose logits exist together.
-        xla: flags for the compiler; only a TPU's knows them.
-
-    Returns:
-        (frozen, state, batch) → (state, metrics). The old state's buffers are given away.
-    """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return jax.jit(
-        functools.partial(
-            train_step, graphdef, optimizer, accumulation=accumulation, loss_chunk=loss_chunk
-        ),
-        in_shardings=(dict(frozen), state, batch_sharding(mesh)),
-        out_shardings=(state, replicated(mesh)),
-        donate_argnums=1,
-        compiler_options=dict(xla) if on_tpu else None,
-    )
+def _loss(model: Any, batch: Batch, key: jax.Array, *, chunk: int) -> Sums:
+    """`next_token_sums` of a model's answers."""
+    hidden = constrain(model.hidden(batch, dropout_key=key), "batch")
+    tied = model.llama.lm_head is None
+    head = model.llama.embed_tokens if tied else model.llama.lm_head.kernel
+    # Here, not in the loop over the loss's chunks.
+    head.set_value(constrain(head[...], "table" if tied else "head"))
+    with jax.named_scope("loss"):
+        return next_token_sums(
+            model.llama.logits, hidden, labels=batch.labels, weight=batch.weight, chunk=chunk
+        )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from emollama_jax.bench import data
+from emollama_jax.bench import data, torch_side
 from emollama_jax.data import video
 from emollama_jax.data.elements import Encoder, Examples
 from emollama_jax.data.media import read_frames, read_video
@@ -77,22 +77,22 @@ def test_fewer_frames_are_decoded_than_a_full_decode_needs(drawn):
 
 
 @pytest.fixture(scope="module")
-def torch_side(root):
-    """`benchmarks/torch_data.py` as a module."""
+def torch_data():
+    """PyTorch's side as a module."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    spec = importlib.util.spec_from_file_location("torch_data", root / "benchmarks/torch_data.py")
+    spec = importlib.util.spec_from_file_location("torch_data", torch_side.script("torch_data.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_both_sides_make_the_same_row(drawn, cfg, torch_side):
+def test_both_sides_make_the_same_row(drawn, cfg, torch_data):
     folder, example = drawn
     source = cfg.data.sources[0]
     ours = Examples(Encoder(cfg), source, data=[example], priors=[example["prior"]])
     look = ours.encoder.look(example["media"], kind="clip", prior=example["prior"])
     row = ours.training(0, seed=0)
-    theirs = torch_side.Clips(cfg, folder, 1, length=4).example(0, None)
+    theirs = torch_data.Clips(cfg, folder, 1, length=4).example(0, None)
     for name in ("frames", "faces", "landmarks"):
         np.testing.assert_array_equal(getattr(look, name), theirs[name].numpy(), err_msg=name)
     for name in ("ids", "labels", "length"):  # one turn: nothing is drawn
@@ -100,7 +100,7 @@ def test_both_sides_make_the_same_row(drawn, cfg, torch_side):
     np.testing.assert_array_equal(row["questions"][0], theirs["questions"].numpy())
 
 
-def test_both_sides_are_measured_in_turns(cfg, torch_side, monkeypatch):
+def test_both_sides_are_measured_in_turns(cfg, torch_data, monkeypatch):
     monkeypatch.setattr(data, "SECONDS", 1)
     small = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, clip_frames=4))
     speeds = data.run(small, clips=1, batches=2, rounds=2, console=Console(quiet=True))

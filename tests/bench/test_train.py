@@ -14,7 +14,6 @@ from emollama_jax.batch import IGNORE
 from emollama_jax.bench import train
 from emollama_jax.bench.options import TrainSizes
 from emollama_jax.errors import UserError
-from emollama_jax.models.parameters import named_parameters
 
 SMALL = TrainSizes(
     width=32, mlp_width=48, layers=2, heads=2, vocab=50, rank=2, batch=2, length=70, answer=20
@@ -26,7 +25,7 @@ def quiet():
 
 
 def test_parameters_are_the_models():
-    leaves = named_parameters(train._abstract(SMALL))
+    leaves = train.make_work(SMALL).setup.model.leaves
     adapters = sum(leaf.size for path, leaf in leaves.items() if "lora" in path)
     assert SMALL.parameters() + adapters == sum(leaf.size for leaf in leaves.values())
     assert round(TrainSizes().parameters() / 1e6) == 162

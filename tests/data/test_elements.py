@@ -11,7 +11,7 @@ from emollama_jax.batch import IGNORE
 from emollama_jax.data.elements import Encoder, Examples
 from emollama_jax.data.pipeline import make_eval_batches, open_source
 from emollama_jax.errors import UserError
-from tests.helpers.sets_in_memory import Store, assert_equal, iterator, make_config, small_bpe
+from emollama_jax.testing.toy_sets import Store, assert_equal, iterator, make_config, small_bpe
 
 
 @pytest.fixture

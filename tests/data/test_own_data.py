@@ -4,6 +4,7 @@ The networks are stand-ins, since only what leads from one command to the next i
 the real ones go the whole way in test_six_sets.py.
 """
 
+import functools
 import json
 import re
 import shlex
@@ -12,15 +13,16 @@ import types
 import numpy as np
 import pytest
 
-from emollama_jax import checkpoint, cli, config
+from emollama_jax import base, cli, config
 from emollama_jax import prepare as faces
+from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.builders import registry
 from emollama_jax.data.items import DONE, instruct_folder
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import of_run
-from emollama_jax.train import sources
+from emollama_jax.evaluate import command, of_run
+from emollama_jax.testing.toy_model import Toy
+from emollama_jax.train import loop, sources
 from tests.helpers import official_trees
-from tests.helpers.toy_model import Toy
 
 CLASSES = ("anger", "happiness", "sadness")
 # What makes the toy a model of the config, and the run short.
@@ -81,10 +83,12 @@ class Speaker:
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    monkeypatch.setattr(faces, "load_face", lambda cfg: cfg.model.face)
+    monkeypatch.setattr(base, "load_face", lambda cfg: cfg.model.face)
     monkeypatch.setattr(faces, "Reader", Reader)
     monkeypatch.setattr(faces, "Detector", Detector)
-    monkeypatch.setattr(checkpoint, "EmoLlama", Toy)
+    monkeypatch.setattr(loop, "fit", functools.partial(loop.fit, build=Toy))
+    load = functools.partial(load_for_inference, build=Toy)
+    monkeypatch.setattr(command, "load_for_inference", load)
     monkeypatch.setattr(of_run, "Speaker", Speaker)
 
 

@@ -12,7 +12,7 @@ from emollama_jax import config
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
 from emollama_jax.data.elements import Encoder
 from emollama_jax.errors import UserError
-from tests.helpers.sets_in_memory import (
+from emollama_jax.testing.toy_sets import (
     CLASSES,
     FIELDS,
     FRAMES,

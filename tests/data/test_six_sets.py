@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from emollama_jax import cli, config
+from emollama_jax.base import load_face
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.emotions import label_space
 from emollama_jax.data.items import category_question
@@ -20,7 +21,7 @@ from emollama_jax.evaluate.protocol import evaluate, read_predictions
 from emollama_jax.evaluate.trace import file_hash, folder_hash
 from emollama_jax.instruct.command import instruct
 from emollama_jax.instruct.options import Options
-from emollama_jax.prepare import load_face, prepare_source
+from emollama_jax.prepare import prepare_source
 from emollama_jax.train.loop import fit
 from tests.helpers import official_trees
 

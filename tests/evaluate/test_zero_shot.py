@@ -14,10 +14,10 @@ from emollama_jax.data.media import read_image
 from emollama_jax.evaluate import of_remote
 from emollama_jax.evaluate.protocol import read_predictions
 from emollama_jax.remote.request import jpeg
+from emollama_jax.testing.toy_sets import prior
 from tests import tiny_llava
 from tests.helpers.fake_gemini import FAULTS, Server, item_of, texts_of
 from tests.helpers.prepared_sets import prepare_dfew, prepare_raf_db
-from tests.helpers.sets_in_memory import prior
 
 TEST = 14
 CLASSES = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")

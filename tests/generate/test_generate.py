@@ -212,11 +212,11 @@ def test_the_cache_is_neither_copied_nor_tiled(model, step):
     llama, fixed = nnx.split(large.llama), (how(), decode.make_ending([1], PAD))
     embeds = jax.ShapeDtypeStruct((rows, slots - 8, cfg.width), cfg.dtype)
     prompt_ = prompt.Prompt(embeds=embeds, length=jax.ShapeDtypeStruct((rows,), jnp.int32))
-    run = functools.partial(decode._first.under({}), llama[0], max_new_tokens=8)
+    run = functools.partial(decode.first_token.under({}), llama[0], max_new_tokens=8)
     loop = jax.eval_shape(run, llama[1], prompt_, *fixed)
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(loop.cache))
     if step == "token":
-        used = decode._next.under({}).lower(*llama, loop, *fixed).compile().memory_analysis()
+        used = decode.next_token.under({}).lower(*llama, loop, *fixed).compile().memory_analysis()
         assert used.alias_size_in_bytes >= kept  # written in its place
         assert used.temp_size_in_bytes < kept / 4
     else:

@@ -5,19 +5,21 @@ What the process draws goes to `OUT/drawn-ID.jsonl`, one line a step. To evaluat
 EmoLlama of one layer a tower.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from emollama_jax import checkpoint
 from emollama_jax.config import Config, MeshConfig, SourceConfig
 from emollama_jax.data.pipeline import TrainIterator
 from emollama_jax.evaluate import of_run
@@ -29,9 +31,9 @@ from emollama_jax.models.rngs import abstract
 from emollama_jax.sharding import distributed
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.train import loop
-from tests.helpers.sets_in_memory import Store, iterator, make_config, small_bpe
-from tests.helpers.toy_model import WIDTH, Toy
+from emollama_jax.testing.toy_model import WIDTH, Toy
+from emollama_jax.testing.toy_sets import Store, iterator, make_config, small_bpe
+from emollama_jax.train.loop import FitResult, fit
 
 STEPS = 12
 
@@ -49,7 +51,7 @@ def config(bpe: str, mesh: tuple[int, int, int], *overrides: str) -> Config:
         "train.learning_rate=1.0e-2",
         "train.save_every=3",
         "train.log_every=1",
-        "weights=tiny",
+        "weights=['tiny:llama']",
         *overrides,
     )
     lora = dataclasses.replace(cfg.model.llama.lora, rank=2, dropout=0.1)
@@ -92,20 +94,30 @@ def prepare(folder: pathlib.Path) -> str:
     return bpe
 
 
-def use(
-    patch: pytest.MonkeyPatch, bpe: str, out: pathlib.Path, *, process: int, pause: float
-) -> None:
-    """Lets `fit` train the toy on the small sets, from what `prepare` wrote."""
-    store = Store()
+@contextlib.contextmanager
+def towers(bpe: str) -> Iterator[None]:
+    """Takes what `prepare` wrote for the package's towers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parameters, "WEIGHTS", pathlib.Path(bpe).parent)
+        yield
 
-    def make(cfg: Config, *, host_index: int, host_count: int, **_) -> Drawn:
-        batches = iterator(cfg, store, host_index=host_index, host_count=host_count)
-        return Drawn(batches, out / f"drawn-{process}.jsonl", pause)
 
-    patch.setattr(checkpoint, "EmoLlama", Toy)
-    patch.setattr(parameters, "WEIGHTS", pathlib.Path(bpe).parent)
-    patch.setattr(parameters, "TINY", {"llama": "tiny_llama"})
-    patch.setattr(loop, "make_train_iterator", make)
+def train(
+    cfg: Config,
+    out: epath.PathLike,
+    *,
+    drawn: pathlib.Path | None = None,
+    process: int,
+    pause: float,
+    **how,
+) -> FitResult:
+    """Trains the toy on the small sets, from `towers`, and notes in `drawn` what it draws."""
+
+    def data(cfg: Config, part: distributed.Share) -> Drawn:
+        batches = iterator(cfg, Store(), host_index=part.index, host_count=part.count)
+        return Drawn(batches, (drawn or pathlib.Path(out)) / f"drawn-{process}.jsonl", pause)
+
+    return fit(cfg, out, build=Toy, data=data, **how)
 
 
 def random_model(cfg: Config, mesh: Mesh) -> EmoLlama:
@@ -165,8 +177,9 @@ def main() -> None:
         for way, predictions in evaluated(task["bpe"], task["mesh"], batch=8).items():
             write_predictions(out / f"{way}-{process}.jsonl", predictions)
         return
-    use(pytest.MonkeyPatch(), task["bpe"], out, process=process, pause=task["pause"])
-    result = loop.fit(cfg, out, console=Console(file=sys.stdout, width=200))
+    console = Console(file=sys.stdout, width=200)
+    with towers(task["bpe"]):
+        result = train(cfg, out, process=process, pause=task["pause"], console=console)
     sys.exit(result.exit_status)
 
 

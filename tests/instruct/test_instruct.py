@@ -14,9 +14,9 @@ from emollama_jax.data.items import drawable, instruct_folder
 from emollama_jax.data.pipeline import make_train_iterator, open_source, open_training
 from emollama_jax.data.tokenizers import load_tokenizer
 from emollama_jax.errors import UserError
+from emollama_jax.testing.toy_sets import make_config, prior, small_bpe
 from tests.helpers.fake_gemini import FAULTS, Server, texts_of
 from tests.helpers.prepared_sets import prepare_dfew, prepare_raf_db
-from tests.helpers.sets_in_memory import make_config, prior, small_bpe
 
 pytest.importorskip("google.genai", reason="the extra `gemini` is not installed")
 

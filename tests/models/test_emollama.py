@@ -16,12 +16,11 @@ from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
 from emollama_jax.data.prompts import agr_sentence
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.models.eva_vit import normalise
 from emollama_jax.models.face_info_mining import FaceInfoMining
 from emollama_jax.models.facexformer import FaceXFormer
+from emollama_jax.models.layers import normalise
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
-from emollama_jax.models.visual_tokens import content_tokens
 
 SMALL = (  # of the tiny model: 4 × 4 patches, a face map of 8 × 8
     "model.llama.layers=2",
@@ -255,7 +254,6 @@ def test_tokens_per_frame(content, branches):
     graphdef, state = nnx.split(shapes(cfg))
     shape = jax.eval_shape(lambda s, b: nnx.merge(graphdef, s).visual(b), state, batch).shape
     assert shape == (EXAMPLES, ROUNDS * FRAMES * cfg.tokens_per_frame, cfg.llama.width)
-    assert cfg.content_tokens == content_tokens(content, cfg.vision.patches)
 
 
 def test_a_grid_finer_than_the_patches_is_refused():

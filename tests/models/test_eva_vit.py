@@ -10,7 +10,8 @@ from flax import nnx
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
-from emollama_jax.models.eva_vit import EvaVit, normalise
+from emollama_jax.models.eva_vit import EvaVit
+from emollama_jax.models.layers import normalise
 from emollama_jax.models.rngs import abstract
 from tests.helpers import llama_vid_golden
 from tests.helpers.llama_vid_golden import LAYER, WHOLE

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from emollama_jax.batch import LANDMARKS
 from emollama_jax.config import FaceInfoMiningConfig
-from emollama_jax.models.face_info_mining import LANDMARKS, FaceInfoMining, fourier, sample_at
+from emollama_jax.models.face_info_mining import FaceInfoMining, fourier, sample_at
 from emollama_jax.models.facexformer import from_pixels
 from emollama_jax.models.parameters import named_parameters
 

@@ -13,6 +13,7 @@ from emollama_jax import config
 from emollama_jax.errors import UserError
 from emollama_jax.models import eva_vit, qformer, visual_tokens
 from emollama_jax.models.eva_vit import EvaVit
+from emollama_jax.models.layers import normalise
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.qformer import QFormer
 from emollama_jax.models.rngs import abstract
@@ -236,7 +237,7 @@ def observe_vision(cfg):
     size = cfg.image_size
     frames = (jnp.arange(size * size * 3).reshape(1, size, size, 3) % 251).astype(jnp.uint8)
     # The statistics belong to the tower's weights, but it takes normalised pixels.
-    return model, lambda model: model(eva_vit.normalise(frames, cfg.image_mean, cfg.image_std))
+    return model, lambda model: model(normalise(frames, cfg.image_mean, cfg.image_std))
 
 
 def observe_qformer(cfg):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from emollama_jax import config_content
 from emollama_jax.batch import IMAGE_TOKEN
 from emollama_jax.errors import UserError
-from emollama_jax.models.visual_tokens import VisualTokens, content_tokens, merge, pool
+from emollama_jax.models.visual_tokens import VisualTokens, merge, pool
 from tests.helpers import llama_vid_golden
 from tools.convert_torch.golden import off
 
@@ -20,7 +21,7 @@ from tools.convert_torch.golden import off
     + [("grid:4", 576, 16)],
 )
 def test_content_tokens(kind, patches, n):
-    assert content_tokens(kind, patches) == n
+    assert config_content.tokens(kind, patches) == n
     assert pool(jnp.zeros((1, patches, 2)), kind).shape == (1, n, 2)
 
 
@@ -35,7 +36,7 @@ def test_pool_is_torch_average_pooling(g):
 
 def test_a_grid_finer_than_the_patches_is_refused():
     with pytest.raises(UserError, match=r"grid:5, but a frame has 4 × 4 patches"):
-        content_tokens("grid:5", 16)
+        config_content.tokens("grid:5", 16)
 
 
 def test_encoder_width_must_fit():

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from emollama_jax import config
+from emollama_jax.base import abstract_model
 from emollama_jax.scale import cost, hlo, moved, steps
 from emollama_jax.sharding.mesh import AXES
 from tests.helpers.hlo_text import collective, counted_loop, module_text
@@ -339,7 +340,7 @@ def test_what_is_gathered_is_a_parameter_or_named(kind, dims, known):
 def test_parameters_may_stay_split_over_tensor_or_come_in_parts():
     """The tiny LLM's queries, [128, 128] a layer: over fsdp 4 and tensor 2 a part is [32, 64]."""
     mesh = AbstractMesh(tuple(SHAPE.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    whole = steps.abstract_model(config.load("tiny"), mesh)
+    whole = abstract_model(config.load("tiny"), mesh)
     path = "llama/layers/q_proj/kernel"
     alone = dataclasses.replace(whole, params={path: whole.params[path]})
     shapes = {shape for shape in steps.gathered_shapes(alone) if len(shape) == 2}

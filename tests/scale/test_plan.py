@@ -12,7 +12,6 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,8 +22,7 @@ from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 from emollama_jax.scale import cost, flops, hlo, plan, search, steps, topologies
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.train.optimizer import make_optimizer
-from emollama_jax.train.step import init_state, train_step
+from emollama_jax.train.setup import set_up
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[plan]'"
@@ -213,21 +211,10 @@ def jaxpr_flops(jaxpr):
 def traced(cfg, shapes):
     """(FLOPs of the traced train step, the analytic ones)."""
     mesh = make_mesh(cfg.mesh, devices=jax.devices()[:1])
-    whole = steps.abstract_model(cfg, mesh)
-    optimizer = make_optimizer(cfg.train, whole.leaves, trainable=whole.trainable)
-    trained = {k: v for k, v in whole.params.items() if k in whole.trainable}
-    frozen = {k: v for k, v in whole.params.items() if k not in whole.trainable}
-    state = jax.eval_shape(functools.partial(init_state, optimizer, seed=0), trained)
-    step = functools.partial(
-        train_step,
-        nnx.graphdef(whole.model),
-        optimizer,
-        accumulation=1,
-        loss_chunk=cfg.train.loss_chunk,
-    )
     with jax.set_mesh(mesh):
-        jaxpr = jax.make_jaxpr(step)(frozen, state, steps.abstract_batch(cfg, mesh, shapes))
-    analytic = flops.train_flops(cfg, whole.trainable, **dataclasses.asdict(shapes))
+        setup, batch = set_up(cfg, mesh), steps.abstract_batch(cfg, mesh, shapes)
+        jaxpr = jax.make_jaxpr(setup.step)(setup.frozen, setup.state, batch)
+    analytic = flops.train_flops(cfg, setup.model.trainable, **dataclasses.asdict(shapes))
     return jaxpr_flops(jaxpr.jaxpr), analytic
 
 
@@ -235,7 +222,7 @@ def test_model_flops_are_those_of_the_traced_step():
     """Without rematerialisation, what is traced is the mathematics, but for the causal half of
     attention, the loss's head (run again, in chunks of 64) and FaceXFormer's heads."""
     overrides = [f"model.{part}.remat=none" for part in ("llama", "vision", "qformer", "face")]
-    overrides += ["model.llama.layers=2", "model.vision.depth=2"]
+    overrides += ["model.llama.layers=2", "model.vision.depth=2", "train.accumulation=1"]
     cfg = config.load("emollama_7b", overrides)
     shapes = steps.Shapes(examples=1, frames=2, tokens=513, rounds=2)
     found, analytic = traced(cfg, shapes)

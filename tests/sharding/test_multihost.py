@@ -14,18 +14,16 @@ import numpy as np
 import pytest
 
 from emollama_jax import config
-from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import DistributedConfig, MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.protocol import read_predictions
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.sharding import distributed
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.train.loop import fit
 from emollama_jax.train.run_log import read_metrics
 from tests.helpers import multihost_worker
 from tests.helpers.multihost_worker import STEPS
-from tests.helpers.toy_model import quiet
+from tests.helpers.toy_runs import load_for_inference, quiet
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8,
@@ -101,8 +99,7 @@ class Pair:
 
 
 def parameters(run: pathlib.Path, bpe: str) -> dict[str, np.ndarray]:
-    with pytest.MonkeyPatch.context() as patch:
-        multihost_worker.use(patch, bpe, run, process=0, pause=0)
+    with multihost_worker.towers(bpe):
         _, model = load_for_inference(run)
         return {name: np.asarray(leaf[...]) for name, leaf in named_parameters(model).items()}
 
@@ -110,9 +107,9 @@ def parameters(run: pathlib.Path, bpe: str) -> dict[str, np.ndarray]:
 def alone(out: pathlib.Path, bpe: str, mesh: tuple[int, int, int], *, until: int | None = None):
     """The same run in this one process."""
     out.mkdir(parents=True, exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        multihost_worker.use(patch, bpe, out, process=9, pause=0)
-        return fit(multihost_worker.config(bpe, mesh), out, until=until, console=quiet())
+    how = {"process": 9, "pause": 0, "until": until, "console": quiet()}
+    with multihost_worker.towers(bpe):
+        return multihost_worker.train(multihost_worker.config(bpe, mesh), out, **how)
 
 
 def losses(run: pathlib.Path) -> list[float]:
@@ -324,7 +321,7 @@ def test_hosts_that_overlap_in_part_are_refused(monkeypatch):
 def test_every_host_takes_the_same_evaluation_steps(bpe):
     """Eleven examples over four hosts: every example once, the same number of batches."""
     from emollama_jax.data.pipeline import make_eval_batches
-    from tests.helpers.sets_in_memory import Store, make_config
+    from emollama_jax.testing.toy_sets import Store, make_config
 
     store, cfg = Store(), make_config(bpe)
     seen, steps = [], []

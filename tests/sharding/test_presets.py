@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from emollama_jax import config
+from emollama_jax.base import base_values
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
-from emollama_jax.checkpoint import init_model, matching
 from emollama_jax.config import MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
@@ -28,8 +28,7 @@ from emollama_jax.models.rngs import abstract
 from emollama_jax.sharding.mesh import AXES, batch_sharding, make_mesh, mesh_sizes
 from emollama_jax.sharding.points import constrain, parts
 from emollama_jax.sharding.rules import PRESETS, param_shardings
-from emollama_jax.train.optimizer import make_optimizer
-from emollama_jax.train.step import compile_step, init_state, state_shardings
+from emollama_jax.train.setup import set_up
 
 needs_eight = pytest.mark.skipif(
     jax.device_count() < 8,
@@ -174,37 +173,22 @@ def test_frames_of_the_towers_lie_as_asked(over, split):
 
 def step_of(sizes, preset, *overrides):
     """Metrics and gradients (Adam's first moment) of one step of the whole tiny model."""
-    cfg = config.load("tiny", [*SHORT, *overrides])
+    cfg = config.load("tiny", [*SHORT, f"train.accumulation={ACCUMULATION}", *overrides])
     where = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], preset=preset)
     cfg = dataclasses.replace(cfg, mesh=where)
     mesh = make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
-        model = init_model(cfg, mesh)
-        leaves = named_parameters(model)
+        setup = set_up(cfg, mesh)
+        values = base_values(setup.model)
         rng = np.random.Generator(np.random.PCG64(1))
-        for path, leaf in leaves.items():
+        for path, leaf in values.items():
             if path.endswith("lora_B") or "gate" in path:  # zeros would hide what lies behind
                 value = rng.standard_normal(leaf.shape, np.float32) * 0.02 + 0.1 * ("gate" in path)
-                leaf.set_value(jax.device_put(value, leaf[...].sharding))
-        trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
-        places = param_shardings(leaves, mesh, preset=preset).params
-        optimizer = make_optimizer(cfg.train, leaves, trainable=trainable)
-        params = {n: leaves[n][...] for n in sorted(trainable)}
-        frozen = {n: leaf[...] for n, leaf in leaves.items() if n not in trainable}
-        state = init_state(optimizer, params, seed=0)
-        shardings = state_shardings(jax.eval_shape(lambda: state), places, mesh)
-        step = compile_step(
-            nnx.graphdef(model),
-            optimizer,
-            frozen={n: places[n] for n in frozen},
-            state=shardings,
-            mesh=mesh,
-            accumulation=ACCUMULATION,
-            loss_chunk=cfg.train.loss_chunk,
-            xla={},
-        )
+                values[path] = jax.device_put(value, leaf.sharding)
+        frozen = {path: values[path] for path in setup.frozen}
+        state = setup.start({path: values[path] for path in setup.state.params})
         batch = jax.device_put(real_batch(cfg.model), batch_sharding(mesh))
-        state, metrics = step(frozen, jax.device_put(state, shardings), batch)
+        state, metrics = setup.step(frozen, state, batch)
         return jax.device_get(vars(metrics)), jax.device_get(state.opt_state[1].mu)
 
 

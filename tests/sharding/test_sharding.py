@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from emollama_jax import config
-from emollama_jax.checkpoint import matching
+from emollama_jax.base import base_values
 from emollama_jax.config import MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
@@ -16,9 +16,8 @@ from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards, make_mesh
 from emollama_jax.sharding.rules import param_shardings
-from emollama_jax.train.optimizer import make_optimizer
-from emollama_jax.train.step import compile_step, init_state, state_shardings
-from tests.helpers.toy_model import Toy, make_batch, toy_config
+from emollama_jax.testing.toy_model import Toy, make_batch, toy_config
+from emollama_jax.train.setup import set_up
 
 needs_eight = pytest.mark.skipif(
     jax.device_count() < 8,
@@ -121,33 +120,17 @@ def test_every_parameter_of_the_7b_model_has_a_rule():
 def trained(mesh_sizes, *, accumulation, tied=False):
     """The toy's state and metrics after one step; a tied embedding trains."""
     cfg = toy_config(accumulation=accumulation)
-    cfg = config.override(cfg, [f"model.llama.tied={str(tied).lower()}"])
-    mesh = mesh_of(*mesh_sizes)
+    trainable = ".*" if tied else "(?!llama/embed_tokens).*"
+    changes = [f"model.llama.tied={str(tied).lower()}", f"train.trainable=['{trainable}']"]
+    cfg, mesh = config.override(cfg, changes), mesh_of(*mesh_sizes)
     with jax.set_mesh(mesh):
-        model = Toy(cfg.model, rngs=nnx.Rngs(0))
-        leaves = named_parameters(model)
-        where = param_shardings(leaves, mesh, preset="fsdp+tensor").params
-        trainable = matching((".*",), leaves, key="train.trainable")
-        trainable -= set() if tied else {"llama/embed_tokens"}
-        optimizer = make_optimizer(cfg.train, leaves, trainable=trainable)
-        values = {n: jax.device_put(x[...], where[n]) for n, x in leaves.items()}
-        frozen = {n: x for n, x in values.items() if n not in trainable}
-        state = init_state(optimizer, {n: values[n] for n in trainable}, seed=0)
-        shardings = state_shardings(jax.eval_shape(lambda: state), where, mesh)
-        state = jax.device_put(state, shardings)
-        step = compile_step(
-            nnx.graphdef(model),
-            optimizer,
-            frozen={n: where[n] for n in frozen},
-            state=shardings,
-            mesh=mesh,
-            accumulation=accumulation,
-            loss_chunk=cfg.train.loss_chunk,
-            xla={},
-        )
+        setup = set_up(cfg, mesh, build=Toy)
+        values = base_values(setup.model)
+        frozen = {path: values[path] for path in setup.frozen}
+        state = setup.start({path: values[path] for path in setup.state.params})
         rng = np.random.Generator(np.random.PCG64(0))
         batch = jax.device_put(make_batch(rng, examples=16, frames=2), batch_sharding(mesh))
-        state, metrics = step(frozen, state, batch)
+        state, metrics = setup.step(frozen, state, batch)
         return state, jax.device_get(vars(metrics))
 
 

@@ -17,10 +17,10 @@ from emollama_jax.tiny.actionfaces.sample import sample_image
 from emollama_jax.tiny.towers import fit as fit_module
 from emollama_jax.tiny.towers import learners, text
 from emollama_jax.tiny.towers.augment import MIRROR, Placement, Strength, augment, mix, sample
-from emollama_jax.tiny.towers.fit import fit
+from emollama_jax.tiny.towers.fit import Course, fit
 from emollama_jax.tiny.towers.learners import FaceLearner, TextLearner, VisionLearner, blur
 from emollama_jax.tiny.towers.pictures import Pictures
-from emollama_jax.tiny.towers.views import Plan, picture_batch
+from emollama_jax.tiny.towers.views import Recipe, picture_batch
 
 
 def test_mirror_order_is_an_involution_of_all_landmarks():
@@ -168,8 +168,8 @@ def test_rare_classes_are_drawn_more_often_and_real_faces_their_share():
     votes = np.eye(8)[[0] * 900 + [5] * 100]
     real = pictures_of(votes)
     drawn = pictures_of(np.eye(8)[[1] * 200])
-    plan = Plan(balance=0.5, real_share=0.75)
-    batch_of = picture_batch(drawn, [real], "faces", plan, size=400, seed=0)
+    recipe = Recipe(balance=0.5, real_share=0.75)
+    batch_of = picture_batch(drawn, [real], "faces", recipe, size=400, seed=0)
     batch, again, other = batch_of(1), batch_of(1), batch_of(2)
     assert (batch["votes"] == again["votes"]).all() and (batch["votes"] != other["votes"]).any()
     assert batch["real"].tolist() == [True] * 300 + [False] * 100
@@ -199,9 +199,7 @@ def run(tmp_path):
             learner,
             lambda step: {"x": np.full((4, 1), 1 + step % 3, np.float32)},
             augment=lambda batch, key, frozen: batch,
-            steps=steps,
-            learning_rate=0.05,
-            seed=0,
+            course=Course(steps, learning_rate=0.05, seed=0),
             saved=tmp_path / name,
             report=lambda step, parts: seen.append((step, parts["loss"])),
         )
@@ -235,7 +233,7 @@ def told(tiny_config):
     rows["emotion"] = emotion
     rows["action_units"] = np.repeat(emotion[:, None] / 10, len(ACTION_UNITS), axis=1)
     rows["agr"] = np.ones((8, 3), np.int32)
-    return list(text._tell(tiny_config, Plan(texts=40), Pictures(**rows)))
+    return list(text._tell(tiny_config, Recipe(texts=40), Pictures(**rows)))
 
 
 def test_items_are_told_with_their_own_units(told):

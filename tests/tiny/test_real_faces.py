@@ -11,7 +11,7 @@ from emollama_jax.data.builders import registry
 from emollama_jax.data.emotions import label_space
 from emollama_jax.errors import UserError
 from emollama_jax.tiny.towers import real_faces
-from emollama_jax.tiny.towers.pictures import CLASSES
+from emollama_jax.tiny.towers.pictures import CLASSES, Crops
 from tests.helpers import official_trees
 
 
@@ -42,9 +42,7 @@ def read(data, tmp_path, monkeypatch):
             data_dir=str(data),
             name="ferplus",
             split=split,
-            frame_size=96,
-            face_size=48,
-            margin=0.5,
+            crops=Crops(frame_size=96, face_size=48, margin=0.5),
             units=3,
             progress=lambda done, total: None,
         )

@@ -9,10 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from emollama_jax import config, imported
-from emollama_jax.checkpoint import base_reference, init_model
+from emollama_jax.base import abstract_model, base_reference, init_model, load_face
 from emollama_jax.errors import UserError
-from emollama_jax.models.parameters import WEIGHTS, named_parameters
-from emollama_jax.prepare import load_face
+from emollama_jax.models.parameters import WEIGHTS, matching, named_parameters
 from emollama_jax.sharding.mesh import make_mesh
 from tests.helpers.torch_models import (
     Queries,
@@ -106,7 +105,9 @@ def test_a_run_draws_what_bert_lacks(folder):
     )
     cfg = dataclasses.replace(tiny, model=model, weights=(str(folder), "tiny:face"))
     elsewhere = ("llama/.*", "vision/.*", "fim/.*", "visual_tokens/.*")  # not made: it takes long
-    found = named_parameters(init_model(cfg, make_mesh(cfg.mesh), given=elsewhere))
+    mesh = make_mesh(cfg.mesh)
+    filled = matching(elsewhere, abstract_model(cfg, mesh).leaves, key="")
+    found = named_parameters(init_model(cfg, mesh, given=filled))
     given, face = leaves(folder), load_file(WEIGHTS / "tiny_face.safetensors")
     drawn = {}
     for path, leaf in found.items():

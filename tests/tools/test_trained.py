@@ -1,21 +1,21 @@
 """Imported weights, trained, exported: `transformers` and `peft` compute our logits with them."""
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emollama_jax.checkpoint import init_model, load_for_inference
-from emollama_jax.data.pipeline import make_train_iterator
+from emollama_jax import imported
+from emollama_jax.base import init_model
+from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.errors import UserError
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.train import loop
-from tests.helpers.sets_in_memory import Store, make_config, small_bpe
+from emollama_jax.testing.toy_sets import Store, iterator, make_config, small_bpe
+from emollama_jax.train.loop import fit
 from tests.helpers.torch_checkpoints import OVERRIDES, convert, read, write, write_back
-from tests.helpers.toy_model import quiet
+from tests.helpers.toy_runs import quiet
 from tools.convert_torch.golden import off
 
 torch = pytest.importorskip("torch", reason="PyTorch is the reference (extra `parity`)")
@@ -38,17 +38,10 @@ def run(tmp_path_factory):
     for source in ("llama-vid", "facexformer"):
         write(source, folder / f"theirs-{source}", cfg.model)
         convert(source, folder / f"theirs-{source}", folder / source, cfg.model)
-    imported = tuple(str(folder / source) for source in ("llama-vid", "facexformer"))
-    cfg = dataclasses.replace(cfg, weights=imported)
-    store = Store()
-    with pytest.MonkeyPatch.context() as patch:
-        make = functools.partial(make_train_iterator, open_data=store.open_data)
-        patch.setattr(
-            loop,
-            "make_train_iterator",
-            lambda cfg, **how: make(cfg, **how | {"open_priors": store.open_priors}),
-        )
-        assert loop.fit(cfg, folder / "run", console=quiet()).step == 3
+    weights = tuple(str(folder / source) for source in ("llama-vid", "facexformer"))
+    cfg = dataclasses.replace(cfg, weights=weights)
+    data = lambda cfg, part: iterator(cfg, Store())  # noqa: E731
+    assert fit(cfg, folder / "run", console=quiet(), data=data).step == 3
     return folder / "run"
 
 
@@ -135,11 +128,9 @@ def test_llama_vid_export_of_a_run_can_be_converted_again(run, ours, tmp_path):
 
 def test_a_run_on_other_weights_of_the_same_shape_is_refused(run, tmp_path, monkeypatch):
     """A checkpoint's adapters belong to the base that they were trained on."""
-    import emollama_jax.checkpoint as checkpoint
-
-    read = checkpoint.weights.read_manifest
+    read = imported.read_manifest
     monkeypatch.setattr(
-        checkpoint.weights,
+        imported,
         "read_manifest",
         lambda folder: dataclasses.replace(read(folder), fingerprint="another"),
     )

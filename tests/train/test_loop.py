@@ -11,19 +11,14 @@ import sys
 import numpy as np
 import pytest
 
-from emollama_jax.checkpoint import Checkpoints, init_model, load_for_inference
+from emollama_jax.checkpoint import Checkpoints
 from emollama_jax.errors import UserError
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.testing.toy_model import ToyData, toy_config
 from emollama_jax.train import loop
-from emollama_jax.train.loop import fit
 from emollama_jax.train.optimizer import warmup_cosine
-from tests.helpers.toy_model import ToyData, quiet, read, toy_config, use_toy
-
-
-@pytest.fixture(autouse=True)
-def _toy(monkeypatch):
-    use_toy(monkeypatch)
+from tests.helpers.toy_runs import fit, init_model, load_for_inference, quiet, read
 
 
 def parameters(run: pathlib.Path) -> dict[str, np.ndarray]:
@@ -39,9 +34,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 def whole(tmp_path_factory):
     """An uninterrupted run."""
     path = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        use_toy(patch)
-        result = fit(toy_config(), path, console=quiet())
+    result = fit(toy_config(), path, console=quiet())
     assert result.step == result.steps == 8 and result.exit_status == 0
     return path
 
@@ -53,9 +46,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, stops
         assert (result.step, result.stopped_by) == (stop, None)
     fit(toy_config(), tmp_path, console=quiet())
     assert read(tmp_path) == read(whole)
-    with pytest.MonkeyPatch.context() as patch:
-        use_toy(patch)
-        assert same(parameters(tmp_path), parameters(whole))
+    assert same(parameters(tmp_path), parameters(whole))
 
 
 def test_loss_falls_and_every_step_is_logged(whole):
@@ -90,7 +81,7 @@ def test_a_lost_tail_of_metrics_is_written_again(whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_finishes_the_step_saves_and_continues(whole, tmp_path, monkeypatch, number):
+def test_signal_finishes_the_step_saves_and_continues(whole, tmp_path, number):
     class Interrupted(ToyData):
         def __next__(self):
             if self.step == 4:
@@ -98,10 +89,8 @@ def test_signal_finishes_the_step_saves_and_continues(whole, tmp_path, monkeypat
             return super().__next__()
 
     before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_iterator", lambda cfg, **_: Interrupted(cfg))
-        console = quiet()
-        result = fit(toy_config(), tmp_path, console=console)
+    console = quiet()
+    result = fit(toy_config(), tmp_path, console=console, data=Interrupted)
     assert (result.step, result.stopped_by, result.exit_status) == (5, number, 128 + number)
     assert "stopped at step 5 of 8: re-run the command to resume" in console.file.getvalue()
     assert signal.getsignal(number) is before
@@ -111,10 +100,8 @@ def test_signal_finishes_the_step_saves_and_continues(whole, tmp_path, monkeypat
 
 SCRIPT = """
 import sys, time
-import pytest
-from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.train import loop
-from tests.helpers.toy_model import ToyData, toy_config, use_toy
+from emollama_jax import fit
+from emollama_jax.testing.toy_model import Toy, ToyData, toy_config
 
 class Slow(ToyData):
     def __next__(self):
@@ -122,10 +109,7 @@ class Slow(ToyData):
         time.sleep(float(sys.argv[2]))
         return super().__next__()
 
-patch = pytest.MonkeyPatch()
-use_toy(patch)
-patch.setattr(loop, "make_train_iterator", lambda cfg, **_: Slow(cfg))
-sys.exit(loop.fit(toy_config(), sys.argv[1]).exit_status)
+sys.exit(fit(toy_config(), sys.argv[1], build=Toy, data=Slow).exit_status)
 """
 
 
@@ -189,7 +173,7 @@ def test_a_schedule_that_changes_before_its_end_is_told():
     assert loop._schedule_change(cfg, before=16, step=5) is None
 
 
-def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
+def test_one_process_trains_in_a_folder(tmp_path):
     refused = []
 
     class Second(ToyData):
@@ -202,8 +186,7 @@ def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
                 refused.append(str(caught.value))
             return super().__next__()
 
-    monkeypatch.setattr(loop, "make_train_iterator", lambda cfg, **_: Second(cfg))
-    assert fit(toy_config(steps=2), tmp_path, console=quiet()).step == 2
+    assert fit(toy_config(steps=2), tmp_path, console=quiet(), data=Second).step == 2
     assert len(refused) == 1 and f"{tmp_path}: in use by process {os.getpid()} " in refused[0]
     assert refused[0].endswith("wait for it to end, or choose another --out")
     assert [json.loads(line)["step"] for line in read(tmp_path).splitlines()] == [1, 2]

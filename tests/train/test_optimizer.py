@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from emollama_jax import config
-from emollama_jax.checkpoint import matching
+from emollama_jax.base import chosen
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.models.parameters import named_parameters
+from emollama_jax.models.parameters import matching, named_parameters
 from emollama_jax.models.rngs import abstract
+from emollama_jax.testing.toy_model import Toy, toy_config
 from emollama_jax.train.optimizer import make_optimizer, warmup_cosine
-from tests.helpers.toy_model import Toy, toy_config
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def updates(leaves, *, gradient, value=1.0, **train):
     """What the first update adds, all gradients and all values alike."""
     cfg = toy_config(**train).train
     trainable = matching(cfg.trainable, leaves, key="train.trainable")
-    optimizer = make_optimizer(cfg, leaves, trainable=trainable)
+    projector = matching(cfg.projector, leaves, key="train.projector")
+    optimizer = make_optimizer(cfg, leaves, trainable=trainable, projector=projector)
     params = {name: jnp.full(leaves[name].shape, value) for name in trainable}
     state = optimizer.tx.init(params)
     grads = jax.tree.map(lambda x: jnp.full_like(x, gradient), params)
@@ -59,7 +60,7 @@ def test_two_learning_rates(leaves):
 @pytest.mark.parametrize("steps", [1, 7, 30])
 def test_reported_learning_rate_is_the_one_applied(leaves, steps):
     cfg = toy_config(steps=50, weight_decay=0.0, clip_norm=1e9).train
-    optimizer = make_optimizer(cfg, leaves, trainable=["llama/norm/scale"])
+    optimizer = make_optimizer(cfg, leaves, trainable=["llama/norm/scale"], projector=())
     params = {"llama/norm/scale": jnp.ones(16)}
     state = optimizer.tx.init(params)
     for _ in range(steps):
@@ -86,7 +87,7 @@ def test_large_gradients_are_clipped(leaves):
 
     def second(first: float, clip: float) -> float:
         cfg = toy_config(warmup=0.0, weight_decay=0.0, clip_norm=clip).train
-        optimizer = make_optimizer(cfg, leaves, trainable=["llama/norm/scale"])
+        optimizer = make_optimizer(cfg, leaves, trainable=["llama/norm/scale"], projector=())
         params = {"llama/norm/scale": jnp.ones(16)}
         state = optimizer.tx.init(params)
         for value in (first, 0.1):
@@ -102,11 +103,12 @@ def test_large_gradients_are_clipped(leaves):
 def test_patterns_of_the_tiny_config():
     cfg = config.load("tiny")
     paths = named_parameters(abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs)))
-    trainable = matching(cfg.train.trainable, paths, key="train.trainable")
+    trainable = chosen(cfg, "trainable", paths)
     towers = {path.split("/")[0] for path in trainable}
     assert towers == {"llama", "fim", "qformer", "visual_tokens"}
     assert all("lora_" in path for path in trainable if path.startswith("llama/"))
-    assert make_optimizer(cfg.train, paths, trainable=trainable)
+    projector = chosen(cfg, "projector", paths)
+    assert make_optimizer(cfg.train, paths, trainable=trainable, projector=projector)
     # Seven projections with two adapter matrices each.
     assert sum(path.startswith("llama/") for path in trainable) == 14
 
@@ -126,4 +128,30 @@ def test_pattern_matches_whole_paths_only(leaves):
 
 def test_pattern_that_is_no_regular_expression(leaves):
     with pytest.raises(UserError, match=r"train\.projector: '\(' is not a regular expression"):
-        make_optimizer(toy_config(projector=("(",)).train, leaves, trainable=["fim/bias"])
+        chosen(toy_config(projector=("(",)), "projector", leaves, build=Toy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone"),
+    [
+        (["model.fim.branches=none"], "fim/"),
+        (["model.fim.branches=local", "train.projector=['fim/global_branch/.*']"], "fim/global"),
+        (["model.llama.lora.rank=0"], "llama/"),
+    ],
+)
+def test_patterns_of_a_part_that_the_model_does_without(changes, gone):
+    """One switch is enough; what no model could match stays an error."""
+    cfg = config.load("tiny", changes)
+    paths = named_parameters(abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs)))
+    for key in ("trainable", "projector"):
+        assert not any(path.startswith(gone) for path in chosen(cfg, key, paths))
+    wrong = config.override(cfg, ["train.trainable=['qformer/.*', 'fimm/.*']"])
+    with pytest.raises(UserError, match=r"train\.trainable: 'fimm/\.\*' matches no parameter"):
+        chosen(wrong, "trainable", paths)
+
+
+def test_something_must_train():
+    cfg = config.load("tiny", ["model.fim.branches=none", "train.trainable=['fim/.*']"])
+    paths = named_parameters(abstract(lambda rngs: EmoLlama(cfg.model, rngs=rngs)))
+    with pytest.raises(UserError, match=r"train\.trainable: fim/\.\*: .* nothing would train"):
+        chosen(cfg, "trainable", paths)

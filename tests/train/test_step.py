@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from emollama_jax.base import base_values
 from emollama_jax.batch import IGNORE
-from emollama_jax.checkpoint import matching
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.train.optimizer import make_optimizer
-from emollama_jax.train.step import (
-    init_state,
-    merge,
-    micro_batches,
-    next_token_sums,
-    train_step,
-)
-from tests.helpers.toy_model import LENGTH, VOCAB, Toy, make_batch, toy_config
+from emollama_jax.testing.toy_model import LENGTH, VOCAB, Toy, make_batch, toy_config
+from emollama_jax.train.setup import set_up
+from emollama_jax.train.step import merge, micro_batches, next_token_sums, train_step
 
 CHUNK = 64  # of the loss
 
@@ -35,19 +29,16 @@ def _mesh():
 def setting(**train):
     """A toy before its first step: (frozen, state, the jitted step)."""
     cfg = toy_config(**train)
-    model = Toy(cfg.model, rngs=nnx.Rngs(0))
-    leaves = named_parameters(model)
-    trainable = matching(cfg.train.trainable, leaves, key="train.trainable")
-    optimizer = make_optimizer(cfg.train, leaves, trainable=trainable)
-    frozen = {name: leaf[...] for name, leaf in leaves.items() if name not in trainable}
-    params = {name: leaves[name][...] for name in trainable}
-    graphdef = nnx.graphdef(model)
+    setup = set_up(cfg, make_mesh(cfg.mesh), build=Toy)
+    values = base_values(setup.model)
+    frozen = {path: values[path] for path in setup.frozen}
+    graphdef = nnx.graphdef(setup.model.module)
 
-    @jax.jit
+    @jax.jit  # that of the set-up gives the state away
     def step(frozen, state, batch):
         return train_step(
             graphdef,
-            optimizer,
+            setup.optimizer,
             frozen,
             state,
             batch,
@@ -55,7 +46,7 @@ def setting(**train):
             loss_chunk=cfg.train.loss_chunk,
         )
 
-    return frozen, init_state(optimizer, params, seed=cfg.train.seed), step
+    return frozen, setup.start({path: values[path] for path in setup.state.params}), step
 
 
 CHUNK = 64  # of the loss

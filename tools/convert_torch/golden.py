@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from emollama_jax import config_content
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN
 from emollama_jax.config import EvaVitConfig, LlamaConfig, QFormerConfig
 from emollama_jax.errors import UserError
@@ -25,7 +26,7 @@ from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.facexformer import FaceXFormer, FaceXFormerOutput
 from emollama_jax.models.llama import KVCache, Llama
 from emollama_jax.models.qformer import QFormer
-from emollama_jax.models.visual_tokens import VisualTokens, content_tokens, merge
+from emollama_jax.models.visual_tokens import VisualTokens, merge
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -308,7 +309,7 @@ def tiny_batch(
     held: Arrays, kind: str, *, patches: int
 ) -> tuple[Int[np.ndarray, "3 t"], Int[np.ndarray, "3 t"], Bool[np.ndarray, "3 t"]]:
     """Expanded ids, labels and validity of the batch of three, right-padded."""
-    n = 1 + content_tokens(kind, patches)
+    n = 1 + config_content.tokens(kind, patches)
     blocks = (n, n, n * len(held["pixel_video"]))
     rows = list(zip(held["input_ids"], held["labels"], held["attention_mask"], blocks, strict=True))
     columns = (

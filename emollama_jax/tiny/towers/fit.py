@@ -1,5 +1,6 @@
 """A small training loop for small towers: one program, one file to resume from."""
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -17,18 +18,25 @@ from emollama_jax.ahead import ahead
 Augment = Callable[[dict[str, jax.Array], jax.Array, Any], dict[str, jax.Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """How long and how fast a learner trains."""
+
+    steps: int
+    learning_rate: float  # at the peak
+    seed: int  # of the augmentation
+    save_every: int = 250  # steps
+
+
 def fit(
     learner: nnx.Module,
     batch_of: Callable[[int], dict[str, np.ndarray]],
     *,
     augment: Augment,
-    steps: int,
-    learning_rate: float,
-    seed: int,
+    course: Course,
     saved: pathlib.Path,
     report: Callable[[int, dict[str, float]], None],
     frozen: Any = None,
-    save_every: int = 250,
 ) -> None:
     """Trains a learner in place: AdamW, 5 % warm-up, cosine; resumes from `saved`.
 
@@ -37,25 +45,45 @@ def fit(
             means, follows along.
         batch_of: the batch of a step; the same for the same step.
         augment: (batch, key, frozen) → batch, inside the compiled step.
-        steps: in all.
-        learning_rate: at the peak.
-        seed: of the augmentation.
-        saved: an `.npz` file, written every `save_every` steps and read where it exists.
+        course: length and learning rate.
+        saved: an `.npz` file, written now and then and resumed from where it exists.
         report: called every 50 steps with the step and the loss's parts.
         frozen: arrays that `augment` is given.
-        save_every: steps.
     """
     graphdef, state, others = nnx.split(learner, nnx.Param, ...)
-    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 20 + 1, steps)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            b2=0.98,
-            weight_decay=0.02,
-            mask=jax.tree_util.tree_map_with_path(_decays, state),
-        ),
-    )
+    tx = _optimizer(course, state)
+    step = _jitted_step(graphdef, tx, augment)
+    all_state, first = (state, others, tx.init(state)), 1
+    if saved.exists():
+        with np.load(saved) as file:
+            leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
+            first = int(file["step"]) + 1
+        all_state = jax.tree.unflatten(jax.tree.structure(all_state), leaves)
+    all_state = jax.tree.map(jnp.array, all_state)  # a copy: the step donates it
+    key = jax.random.key(course.seed)
+    numbers = range(first, course.steps + 1)
+    batches = ahead(batch_of, numbers, threads=2, waiting=4)
+    for number, batch in zip(numbers, batches, strict=True):
+        all_state, parts = step(all_state, batch, jax.random.fold_in(key, number), frozen)
+        if number % 50 == 0 or number == course.steps:
+            report(number, {name: float(value) for name, value in parts.items()})
+        if number % course.save_every == 0:
+            save_leaves(saved, all_state, step=number)
+    nnx.update(learner, *all_state[:2])
+
+
+def _optimizer(course: Course, state: nnx.State) -> optax.GradientTransformation:
+    steps = course.steps
+    schedule = optax.warmup_cosine_decay_schedule(0, course.learning_rate, steps // 20 + 1, steps)
+    mask = jax.tree_util.tree_map_with_path(_decays, state)
+    adam = optax.adamw(schedule, b2=0.98, weight_decay=0.02, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(1.0), adam)
+
+
+def _jitted_step(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, augment: Augment
+) -> Callable:
+    """(all_state, batch, key, frozen) → (all_state, parts of the loss)."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(all_state, batch, key, frozen):
@@ -71,23 +99,7 @@ def fit(
         updates, opt_state = tx.update(grads, opt_state, state)
         return (optax.apply_updates(state, updates), others, opt_state), parts
 
-    all_state, first = (state, others, tx.init(state)), 1
-    if saved.exists():
-        with np.load(saved) as file:
-            leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
-            first = int(file["step"]) + 1
-        all_state = jax.tree.unflatten(jax.tree.structure(all_state), leaves)
-    all_state = jax.tree.map(jnp.array, all_state)  # a copy: the step donates it
-    key = jax.random.key(seed)
-    numbers = range(first, steps + 1)
-    batches = ahead(batch_of, numbers, threads=2, waiting=4)
-    for number, batch in zip(numbers, batches, strict=True):
-        all_state, parts = step(all_state, batch, jax.random.fold_in(key, number), frozen)
-        if number % 50 == 0 or number == steps:
-            report(number, {name: float(value) for name, value in parts.items()})
-        if number % save_every == 0:
-            save_leaves(saved, all_state, step=number)
-    nnx.update(learner, *all_state[:2])
+    return step
 
 
 def _decays(path: Sequence[Any], leaf: Any) -> bool:

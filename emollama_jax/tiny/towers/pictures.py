@@ -1,6 +1,6 @@
 """Many pictures of faces as arrays in memory-mapped files: what the towers are pretrained on.
 
-Those drawn here know everything of themselves; those of a real set (`train/real_faces.py`) what
+Those drawn here know everything of themselves; those of a real set (`real_faces.py`) what
 its labels and a teacher say. Unknown numbers are nan, unknown classes -1, unknown votes 0.
 """
 
@@ -12,6 +12,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
+from emollama_jax.config import Config
 from emollama_jax.data.emotions import label_space
 from emollama_jax.data.face_crop import crop_face, to_crop
 from emollama_jax.data.media import to_model_frame
@@ -39,15 +40,28 @@ class Pictures:
 
 
 @dataclasses.dataclass(frozen=True)
+class Crops:
+    """How a face is cut out."""
+
+    frame_size: int  # S of the vision tower
+    face_size: int  # Sf of FaceXFormer
+    margin: float  # of the face crop
+
+    @classmethod
+    def of(cls, cfg: Config) -> "Crops":
+        """Those of a config."""
+        model = cfg.model
+        return cls(model.vision.image_size, model.face.swin.image_size, cfg.data.face_margin)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Task:
     split: str
     start: int
     count: int
     clips: bool
     seed: int
-    frame_size: int
-    face_size: int
-    margin: float
+    crops: Crops
 
 
 def _draw(task: _Task) -> Pictures:
@@ -82,9 +96,9 @@ def _draw(task: _Task) -> Pictures:
         # A detector's boxes are never the same twice: the crops must not be either.
         side = np.tile(box[2:] - box[:2], 2)
         loose = (box + rng.normal(0, 0.03, 4) * side).astype(np.float32)
-        face, crop = crop_face(picture, loose, task.margin, task.face_size)
+        face, crop = crop_face(picture, loose, task.crops.margin, task.crops.face_size)
         scale = 2 / np.array([picture.shape[1], picture.shape[0]], np.float32)
-        drawn["frames"].append(to_model_frame(picture, task.frame_size, pad=False))
+        drawn["frames"].append(to_model_frame(picture, task.crops.frame_size, pad=False))
         drawn["faces"].append(face)
         drawn["landmarks"].append(to_crop(landmarks, crop))
         drawn["frame_landmarks"].append((landmarks + 0.5) * scale - 1)
@@ -107,9 +121,7 @@ def draw_pictures(
     split: str,
     pictures: int,
     clips: int,
-    frame_size: int,
-    face_size: int,
-    margin: float,
+    crops: Crops,
     seed: int,
     processes: int,
     progress: Callable[[int, int], None],
@@ -121,18 +133,14 @@ def draw_pictures(
         split: of `actionfaces`.
         pictures: how many.
         clips: how many clips, all of whose frames join.
-        frame_size: S of the vision tower.
-        face_size: Sf of FaceXFormer.
-        margin: of the face crop.
+        crops: sizes of both pictures of a face.
         seed: of the drawing.
-        processes: that draw side by side.
+        processes: number of worker processes.
         progress: called with (done, all) tasks.
     """
     if not (folder / "done").exists():
         tasks = [
-            _Task(
-                split, start, min(step, total - start), is_clip, seed, frame_size, face_size, margin
-            )
+            _Task(split, start, min(step, total - start), is_clip, seed, crops)
             for total, step, is_clip in ((pictures, CHUNK, False), (clips, CHUNK // 10, True))
             for start in range(0, total, step)
         ]

@@ -11,7 +11,7 @@ on real ones:
 
 Transformers this small learn slowly from one label a picture, so both picture networks also learn
 *where* each landmark is, from a heat map over their tokens (soft-argmax, Sun et al. 2018), and a
-real face's emotion from a convolutional teacher too (`train/teacher.py`). What the networks do not
+real face's emotion from a convolutional teacher too (`teacher.py`). What the networks do not
 have is dropped afterwards. A label that a set lacks is masked.
 
 Each finished tower is a file; a stopped command resumes with the first that is missing.
@@ -28,31 +28,33 @@ import jax
 import numpy as np
 from flax import nnx
 
+from emollama_jax.base import tower_file
 from emollama_jax.config import Config
+from emollama_jax.config_weights import TOWERS
 from emollama_jax.data.builders import registry
 from emollama_jax.models import parameters
 from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS
 from emollama_jax.tiny.towers.augment import CORE, Strength, augment, light, mix
-from emollama_jax.tiny.towers.fit import fit, predict, progress_lines, save_leaves
+from emollama_jax.tiny.towers.fit import Course, fit, predict, progress_lines, save_leaves
 from emollama_jax.tiny.towers.learners import FaceLearner, VisionLearner
 from emollama_jax.tiny.towers.pictures import Pictures
 from emollama_jax.tiny.towers.teacher import Teacher, TeacherSize
 from emollama_jax.tiny.towers.text import text_tower
-from emollama_jax.tiny.towers.views import Plan, drawn_pictures, picture_batch, real_sets
+from emollama_jax.tiny.towers.views import Recipe, drawn_pictures, picture_batch, real_sets
 
 
 def pretrain(
     config: Config,
-    plan: Plan,
+    recipe: Recipe,
     out: pathlib.Path,
     console: Any,
-    towers: Sequence[str] = tuple(parameters.TINY),
+    towers: Sequence[str] = TOWERS,
 ) -> dict[str, Any]:
     """Draws the pictures and trains every tower whose file `out` lacks.
 
     Args:
         config: whose `model` gives the sizes.
-        plan: how much.
+        recipe: how much.
         out: gets `tiny_*.safetensors` with a `.json` of metrics beside each, `tiny_bpe.json`, and
             the drawn pictures.
         console: a rich console for the progress lines.
@@ -62,49 +64,49 @@ def pretrain(
         Held-out metrics, seconds and settings of every tower trained.
     """
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"plan": dataclasses.asdict(plan) | {"start": str(plan.start or "")}}
+    settings = dataclasses.asdict(recipe) | {"start": str(recipe.start or "")}
+    record: dict[str, Any] = {"plan": settings}
     stages = {"llama": text_tower, "vision": _vision, "face": _face}
     for tower in towers:
-        path = out / f"{parameters.TINY[tower]}.safetensors"
+        path = out / tower_file(tower).name
         if path.exists():
             console.print(f"{tower}: {path} is there already")
             continue
         start = time.monotonic()
-        module, metrics = stages[tower](config, plan, out, console)
+        module, metrics = stages[tower](config, recipe, out, console)
         parameters.save(module, path)
         record[tower] = metrics | {"seconds": round(time.monotonic() - start)}
-        path.with_suffix(".json").write_text(json.dumps(record[tower] | record["plan"], indent=1))
+        path.with_suffix(".json").write_text(json.dumps(record[tower] | settings, indent=1))
         console.print(f"{tower}: {record[tower]}")
     return record
 
 
-def _taught(config: Config, plan: Plan, out: pathlib.Path, console: Any, real: list[Pictures]):
+def _taught(config: Config, recipe: Recipe, out: pathlib.Path, console: Any, real: list[Pictures]):
     """The teacher of the real faces' emotion, trained where neither folder has its file."""
-    teacher = Teacher(TeacherSize(), rngs=nnx.Rngs(plan.seed + 7))
+    teacher = Teacher(TeacherSize(), rngs=nnx.Rngs(recipe.seed + 7))
     path = out / "teacher.npz"
-    if plan.start and not path.exists() and (plan.start / path.name).exists():
-        path = plan.start / path.name
+    if recipe.start and not path.exists() and (recipe.start / path.name).exists():
+        path = recipe.start / path.name
     strength = Strength(small=0.0)
 
     def view(batch: dict[str, jax.Array], key: jax.Array, frozen: Any) -> dict[str, jax.Array]:
         placed, lit, chosen, blended = jax.random.split(key, 4)
         batch = augment(batch, placed, size=CORE, strength=strength)
         batch = batch | {"picture": light(batch["core"], lit, strength)}
-        mixed = jax.random.bernoulli(chosen, plan.mixed, batch["real"].shape)
+        mixed = jax.random.bernoulli(chosen, recipe.mixed, batch["real"].shape)
         return mix(batch, blended, mixed, ("picture", "votes"))
 
     if not path.exists():
-        only = dataclasses.replace(plan, real_share=1.0)
+        only = dataclasses.replace(recipe, real_share=1.0)
         fit(
             teacher,
-            picture_batch(None, real, "faces", only, size=plan.teacher_batch, seed=plan.seed),
+            picture_batch(None, real, "faces", only, size=recipe.teacher_batch, seed=recipe.seed),
             augment=view,
-            steps=plan.teacher_steps,
-            learning_rate=plan.learning_rate,
-            seed=plan.seed + 7,
+            course=Course(
+                recipe.teacher_steps, recipe.learning_rate, recipe.seed + 7, save_every=2_000
+            ),
             saved=out / "teacher.saved.npz",
-            report=progress_lines("teacher", plan.teacher_steps, console),
-            save_every=2_000,
+            report=progress_lines("teacher", recipe.teacher_steps, console),
         )
         save_leaves(path, nnx.state(teacher))
     else:
@@ -113,7 +115,7 @@ def _taught(config: Config, plan: Plan, out: pathlib.Path, console: Any, real: l
             leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
         nnx.update(teacher, jax.tree.unflatten(jax.tree.structure(state), leaves))
     teacher.eval()
-    for held in real_sets(config, plan, out, console, "validation"):
+    for held in real_sets(config, recipe, out, console, "validation"):
         logits = predict(teacher, held.faces)
         console.print(f"teacher, held out: {_scores(logits, held)}", highlight=False)
     return teacher
@@ -123,7 +125,7 @@ def _learn(
     tower: str,
     learner: VisionLearner | FaceLearner,
     config: Config,
-    plan: Plan,
+    recipe: Recipe,
     out: pathlib.Path,
     console: Any,
     *,
@@ -134,20 +136,21 @@ def _learn(
 
     Args:
         tower: its name, "vision" or "face".
-        learner: to be trained; with `plan.start`, the tower is filled first, its heads start anew.
+        learner: to be trained; with `recipe.start`, the tower is filled first, its heads start
+            anew.
         config: of the sizes.
-        plan: how much.
+        recipe: how much.
         out: the command's folder.
         console: for progress.
         which: the picture, "frames" or "faces".
         size: of the picture in pixels.
     """
-    drawn = drawn_pictures(config, plan, out, console, "train")
-    real = real_sets(config, plan, out, console, "train")
-    teaches = bool(real and plan.teacher_steps)
+    drawn = drawn_pictures(config, recipe, out, console, "train")
+    real = real_sets(config, recipe, out, console, "train")
+    teaches = bool(real and recipe.teacher_steps)
     graphdef, frozen = None, None
     if teaches:
-        graphdef, frozen = nnx.split(_taught(config, plan, out, console, real))
+        graphdef, frozen = nnx.split(_taught(config, recipe, out, console, real))
     strength = Strength() if which == "frames" else Strength(smallest=0.6, small=0.7)
 
     def view(batch: dict[str, jax.Array], key: jax.Array, frozen: Any) -> dict[str, jax.Array]:
@@ -155,27 +158,24 @@ def _learn(
         batch = augment(batch, placed, size=size, strength=strength)
         if not teaches:
             return batch
-        mixed = jax.random.bernoulli(chosen, plan.mixed, batch["real"].shape)
+        mixed = jax.random.bernoulli(chosen, recipe.mixed, batch["real"].shape)
         mixed = (mixed & batch["real"]).at[0].set(False)  # before the first stands a drawn one
         batch = mix(batch, blended, mixed, ("picture", "core"))
         taught = jax.nn.softmax(nnx.merge(graphdef, frozen)(batch["core"]))
         return batch | {"taught": jax.lax.stop_gradient(taught)}
 
-    if plan.start:
-        parameters.load(learner.tower, plan.start / f"{parameters.TINY[tower]}.safetensors")
-    seed = plan.seed + (which == "faces")
-    steps = {"vision": plan.vision_steps, "face": plan.face_steps}[tower]
+    if recipe.start:
+        parameters.fill(learner.tower, recipe.start / tower_file(tower).name)
+    seed = recipe.seed + (which == "faces")
+    steps = {"vision": recipe.vision_steps, "face": recipe.face_steps}[tower]
     fit(
         learner,
-        picture_batch(drawn, real, which, plan, size=plan.batch, seed=seed),
+        picture_batch(drawn, real, which, recipe, size=recipe.batch, seed=seed),
         augment=view,
-        steps=steps,
-        learning_rate=plan.learning_rate,
-        seed=seed,
+        course=Course(steps, recipe.learning_rate, seed, save_every=recipe.save_every),
         saved=out / f"{tower}.npz",
         report=progress_lines(tower, steps, console),
         frozen=frozen,
-        save_every=plan.save_every,
     )
 
 
@@ -188,39 +188,39 @@ def _scores(logits: np.ndarray, held: Pictures) -> dict[str, float]:
     return {"WAR": float(right.mean()), "UAR": float(np.mean(recalls)), "n": int(known.sum())}
 
 
-def _vision(config: Config, plan: Plan, out: pathlib.Path, console: Any):
-    learner = VisionLearner(config, len(ACTION_UNITS), rngs=nnx.Rngs(plan.seed))
+def _vision(config: Config, recipe: Recipe, out: pathlib.Path, console: Any):
+    learner = VisionLearner(config, len(ACTION_UNITS), rngs=nnx.Rngs(recipe.seed))
     size = config.model.vision.image_size
-    _learn("vision", learner, config, plan, out, console, which="frames", size=size)
-    held = drawn_pictures(config, plan, out, console, "validation")
+    _learn("vision", learner, config, recipe, out, console, which="frames", size=size)
+    held = drawn_pictures(config, recipe, out, console, "validation")
     y = predict(learner, held.frames)
     metrics = _scores(y["emotion"], held) | {
         "action_unit_mae": float(np.abs(y["action_units"] - held.action_units).mean()),
     }
-    for name, real in _held_out(config, plan, out, console):
+    for name, real in _held_out(config, recipe, out, console):
         metrics[name] = _scores(predict(learner, real.frames)["emotion"], real)
     return learner.tower, metrics
 
 
-def _face(config: Config, plan: Plan, out: pathlib.Path, console: Any):
-    learner = FaceLearner(config, rngs=nnx.Rngs(plan.seed + 1))
+def _face(config: Config, recipe: Recipe, out: pathlib.Path, console: Any):
+    learner = FaceLearner(config, rngs=nnx.Rngs(recipe.seed + 1))
     size = config.model.face.swin.image_size
-    _learn("face", learner, config, plan, out, console, which="faces", size=size)
-    held = drawn_pictures(config, plan, out, console, "validation")
+    _learn("face", learner, config, recipe, out, console, which="faces", size=size)
+    held = drawn_pictures(config, recipe, out, console, "validation")
     metrics = _face_scores(predict(learner, held.faces), held)
-    for name, real in _held_out(config, plan, out, console):
+    for name, real in _held_out(config, recipe, out, console):
         metrics[name] = _face_scores(predict(learner, real.faces), real)
     return learner.tower, metrics
 
 
-def _held_out(config: Config, plan: Plan, out: pathlib.Path, console: Any):
+def _held_out(config: Config, recipe: Recipe, out: pathlib.Path, console: Any):
     """(name, faces) of the real sets that have a validation split."""
     names = [
         name
-        for name in plan.real
-        if "validation" in registry.prepared(plan.data, name).get(name, ())
+        for name in recipe.real
+        if "validation" in registry.prepared(recipe.data, name).get(name, ())
     ]
-    return zip(names, real_sets(config, plan, out, console, "validation"), strict=True)
+    return zip(names, real_sets(config, recipe, out, console, "validation"), strict=True)
 
 
 def _face_scores(predicted: tuple[Any, Any, np.ndarray], held: Pictures) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The faces of a prepared real set as arrays, for pretraining.
 
 Both towers learn from the same cut-out face; where it stands on a larger picture is drawn in
-training (`train/augment.py`). A set's votes are its soft target, else its label; landmarks, age and
+training (`augment.py`). A set's votes are its soft target, else its label; landmarks, age and
 gender come from a teacher's file (`python -m tools.face_teacher`) where one lies beside the set.
 """
 
@@ -17,12 +17,11 @@ from emollama_jax.data.face_crop import crop_face, to_crop
 from emollama_jax.data.media import read_image
 from emollama_jax.errors import UserError
 from emollama_jax.faces.priors import open_priors
-from emollama_jax.tiny.towers.pictures import CLASSES, Pictures, open_pictures, save_pictures
+from emollama_jax.tiny.towers.pictures import CLASSES, Crops, Pictures, open_pictures, save_pictures
 
 CHUNK = 2048  # pictures decoded before they are written
-SPREAD = (
-    0.055  # of the teacher's two looks at a face, in boxes; about half of those above are wrong
-)
+# Of the teacher's two looks at a face, in boxes; about half of those above are wrong.
+SPREAD = 0.055
 UNSURE = 0.2  # probability of male from which to 1 minus it the gender counts as unknown
 
 
@@ -32,9 +31,7 @@ def real_pictures(
     data_dir: str,
     name: str,
     split: str,
-    frame_size: int,
-    face_size: int,
-    margin: float,
+    crops: Crops,
     units: int,
     progress: Callable[[int, int], None],
 ) -> Pictures:
@@ -45,9 +42,7 @@ def real_pictures(
         data_dir: where sets are prepared.
         name: of the set, e.g. "ferplus" or "own/mine"; pictures, not clips.
         split: of the set.
-        frame_size: S of the vision tower.
-        face_size: Sf of FaceXFormer.
-        margin: of the face crop.
+        crops: sizes of both pictures of a face.
         units: how many action units drawn faces have; a real set has none.
         progress: called with (done, all) pictures.
 
@@ -67,8 +62,8 @@ def real_pictures(
         if len(prior.found) and prior.found[0]:
             example = examples[number]
             picture = read_image(example["media"])
-            face, crop = crop_face(picture, prior.boxes[0], margin, face_size)
-            frame, _ = crop_face(picture, prior.boxes[0], margin, frame_size)
+            face, crop = crop_face(picture, prior.boxes[0], crops.margin, crops.face_size)
+            frame, _ = crop_face(picture, prior.boxes[0], crops.margin, crops.frame_size)
             landmarks, agr = known(number, picture.shape[:2])
             votes = np.asarray(example.get("votes", ()), np.float32)
             if not votes.sum() > 0:

@@ -27,10 +27,10 @@ from emollama_jax.tiny.actionfaces.action_units import CLASS_SHARES, EMOTIONS
 from emollama_jax.tiny.actionfaces.courses import sample_course
 from emollama_jax.tiny.actionfaces.describe import conversation
 from emollama_jax.tiny.actionfaces.identity import identities_of, make_identity
-from emollama_jax.tiny.towers.fit import fit, progress_lines
+from emollama_jax.tiny.towers.fit import Course, fit, progress_lines
 from emollama_jax.tiny.towers.learners import TextLearner, blur
 from emollama_jax.tiny.towers.pictures import Pictures
-from emollama_jax.tiny.towers.views import Plan, drawn_pictures
+from emollama_jax.tiny.towers.views import Recipe, drawn_pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,12 @@ class _Told:
     units: np.ndarray  # float32 [M, K]; M = 1 for an image
 
 
-def _tell(config: Config, plan: Plan, pictures: Pictures) -> Iterator[_Told]:
+def _tell(config: Config, recipe: Recipe, pictures: Pictures) -> Iterator[_Told]:
     """Instruction items of training identities, without pictures: half images, half clips."""
-    rng = np.random.Generator(np.random.PCG64([plan.seed, 3]))
+    rng = np.random.Generator(np.random.PCG64([recipe.seed, 3]))
     labelled = np.flatnonzero(pictures.emotion >= 0)
     people = identities_of("train")
-    for i in rng.choice(labelled, plan.texts):
+    for i in rng.choice(labelled, recipe.texts):
         if rng.random() < 0.5:
             kind, emotion = "image", int(pictures.emotion[i])
             units = pictures.action_units[i][None]
@@ -78,8 +78,8 @@ def _tell(config: Config, plan: Plan, pictures: Pictures) -> Iterator[_Told]:
         yield _Told(turns=pieces[rng.integers(len(pieces))], agr=sentence, units=units)
 
 
-def text_tower(config: Config, plan: Plan, out: pathlib.Path, console: Any):
-    told = list(_tell(config, plan, drawn_pictures(config, plan, out, console, "train")))
+def text_tower(config: Config, recipe: Recipe, out: pathlib.Path, console: Any):
+    told = list(_tell(config, recipe, drawn_pictures(config, recipe, out, console, "train")))
     template = TEMPLATES["vicuna"]
     vocabulary = train_bpe(
         (piece for item in told for piece in render(item.turns, agr=item.agr, template=template)),
@@ -109,20 +109,18 @@ def text_tower(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     cut = int(len(told) * 0.97)
 
     def batch_of(step: int) -> dict[str, np.ndarray]:
-        rng = np.random.Generator(np.random.PCG64([plan.seed, step]))
-        at = rng.choice(cut, plan.text_batch, replace=False)
+        rng = np.random.Generator(np.random.PCG64([recipe.seed, step]))
+        at = rng.choice(cut, recipe.text_batch, replace=False)
         return {name: rows[at] for name, rows in everything.items()}
 
-    learner = TextLearner(config, told[0].units.shape[1], rngs=nnx.Rngs(plan.seed + 2))
+    learner = TextLearner(config, told[0].units.shape[1], rngs=nnx.Rngs(recipe.seed + 2))
     fit(
         learner,
         batch_of,
         augment=blur,
-        steps=plan.llama_steps,
-        learning_rate=2 * plan.learning_rate,
-        seed=plan.seed,
+        course=Course(recipe.llama_steps, 2 * recipe.learning_rate, recipe.seed),
         saved=out / "llama.npz",
-        report=progress_lines("llama", plan.llama_steps, console),
+        report=progress_lines("llama", recipe.llama_steps, console),
     )
     graphdef, state = nnx.split(learner)
     held = {name: rows[cut:] for name, rows in everything.items()}

@@ -11,12 +11,12 @@ import numpy as np
 from emollama_jax.config import Config
 from emollama_jax.data.builders import registry
 from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS
-from emollama_jax.tiny.towers.pictures import CLASSES, Pictures, draw_pictures
+from emollama_jax.tiny.towers.pictures import CLASSES, Crops, Pictures, draw_pictures
 from emollama_jax.tiny.towers.real_faces import real_pictures
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Recipe:
     """How much of everything."""
 
     pictures: int = 36_000
@@ -37,13 +37,13 @@ class Plan:
     text_batch: int = 32
     learning_rate: float = 1.0e-3
     start: pathlib.Path | None = None  # an earlier folder, whose picture towers are trained further
-    processes: int = 2  # that draw side by side
+    processes: int = 2  # number of them that draw
     save_every: int = 250  # steps after which a stopped tower resumes
     seed: int = 0
 
 
 def drawn_pictures(
-    config: Config, plan: Plan, out: pathlib.Path, console: Any, split: str
+    config: Config, recipe: Recipe, out: pathlib.Path, console: Any, split: str
 ) -> Pictures:
     held = split != "train"
     last = 0.0
@@ -57,22 +57,20 @@ def drawn_pictures(
     return draw_pictures(
         out / "pictures" / split,
         split=split,
-        pictures=plan.held_out if held else plan.pictures,
-        clips=0 if held else plan.clips,
-        frame_size=config.model.vision.image_size,
-        face_size=config.model.face.swin.image_size,
-        margin=config.data.face_margin,
-        seed=plan.seed,
-        processes=plan.processes,
+        pictures=recipe.held_out if held else recipe.pictures,
+        clips=0 if held else recipe.clips,
+        crops=Crops.of(config),
+        seed=recipe.seed,
+        processes=recipe.processes,
         progress=progress,
     )
 
 
-def real_sets(config: Config, plan: Plan, out: pathlib.Path, console: Any, split: str):
+def real_sets(config: Config, recipe: Recipe, out: pathlib.Path, console: Any, split: str):
     """The real sets' faces; one without validation examples is not held out."""
     found = []
-    for name in plan.real:
-        if split != "train" and split not in registry.prepared(plan.data, name).get(name, ()):
+    for name in recipe.real:
+        if split != "train" and split not in registry.prepared(recipe.data, name).get(name, ()):
             continue
 
         def progress(done: int, total: int, name: str = name) -> None:
@@ -81,12 +79,10 @@ def real_sets(config: Config, plan: Plan, out: pathlib.Path, console: Any, split
         found.append(
             real_pictures(
                 out / "pictures" / f"{name.replace('/', '-')}-{split}",
-                data_dir=plan.data,
+                data_dir=recipe.data,
                 name=name,
                 split=split,
-                frame_size=config.model.vision.image_size,
-                face_size=config.model.face.swin.image_size,
-                margin=config.data.face_margin,
+                crops=Crops.of(config),
                 units=len(ACTION_UNITS),
                 progress=progress,
             )
@@ -98,7 +94,7 @@ def picture_batch(
     drawn: Pictures | None,
     real: Sequence[Pictures],
     which: str,
-    plan: Plan,
+    recipe: Recipe,
     *,
     size: int,
     seed: int,
@@ -109,13 +105,13 @@ def picture_batch(
         drawn: of `actionfaces`; None where all are real.
         real: of prepared sets; every set gives its share by its size.
         which: the picture, "frames" or "faces".
-        plan: says the shares.
+        recipe: says the shares.
         size: B.
         seed: of the draws.
     """
     landmarks = "frame_landmarks" if which == "frames" else "landmarks"
-    n_real = round(size * plan.real_share) if real else 0
-    chances = [_chances(pictures, plan.balance) for pictures in real]
+    n_real = round(size * recipe.real_share) if real else 0
+    chances = [_chances(pictures, recipe.balance) for pictures in real]
     shares = np.array([len(pictures.emotion) for pictures in real], float)
 
     def take(pictures: Pictures, at: np.ndarray, is_real: bool) -> dict[str, np.ndarray]:

@@ -5,22 +5,17 @@ that training asks for: `hidden` and `llama.logits`.
 """
 
 import dataclasses
-import io
-import pathlib
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
-from rich.console import Console
 
-from emollama_jax import checkpoint
 from emollama_jax.batch import IGNORE, Batch
 from emollama_jax.config import Config, EmoLlamaConfig, MeshConfig, load
 from emollama_jax.models.layers import Linear, RMSNorm, param, scan, small_normal, split_keys, stack
-from emollama_jax.train import loop
+from emollama_jax.sharding.distributed import Share
 
 LENGTH = 70  # more than one chunk of the loss
 VOCAB = 48
@@ -29,6 +24,8 @@ TINY = load("tiny")
 
 
 class Decoder(nnx.Module):
+    """What stands for the LLM: each token sees the mean of those before it."""
+
     def __init__(self, cfg: EmoLlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg.llama
         width, vocab, lora = cfg.llama.width, cfg.llama.vocab_size, cfg.llama.lora
@@ -59,6 +56,8 @@ class Decoder(nnx.Module):
 
 
 class Toy(nnx.Module):
+    """What stands for `EmoLlama`."""
+
     def __init__(self, cfg: EmoLlamaConfig, *, rngs: nnx.Rngs):
         width = cfg.llama.width
 
@@ -109,7 +108,8 @@ def make_batch(rng: np.random.Generator, *, examples: int, frames: int) -> Batch
 class ToyData(grain.DatasetIterator):
     """Batches by step, images and clips mixed; like the real iterator, its state is the step."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, part: Share | None = None):
+        """Starts at step 0; `part` is not looked at: on several hosts, all would draw the same."""
         super().__init__()
         self.cfg = cfg
         self.step = 0
@@ -129,7 +129,12 @@ class ToyData(grain.DatasetIterator):
 
 
 def toy_config(*, dropout: float = 0.1, **train) -> Config:
-    """The tiny config, sized for the toy."""
+    """The tiny config, sized for the toy.
+
+    Args:
+        dropout: of the adapters.
+        **train: fields of `train`, e.g. `steps=4`.
+    """
     lora = dataclasses.replace(TINY.model.llama.lora, rank=2, dropout=dropout)
     llama = dataclasses.replace(
         TINY.model.llama, vocab_size=VOCAB, width=WIDTH, layers=3, lora=lora
@@ -155,18 +160,3 @@ def toy_config(*, dropout: float = 0.1, **train) -> Config:
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
         weights="none",
     )
-
-
-def use_toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs train the toy on the toy's data."""
-    monkeypatch.setattr(checkpoint, "EmoLlama", Toy)
-    monkeypatch.setattr(loop, "make_train_iterator", lambda cfg, **_: ToyData(cfg))
-
-
-def quiet() -> Console:
-    """A console that keeps what it is told."""
-    return Console(file=io.StringIO(), width=200)
-
-
-def read(path: pathlib.Path) -> str:
-    return (path / "metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Small data sets with face priors in memory, and a config for them: what pipeline tests read."""
+"""Small data sets with face priors in memory, as the real pipeline reads them, and a config."""
 
 import dataclasses
 import io
@@ -14,19 +14,11 @@ from emollama_jax.data.emotions import label_space
 from emollama_jax.data.pipeline import make_train_iterator
 from emollama_jax.data.templates import SYSTEM
 from emollama_jax.data.tokenizers import train_bpe
+from emollama_jax.faces.reader import Prior
 
 FIELDS = [field.name for field in dataclasses.fields(Batch)]
 CLASSES = label_space("actionfaces").classes
 FRAMES = (5, 24)  # of the two kinds of clips: fewer and more than M = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Prior:
-    boxes: np.ndarray
-    found: np.ndarray
-    landmarks: np.ndarray
-    agr: np.ndarray
-    agr_probability: np.ndarray
 
 
 def picture(level: int, size: int = 40) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The PyTorch side of `emollama bench data`: a `DataLoader` over a `Dataset` that reads with PyAV.
 
-Started by `emollama_jax/bench/data.py` in a process of its own: the first line describes the work,
-each later one is a number of batches, answered with the frames per second that the loader gave.
+Started by `emollama_jax/bench/data.py` in a process of its own: reads one JSON request a line,
+answers with one line. `build` describes the work; `measure` is a number of batches, answered with
+the frames per second that the loader gave.
 
 Written as people write it: every frame up to the last wanted one is decoded, `to_image` makes the
 wanted ones pictures, Pillow resizes and crops them, and workers are processes that hand tensors
@@ -136,15 +137,24 @@ def speed(dataset: Clips, *, batch: int, workers: int, warm: int, batches: int) 
 
 
 def main() -> None:
-    """Reads the work and answers each request."""
-    work = json.loads(sys.stdin.readline())
-    cfg = config.from_dict(work["config"], origin="bench data")
-    dataset = Clips(cfg, pathlib.Path(work["folder"]), work["clips"], length=1_000_000)
-    print("ready", flush=True)
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print must not be taken for an answer
     for line in sys.stdin:
-        batch, workers = cfg.train.clip_batch, work["workers"]
-        found = speed(dataset, batch=batch, workers=workers, warm=work["warm"], batches=int(line))
-        print(found, flush=True)
+        request = json.loads(line)
+        if request["do"] == "build":
+            work, cfg = request, config.from_dict(request["config"], origin="bench data")
+            folder = pathlib.Path(work["folder"])
+            dataset, answer = Clips(cfg, folder, work["clips"], length=1_000_000), {}
+        else:
+            found = speed(
+                dataset,
+                batch=cfg.train.clip_batch,
+                workers=work["workers"],
+                warm=work["warm"],
+                batches=request["batches"],
+            )
+            answer = {"speed": found}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
