@@ -11,40 +11,21 @@ EMOTIONS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neu
 NEUTRAL = EMOTIONS.index("neutral")
 
 ACTION_UNITS = (
-    "AU1",
-    "AU2",
-    "AU4",
-    "AU5",
-    "AU6",
-    "AU7",
-    "AU9",
-    "AU12",
-    "AU15",
-    "AU16",
-    "AU20",
-    "AU23",
-    "AU25",
-    "AU26",
-    "AU45",
-)
-ACTION_UNIT_NAMES = MappingProxyType(
-    {
-        "AU1": "inner brow raiser",
-        "AU2": "outer brow raiser",
-        "AU4": "brow lowerer",
-        "AU5": "upper lid raiser",
-        "AU6": "cheek raiser",
-        "AU7": "lid tightener",
-        "AU9": "nose wrinkler",
-        "AU12": "lip corner puller",
-        "AU15": "lip corner depressor",
-        "AU16": "lower lip depressor",
-        "AU20": "lip stretcher",
-        "AU23": "lip tightener",
-        "AU25": "lips part",
-        "AU26": "jaw drop",
-        "AU45": "blink",
-    }
+    "AU1",  # inner brow raiser
+    "AU2",  # outer brow raiser
+    "AU4",  # brow lowerer
+    "AU5",  # upper lid raiser
+    "AU6",  # cheek raiser
+    "AU7",  # lid tightener
+    "AU9",  # nose wrinkler
+    "AU12",  # lip corner puller
+    "AU15",  # lip corner depressor
+    "AU16",  # lower lip depressor
+    "AU20",  # lip stretcher
+    "AU23",  # lip tightener
+    "AU25",  # lips part
+    "AU26",  # jaw drop
+    "AU45",  # blink
 )
 AU = MappingProxyType({int(name[2:]): position for position, name in enumerate(ACTION_UNITS)})
 

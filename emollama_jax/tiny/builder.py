@@ -21,7 +21,7 @@ from emollama_jax.data.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.data.builders import schema
 from emollama_jax.data.builders.stored import StoredSet
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.sets import Preparation, Report
+from emollama_jax.data.sets import Preparation, Report, parse
 from emollama_jax.errors import UserError, did_you_mean
 from emollama_jax.tiny.actionfaces.examples import Task, make_examples
 from emollama_jax.tiny.actionfaces.sample import SPLITS
@@ -213,7 +213,7 @@ class DrawnSets:
     ) -> tuple[Path, list[str]]:
         folder = prepare(
             data_dir,
-            config_name=name.removeprefix(f"{NAME}/"),
+            config_name=parse(name).config,
             sizes=how.sizes,
             processes=how.processes,
             progress=progress,

@@ -28,7 +28,7 @@ from emollama_jax.data.builders.listing import Entry, Listing, brief
 from emollama_jax.data.builders.stored import VERSION, StoredSet, digest
 from emollama_jax.data.items import category_item
 from emollama_jax.data.media import pack_frames
-from emollama_jax.data.sets import Preparation, Report
+from emollama_jax.data.sets import Preparation, Report, parse
 from emollama_jax.errors import UserError
 from emollama_jax.terms import LANDMARKS, Kind
 
@@ -56,7 +56,7 @@ class Builder(schema.Builder, skip_registration=True):
         progress: Report,
     ):
         self._listing, self._processes, self._progress = listing, processes, progress
-        self.name, _, config = place.partition("/")
+        self.name, config = parse(place)
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # TFDS warns of configs that no class lists
         try:
