@@ -7,6 +7,7 @@ splits, by its name or by the content of its media, and folds that share a test 
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from etils import epath
 from PIL import Image, ImageDraw
 
 from emollama_jax.data.builders.listing import brief
+from emollama_jax.data.builders.stored import Index
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.sets import parse
 from emollama_jax.data.split import Split, prepared
@@ -143,28 +145,30 @@ def _faults(splits: Sequence[Split]) -> list[str]:
 
 def _within(split: Split) -> list[str]:
     """What is in a split twice."""
-    ids, digests = _columns(split)
-    faults, where = [], f"{split.name}, {split.split}"
-    if twice := _repeated(ids):
+    index, where = split.index, f"{split.name}, {split.split}"
+    faults, first = [], _first_ids(index)
+    if twice := sorted(name for name, times in Counter(index.ids).items() if times > 1):
         faults.append(f"{where}: {len(twice)} duplicated, listed twice: {brief(twice)}")
-    if alike := _alike(ids, digests):
+    alike: dict[str, str] = {}
+    for name, content in zip(index.ids, index.digests, strict=True):
+        if name != first[content]:
+            alike.setdefault(content, f"{first[content]} = {name}")
+    if alike:
+        pairs = brief([*alike.values()])
         faults.append(
-            f"{where}: {len(alike)} duplicated, the same content under two names: {brief(alike)}"
+            f"{where}: {len(alike)} duplicated, the same content under two names: {pairs}"
         )
     return faults
 
 
 def _between(first: Split, second: Split) -> list[str]:
     """What is in two splits of a set."""
-    (ids, digests), (others, contents) = _columns(first), _columns(second)
     faults = []
-    if both := np.intersect1d(ids, others).tolist():
+    if both := sorted({*first.index.ids} & {*second.index.ids}):
         names = f"{first.split} and {second.split}"
         faults.append(f"{first.name}: {len(both)} in both splits, {names}: {brief(both)}")
-    _, here, there = np.intersect1d(digests, contents, return_indices=True)
-    pairs = [
-        f"{ids[i]} = {others[j]}" for i, j in zip(here, there, strict=True) if ids[i] != others[j]
-    ]
+    here, there = _first_ids(first.index), _first_ids(second.index)
+    pairs = [f"{here[d]} = {there[d]}" for d in here if there.get(d, here[d]) != here[d]]
     if pairs:
         faults.append(
             f"{first.name}: {len(pairs)} in both splits, the same content in {first.split} and "
@@ -173,25 +177,9 @@ def _between(first: Split, second: Split) -> list[str]:
     return faults
 
 
-def _columns(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and digests, as text."""
-    return np.array(split.index.ids, str), np.array(split.index.digests, str)
-
-
-def _repeated(ids: np.ndarray) -> list[str]:
-    names, times = np.unique(ids, return_counts=True)
-    return names[times > 1].tolist()
-
-
-def _alike(ids: np.ndarray, digests: np.ndarray) -> list[str]:
-    """Pairs of names whose media are the same, a pair for each content."""
-    order = np.argsort(digests, kind="stable")
-    ids, digests = ids[order], digests[order]
-    pairs = {}
-    for i in np.flatnonzero(digests[1:] == digests[:-1]):
-        if ids[i] != ids[i + 1]:
-            pairs.setdefault(digests[i], f"{ids[i]} = {ids[i + 1]}")
-    return list(pairs.values())
+def _first_ids(index: Index) -> dict[str, str]:
+    """Content → the first example that has it."""
+    return dict(reversed([*zip(index.digests, index.ids, strict=True)]))
 
 
 def _line(label: str, count: int, total: int, expected: int | None) -> str:

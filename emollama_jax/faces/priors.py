@@ -25,6 +25,7 @@ from emollama_jax.data.priors import PER_EXAMPLE, PER_FRAME, Prior
 from emollama_jax.data.sets import Report
 from emollama_jax.errors import UserError
 from emollama_jax.faces.reader import Detect, Reader, cut_out, read_faces
+from emollama_jax.paths import parts_folder
 
 CHUNK = {"image": 512, "clip": 32}  # examples of one resumable part
 GROUP = 256  # frames that are searched and read together, at least; one clip's stay together
@@ -86,14 +87,11 @@ def prepare_priors(
         "data": fingerprint,
         "smoothing": SMOOTHING,
     }
-    parts = folder.with_name(folder.name + ".parts")
-    if (done := _read_json(folder / "done.json")) and done["of"] == mark:
+    path = folder / "done.json"
+    if path.exists() and (done := json.loads(path.read_text()))["of"] == mark:
         return Summary(**done["summary"], frames_done=0, seconds=0.0)
     shutil.rmtree(folder, ignore_errors=True)
-    if _read_json(parts / "of.json") != mark:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        (parts / "of.json").write_text(json.dumps(mark))
+    parts = parts_folder(folder.with_name(folder.name + ".parts"), mark)
     began, frames = time.monotonic(), 0
     chunk = CHUNK[examples[0]["kind"]] if len(examples) else 1
     files = []
@@ -112,7 +110,7 @@ def prepare_priors(
             frames += sum(len(prior.found) for prior in priors)
         progress(stop, len(examples))
     summary = _join(files, folder)
-    (folder / "done.json").write_text(json.dumps({"of": mark, "summary": summary}))
+    path.write_text(json.dumps({"of": mark, "summary": summary}))
     shutil.rmtree(parts)
     return Summary(**summary, frames_done=frames, seconds=time.monotonic() - began)
 
@@ -204,7 +202,3 @@ def _join(files: Iterable[pathlib.Path], folder: pathlib.Path) -> dict[str, int]
         "without_face": int((~seen & (counts > 0)).sum()),
         "unreadable": int((counts == 0).sum()),
     }
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None

@@ -29,6 +29,7 @@ from emollama_jax.data.priors import Prior, Priors
 from emollama_jax.data.sets import Report
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
+from emollama_jax.paths import parts_folder
 from emollama_jax.terms import LANDMARKS
 from emollama_jax.tiny.towers.augment import MIRROR
 from tools.face_teacher import networks
@@ -199,11 +200,7 @@ def label_split(
     if path.exists() and (stored := taught.read_columns(path))["of"] == json.dumps(of):
         progress(total, total)
         return Summary(total, int((~stored["found"]).sum()), 0)
-    parts = path.with_suffix(".parts")
-    if not (parts / "of.json").exists() or json.loads((parts / "of.json").read_text()) != of:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        (parts / "of.json").write_text(json.dumps(of))
+    parts = parts_folder(path.with_suffix(".parts"), of)
     files, new = [], 0
     read = functools.partial(_read, source, teacher)
     for start in range(0, total, PART):

@@ -30,6 +30,7 @@ from emollama_jax.data.items import category_item
 from emollama_jax.data.media import pack_frames
 from emollama_jax.data.sets import Preparation, Report, parse
 from emollama_jax.errors import UserError
+from emollama_jax.paths import parts_folder
 from emollama_jax.terms import LANDMARKS, Kind
 
 SHARD = {"image": 2048, "clip": 128}  # examples of one
@@ -100,12 +101,7 @@ class Builder(schema.Builder, skip_registration=True):
         """Writes the shards that are not there yet, then moves all into TFDS's folder."""
         del dl_manager, download_config
         target = pathlib.Path(self.data_dir)
-        parts = target.with_name(f"{VERSION}.parts")
-        mark = json.dumps(fingerprint(self._listing))
-        if not (parts / "of.json").exists() or (parts / "of.json").read_text() != mark:
-            shutil.rmtree(parts, ignore_errors=True)
-            parts.mkdir(parents=True)
-            (parts / "of.json").write_text(mark)
+        parts = parts_folder(target.with_name(f"{VERSION}.parts"), fingerprint(self._listing))
         plan = {split: _shards(self._listing, split, parts) for split in self._listing.splits}
         _write([s for shards in plan.values() for s in shards], self._processes, self._progress)
         infos = []
