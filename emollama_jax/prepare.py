@@ -1,7 +1,7 @@
 """`emollama data prepare`: a data set's examples, and the priors of every face in it, once."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 from flax import nnx
@@ -103,13 +103,7 @@ def prepare_source(
             tell(line)
         mesh = local_mesh()
         reader, detector = Reader(face, margin=cfg.data.face_margin, mesh=mesh), Detector(mesh=mesh)
-        every = (
-            Split(data_dir, view, split)
-            for view, given in prepared(data_dir, name).items()
-            for split in given
-            if split in splits
-        )
-        for split in {split.place: split for split in every}.values():
+        for split in _stored(data_dir, name, splits):
             progress = bars.bar(f"{name}: faces of {split.stored_split}")
             summary = prepare_priors(
                 split.stored.examples(split.stored_split),
@@ -123,3 +117,14 @@ def prepare_source(
             progress(summary.examples, summary.examples)  # also of what was there before
             tell(f"faces of {split.stored_split}: {summary}")
     return folder
+
+
+def _stored(data_dir: str, name: str, splits: Sequence[str]) -> Iterable[Split]:
+    """One split for each stored one behind the splits of all views of a name."""
+    every = (
+        Split(data_dir, view, split)
+        for view, given in prepared(data_dir, name).items()
+        for split in given
+        if split in splits
+    )
+    return {split.place: split for split in every}.values()

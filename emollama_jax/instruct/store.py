@@ -69,15 +69,13 @@ def write(
             if index in conversations:
                 items[made_by] = conversations[index]
             record = {"id": example["id"], "items": [*items.values()], "made_by": [*items]}
-            records.write(json.dumps(record, ensure_ascii=False).encode())
+            records.write(_json(record).encode())
             path = media_path(example, split.split)
             for maker, item in items.items():
-                entry = _entry(example, path, maker, item)
-                entries.write(separator + json.dumps(entry, ensure_ascii=False))
+                entries.write(separator + _json(_entry(example, path, maker, item)))
                 separator = ",\n"
             if index in aside:
-                line = {"id": example["id"], "why": aside[index]}
-                left_out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                left_out.write(_json({"id": example["id"], "why": aside[index]}) + "\n")
             if media:
                 _write_media(folder / MEDIA / path, example["media"])
             progress(index + 1)
@@ -91,6 +89,10 @@ def write(
     (folder / (DONE + ".part")).write_text(json.dumps(done, indent=1) + "\n")
     for name in (ITEMS, JSON, ASIDE, CONVERSES, DONE):
         os.replace(folder / (name + ".part"), folder / name)
+
+
+def _json(tree: Any) -> str:
+    return json.dumps(tree, ensure_ascii=False)
 
 
 def _entry(example: Example, path: str, maker: str, item: Any) -> dict[str, Any]:

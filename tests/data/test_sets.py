@@ -74,7 +74,7 @@ def test_an_installed_package_adds_a_set(installed, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     cli.main(["data", "inspect", "toy", "--dir", str(tmp_path / "data"), "--sheet", str(sheet)])
     assert "all counts are the published ones" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"tot: no such data set .*, own/NAME, toy$"):
+    with pytest.raises(UserError, match=r"tot: no such data set.*, own/NAME, toy$"):
         sets.family_of("tot")
 
 
