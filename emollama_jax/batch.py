@@ -8,7 +8,6 @@ import flax.struct
 import jax
 
 IMAGE_TOKEN = -200  # LLaMA-VID's IMAGE_TOKEN_INDEX: a place that a visual token takes
-LANDMARKS = 68  # points of a face, in iBUG's order
 IGNORE = -100  # LLaMA-VID's IGNORE_INDEX: a label that bears no loss
 
 

@@ -7,7 +7,7 @@ import tyro
 
 from emollama_jax import compile_cache
 from emollama_jax.cli_words import Overrides, Run, new_console
-from emollama_jax.data import names
+from emollama_jax.data import sets
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.options import ZeroShot
 from emollama_jax.preflight import at_least, check_writable
@@ -91,9 +91,9 @@ def evaluate(
     at_least(1, batch=batch)
     source = source or "actionfaces/images"
     for name in (source, *((asked,) if asked else ())):
-        names.check(name)
+        sets.family_of(name)
     if dir is not None:
-        names.check_prepared(dir, [source])
+        sets.check_prepared(dir, [source])
     if "{fold}" not in run:
         from emollama_jax.runs import find
 
@@ -145,7 +145,7 @@ def zero_shot(options: Inline[ZeroShot]) -> None:
     check_spec(options.model)
     if options.out is not None:
         check_writable(options.out)
-    names.check_prepared(options.dir, [options.data])
+    sets.check_prepared(options.dir, [options.data])
     from emollama_jax.evaluate.of_remote import run
 
     print(run(options, new_console()))

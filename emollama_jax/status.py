@@ -1,7 +1,23 @@
-"""One line that says what a short command is busy with, until it has something to show."""
+"""What a command is busy with: one line for a short one, progress bars for a long one."""
+
+from collections.abc import Callable
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status as Spinner
+
+
+class Bars(Progress):
+    """Progress bars: what is done, how much of it, the time that is left. A context manager."""
+
+    def __init__(self, console: Console):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        super().__init__(*columns, TimeRemainingColumn(), console=console)
+
+    def bar(self, what: str, total: int | None = None) -> Callable[..., None]:
+        """A new bar; gives the function that moves it, called with what is done, or (done, all)."""
+        task = self.add_task(what, total=total)
+        return lambda done, total=total: self.update(task, completed=done, total=total)
 
 
 class Status:

@@ -27,7 +27,6 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 def pytest_configure(config: pytest.Config) -> None:
     """Checks array annotations, and keeps compiled programs under pytest's cache, for all processes
     of this run and the next."""
-    import tests.helpers.array_checks  # the hook finds it by name
 
     jaxtyping.install_import_hook("emollama_jax", "tests.helpers.array_checks.check")
     from emollama_jax import compile_cache

@@ -31,6 +31,7 @@ BASE = {
     "runs",
     "packed",
     "status",
+    "terms",
     "compile_cache",
 }
 LOWER = BASE | {"models", "data", "sharding", "imported", "base", "checkpoint"}
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
     "ahead": set(),
+    "terms": set(),
     "paths": {"errors"},
     "bounds": set(),
     "yaml_file": {"errors", "paths"},
@@ -46,7 +48,7 @@ MAY_IMPORT = {
     "config_content": {"errors"},
     "config_weights": set(),
     "config": {
-        *("errors", "paths", "bounds", "yaml_file"),
+        *("errors", "paths", "bounds", "yaml_file", "terms"),
         *("config_content", "config_fields", "config_overrides", "config_weights"),
     },
     "tables": {"errors"},

@@ -29,7 +29,7 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from emollama_jax.batch import IGNORE, LANDMARKS, Batch
+from emollama_jax.batch import IGNORE, Batch
 from emollama_jax.bench.options import TrainSizes
 from emollama_jax.bench.torch_side import TorchProcess, check_cpu, progress, transformers_llama
 from emollama_jax.checkpoint import ONE_DEVICE
@@ -38,6 +38,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.rngs import Rngs
 from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.terms import LANDMARKS
 from emollama_jax.train.optimizer import ADAM_EPS
 from emollama_jax.train.setup import Setup, set_up
 

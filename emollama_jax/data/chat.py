@@ -53,7 +53,7 @@ def open_chat(cfg: Config) -> Chat:
     name = cfg.data.template
     if name == "weights":
         file = carried_by(cfg.weights, templates.TEMPLATE_FILE, key="data.template")
-        template = templates.read(file.read_text(), name=file)
+        template = templates.read_template(file.read_text(), name=file)
     else:
         template = TEMPLATES[name]
     return Chat(template, load_tokenizer(cfg.data.llm_tokenizer, weights=cfg.weights))

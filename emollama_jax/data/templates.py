@@ -132,7 +132,7 @@ def written(template: Template) -> str:
     return json.dumps({"name": template.name, "system": template.system}, indent=2)
 
 
-def read(text: str, *, name: Any) -> Template:
+def read_template(text: str, *, name: Any) -> Template:
     """What `written` made.
 
     Args:

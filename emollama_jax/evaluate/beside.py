@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
-from emollama_jax.data.names import check_prepared
+from emollama_jax.data.sets import check_prepared
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import groups
 from emollama_jax.evaluate.protocol import Prediction
@@ -82,9 +82,9 @@ def known(
         )
     if place.without is None:
         return Known(seen, None)
-    from emollama_jax.data.duplicates import also_in
+    from emollama_jax.data.split import Split
 
-    twice = set(also_in(folder, name, split, place.without))
+    twice = set(Split(folder, name, split).also_in(place.without))
     items = [mine for mine, theirs in names.items() if theirs in twice]
     return Known(seen, (place.without, items))
 

@@ -16,11 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from emollama_jax import config
 from emollama_jax.checkpoint import load_for_inference, read_config
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.builders.registry import space_of
-from emollama_jax.data.duplicates import also_in
 from emollama_jax.data.elements import Encoder
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.pipeline import open_source
+from emollama_jax.data.sets import parse
+from emollama_jax.data.split import Split, space_of
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds, groups, report
 from emollama_jax.evaluate import without as leaving
@@ -35,7 +34,6 @@ from emollama_jax.evaluate.protocol import (
 )
 from emollama_jax.evaluate.publish import Tested, make_tested, summarise, worst, write_results
 from emollama_jax.evaluate.trace import data_hash, file_hash, folder_hash, priors_hash
-from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path
 from emollama_jax.runs import PACKAGE, find
@@ -203,13 +201,11 @@ def evaluate_run(
     how = dataclasses.replace(how or How(), answering=answering, batch=batch)
     out = as_path(out)
     console = console if leads() else Console(quiet=True)
-    left_out = None
+    left_out, opened = None, Split(cfg.data.dir, name, split)
     if how.without is not None:
-        left_out = how.without, also_in(cfg.data.dir, name, split, how.without)
-    data = open_source(cfg.data.dir, name, split)
-    kind = data[0]["kind"]
+        left_out = how.without, opened.also_in(how.without)
+    data, kind, space = opened.examples, opened.kind, opened.space
     source = SourceConfig(name=name, split=split, kind=kind, weight=1.0)
-    space = space_of(cfg.data.dir, name)
     listed = space if how.asked is None else space_of(cfg.data.dir, how.asked)
     asked = Asked(listed, how.order, how.seed)
     native = how.asked is None and how.order == "native"
@@ -241,7 +237,7 @@ def evaluate_run(
     if checkpoint is not None:
         where = PACKAGE if checkpoint == PACKAGE else find(checkpoint)
         trace[f"checkpoint {where}"] = folder_hash(find(checkpoint))
-    priors = open_priors(cfg.data.dir, name, split)
+    priors = opened.priors
     trace[f"data, {name}, {split}"] = data_hash(data, space)
     trace[f"face priors, {name}, {split}"] = priors_hash(priors[i] for i in range(len(priors)))
     trace["question"] = asked.question(data[0]["id"], kind)
@@ -285,10 +281,10 @@ def check_unseen(cfg: Config, name: str, split: str) -> None:
         UserError: the run's sources hold the tested split, or another fold of the set, whose
             training list holds most of this fold's test items.
     """
-    builder, _, view = name.partition("/")
+    builder, view = parse(name)
     protocol = protocol_of(name)
     for source in cfg.data.sources:
-        other, _, trained = source.name.partition("/")
+        other, trained = parse(source.name)
         if source.name == name and source.split == split:
             raise UserError(f"{name}: the run was trained on its split {split!r}; test another")
         folds = protocol is not None and protocol.folds > 1 and other == builder
@@ -350,8 +346,8 @@ def _pictures(
 ) -> list[report.Item]:
     """The worst mistakes as the model saw them."""
     encoder = Encoder(cfg)
-    data = open_source(cfg.data.dir, source.name, source.split)
-    priors = open_priors(cfg.data.dir, source.name, source.split)
+    split = Split(cfg.data.dir, source.name, source.split)
+    data, priors = split.examples, split.priors
     found = []
     for number in worst(predictions):
         item = predictions[number]

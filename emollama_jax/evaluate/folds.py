@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.sets import label_space, parse
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import groups, metrics
 from emollama_jax.evaluate.protocol import (
@@ -36,7 +36,7 @@ def names(source: str, fold: str | None) -> list[tuple[int, str]]:
     Raises:
         UserError: no such fold, or none named.
     """
-    builder, _, view = source.partition("/")
+    builder, view = parse(source)
     protocol = protocol_of(source)
     count = protocol.folds if protocol else 1
     if count == 1:

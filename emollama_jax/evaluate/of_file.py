@@ -13,7 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace, label_space
+from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace
+from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds, groups
 from emollama_jax.evaluate.beside import ANYWHERE, Place, known

@@ -20,11 +20,10 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from emollama_jax.data.builders.registry import open_split, space_of
-from emollama_jax.data.duplicates import also_in
 from emollama_jax.data.face_crop import crop_face
-from emollama_jax.data.index import read_index
 from emollama_jax.data.media import read_frames, read_image, segment_indices
+from emollama_jax.data.priors import Prior
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds, groups, without
 from emollama_jax.evaluate.asked import Asked
@@ -34,7 +33,6 @@ from emollama_jax.evaluate.parse.unparsed import warning
 from emollama_jax.evaluate.protocol import Prediction, write_predictions
 from emollama_jax.evaluate.publish import Tested, make_tested, write_results
 from emollama_jax.evaluate.trace import data_hash, file_hash
-from emollama_jax.faces.priors import Priors, open_priors
 from emollama_jax.remote.clients import check_spec, open_client
 from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.prices import price_of
@@ -81,14 +79,14 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
         UserError: no such model or set, a service that refuses, or examples left without answer.
     """
     check_spec(options.model)
-    data = open_split(options.dir, options.data, options.split)
-    asked = Asked(space_of(options.dir, options.data), options.order)
+    split = Split(options.dir, options.data, options.split)
+    data, index = split.examples, split.index
+    asked = Asked(split.space, options.order)
     count = len(data) if options.limit is None else min(options.limit, len(data))
     priors = None
     if options.crop == "face":
-        priors = open_priors(options.dir, options.data, options.split)
+        priors = split.priors
     price = price_of(options.model, options.limits)
-    index = read_index(options.dir, options.data, options.split, data)
     tasks = [
         Task(
             f"{index.ids[i]} {index.digests[i]}",
@@ -194,7 +192,7 @@ def _run(options: ZeroShot, out: pathlib.Path, console: Console) -> tuple[Tested
     """One split, written down: its numbers, and the US dollars that its journal has cost."""
     left_out = None
     if options.without is not None:  # before anything is paid for
-        twice = also_in(options.dir, options.data, options.split, options.without)
+        twice = Split(options.dir, options.data, options.split).also_in(options.without)
         left_out = options.without, twice
     answered = answer(options, out, console)
     data, space = answered.data, answered.asked.space
@@ -265,7 +263,7 @@ def _judge(reply: Reply) -> Verdict:
 def _request(
     options: ZeroShot,
     data: Data,
-    priors: Priors | None,
+    priors: Sequence[Prior] | None,
     asked: Asked,
     index: int,
     rejections: Sequence[str],

@@ -20,17 +20,16 @@ from jaxtyping import Float
 from emollama_jax.batch import Batch
 from emollama_jax.checkpoint import ONE_DEVICE
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.builders.registry import space_of
 from emollama_jax.data.chat import open_chat
-from emollama_jax.data.elements import Encoder, View, stack
+from emollama_jax.data.elements import Encoder, Shown, stack
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.pipeline import Data, make_eval_batches, open_source
+from emollama_jax.data.pipeline import make_eval_batches
 from emollama_jax.data.prompts import answer_ids
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.asked import Asked, Reworded, map_classes
 from emollama_jax.evaluate.parse.answers import best_label, parse_answer
 from emollama_jax.evaluate.protocol import Prediction
-from emollama_jax.faces.priors import open_priors
 from emollama_jax.generate.decode import decode, make_ending, texts
 from emollama_jax.generate.label_scores import Labels, pad_labels, score
 from emollama_jax.generate.prompt import Prompt, embed
@@ -82,7 +81,7 @@ def predict(
     *,
     answerings: Sequence[Answering],
     batch: int,
-    view: View = "all",
+    shown: Shown = "all",
     asked: Asked | None = None,
     progress: Callable[[int], None] = lambda done: None,
     mesh: Mesh | None = None,
@@ -95,7 +94,7 @@ def predict(
         source: the data set and split.
         answerings: how; frames are looked at once for all ways.
         batch: examples at a time.
-        view: "all" frames of a clip, its "middle" frame alone, or a "blank" picture.
+        shown: "all" frames of a clip, its "middle" frame alone, or a "blank" picture.
         asked: what the question lists, mapped back by name; None: the set's own classes as they
             are stored.
         progress: called with the number of examples done.
@@ -113,7 +112,8 @@ def predict(
     part = share(mesh)
     mine = part.rows(batch)
     speaker = Speaker(cfg, model)
-    tested = space_of(cfg.data.dir, source.name)
+    split = Split(cfg.data.dir, source.name, source.split)
+    tested = split.space
     space = asked.space if asked else tested
     means = map_classes(space, tested)
     labels = pad_labels([answer_ids(name, chat=speaker.chat) for name in space.classes])
@@ -122,18 +122,14 @@ def predict(
         "score": lambda prompt: _scored(speaker, prompt, labels, space),
     }
 
-    def open_asked(folder: str, name: str, split: str) -> Data:
-        data = open_source(folder, name, split)
-        return Reworded(data, asked) if asked else data
-
+    if asked:
+        split = split.with_examples(Reworded(split.examples, asked))
     found: dict[Answering, dict[int, Prediction]] = {way: {} for way in answerings}  # by place
     steps = make_eval_batches(
         cfg,
-        source,
+        split,
         batch=batch,
-        open_priors=open_priors,
-        open_data=open_asked,
-        view=view,
+        shown=shown,
         host_index=part.index,
         host_count=part.count,
     )
@@ -187,11 +183,11 @@ def describe(
             again.
     """
     encoder = Encoder(cfg)
-    data = open_source(cfg.data.dir, source.name, source.split)
-    priors = open_priors(cfg.data.dir, source.name, source.split)
+    split = Split(cfg.data.dir, source.name, source.split)
     rows = []
     for index in indices:
-        look = encoder.look(data[index]["media"], kind=source.kind, prior=priors[index])
+        media, prior = split.examples[index]["media"], split.priors[index]
+        look = encoder.look(media, kind=source.kind, prior=prior)
         rows.append(encoder.prompt_row(look, kind=source.kind, question=question, index=index))
     speaker = Speaker(cfg, model)
     padded = rows + rows[-1:] * (batch - len(rows))

@@ -10,6 +10,7 @@ eleven, where a truth needs them. They bear the truth column's own words. Truths
 words for one of these classes ("calm" and "neutral") may be two classes or one; that is asked.
 """
 
+import contextlib
 import difflib
 import json
 import math
@@ -19,7 +20,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, label_space, stem
+from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, stem
+from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.parse.answers import Parsed, parse_ranked, parse_tree, vocabulary
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, read_predictions
@@ -205,7 +207,7 @@ def _usual(title: str, spelled: Mapping[str, str]) -> LabelSpace:
 def _own_space(path: pathlib.Path, found: Sequence[Prediction]) -> LabelSpace:
     """The classes of a file of `emollama eval`: its set's, or those that its items bear."""
     source = found[0].source.partition(":")[0]
-    if source.partition("/")[0] in LABEL_SPACES:
+    with contextlib.suppress(UserError):  # a user's own set, of which only the file is here
         return label_space(source)
     words = dict.fromkeys(item.label for item in found)
     words |= dict.fromkeys(item.predicted for item in found if item.predicted is not None)

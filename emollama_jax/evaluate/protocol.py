@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from etils import epath
 
-from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace
+from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.items import category_question
+from emollama_jax.data.sets import label_space, parse
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics
 from emollama_jax.evaluate.parse.answers import How
@@ -37,7 +38,7 @@ class Protocol:
     @property
     def space(self) -> LabelSpace:
         """The classes, in the set's native order."""
-        return LABEL_SPACES[self.name]
+        return label_space(self.name)
 
     def question(self, kind: Literal["image", "clip"]) -> str:
         """The category question."""
@@ -103,7 +104,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 def protocol_of(source: str) -> Protocol | None:
     """The protocol of a source, e.g. "dfew/fold1"; None for a user's own set."""
-    return PROTOCOLS.get(source.partition("/")[0])
+    return PROTOCOLS.get(parse(source).family)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

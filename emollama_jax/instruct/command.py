@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from emollama_jax.data.builders.registry import open_split, space_of
-from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.index import Index, read_index
-from emollama_jax.data.items import instruct_folder
+from emollama_jax.data.builders.stored import Example
 from emollama_jax.data.media import read_frames, read_image
+from emollama_jax.data.sets import parse
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.instruct import ask, store
 from emollama_jax.instruct.options import Options
@@ -29,8 +27,7 @@ from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Request, jpeg
 from emollama_jax.remote.run import Outcome, Task, ask_all
-
-Data = Sequence[Mapping[str, Any]]
+from emollama_jax.status import Bars
 
 # As in EMO-LLaMA's data: FERPlus (grey, 48 pixels wide) has category items only.
 CATEGORY_ONLY = ("ferplus",)
@@ -85,58 +82,50 @@ def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]
     Raises:
         UserError: not prepared, no descriptions for clips, a service that refuses or keeps failing.
     """
-    split = _open(options)
-    folder = pathlib.Path(instruct_folder(options.dir, options.name, options.split))
-    by = _maker(options, console)
+    work = _open(options)
+    folder, by = work.folder, _maker(options, console)
     if by != "gemini":
         _keep_what_was_paid(folder, by)
-        found = {} if by == "category" else _templates(split, console)
-        _write(options, split, found, {}, by, console)
+        found = {} if by == "category" else _templates(work, console)
+        _write(options, work, found, {}, by, console)
         return folder, Outcome(len(found), 0, 0, "", 0.0)
-    _check_descriptions(options, split)
+    _check_descriptions(options, work)
     price = price_of(f"gemini:{options.model}", options.limits)
-    with Journal(split.journal, _settings(options, split)) as journal, _bars(console) as bars:
-        described, aside = _describe(options, split, journal, bars)
+    with Journal(work.journal, _settings(options, work)) as journal, Bars(console) as bars:
+        described, aside = _describe(options, work, journal, bars)
         client = open_client(
             f"gemini:{options.model}",
             options.limits,
             thinking_tokens=options.thinking_tokens,
             base_url=options.base_url,
         )
-        tasks = [_conversation_task(split, i, text) for i, text in described.items()]
-        bar = bars.add_task("conversations", total=len(tasks))
-        outcome = ask_all(
-            tasks,
-            client,
-            journal,
-            options.limits,
-            price,
-            lambda done: bars.update(bar, completed=done),
-        )
-        items = {i: journal.item(split.key(i)) for i in described}
+        tasks = [_conversation_task(work, i, text) for i, text in described.items()]
+        bar = bars.bar("conversations", len(tasks))
+        outcome = ask_all(tasks, client, journal, options.limits, price, bar)
+        items = {i: journal.item(work.key(i)) for i in described}
     found = {i: item.value for i, item in items.items() if item.value is not None}
     aside |= {i: item.aside for i, item in items.items() if item.aside}
-    left = split.wanted - len(found) - len(aside)
+    left = work.wanted - len(found) - len(aside)
     outcome = dataclasses.replace(outcome, aside=len(aside), open=left)
     if not outcome.stopped.startswith("interrupted"):
-        _write(options, split, found, aside, f"gemini:{options.model}", console)
+        _write(options, work, found, aside, f"gemini:{options.model}", console)
     return folder, outcome
 
 
 def estimate(options: Options) -> Estimate:
     """What is still to be asked, and what that would cost; nothing is sent, no key is needed."""
-    split = _open(options)
-    wanted = range(0 if options.name.partition("/")[0] in CATEGORY_ONLY else split.wanted)
+    work = _open(options)
+    wanted = range(0 if parse(options.name).family in CATEGORY_ONLY else work.wanted)
     done = described = 0
-    if split.journal.exists():
-        with Journal(split.journal, _settings(options, split)) as journal:
-            done = sum(journal.item(split.key(i)).done for i in wanted)
-            described = sum(journal.item(split.description_key(i)).done for i in wanted)
-    clip = split.kind == "clip"
+    if work.journal.exists():
+        with Journal(work.journal, _settings(options, work)) as journal:
+            done = sum(journal.item(work.key(i)).done for i in wanted)
+            described = sum(journal.item(work.description_key(i)).done for i in wanted)
+    clip = work.split.kind == "clip"
     one = ask.conversation_request(
         b"",
-        label=max(split.space.canonical, key=len),
-        kind=split.kind,
+        label=max(work.split.space.canonical, key=len),
+        kind=work.split.kind,
         description="x" * 4 * ask.DESCRIPTION_TOKENS if clip else None,
         rejections=(),
     )
@@ -152,47 +141,45 @@ def estimate(options: Options) -> Estimate:
     )
 
 
-# ---- the split
+# ---- the work
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """A prepared split, and what is known of it without reading its media."""
+class Work:
+    """A prepared split, and what is to be made for it."""
 
-    data: Data
-    space: LabelSpace
-    kind: str
-    index: Index
+    split: Split
     wanted: int  # conversations, of the first examples
     journal: pathlib.Path  # one for all folds: a clip is paid once
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the result goes."""
+        return pathlib.Path(self.split.instruct_folder)
+
     def word(self, index: int) -> str:
         """The emotion in the words that all sets share ("happy" is happiness)."""
-        return self.space.canonical[self.index.labels[index]]
+        return self.split.space.canonical[self.split.index.labels[index]]
 
     def key(self, index: int) -> str:
         """Everything that a conversation depends on, beside the journal's settings."""
-        return f"{self.index.ids[index]} {self.index.digests[index]} {self.word(index)}"
+        return f"{self.description_key(index)} {self.word(index)}"
 
     def description_key(self, index: int) -> str:
         """Of a clip's description, which does not depend on the label."""
-        return f"{self.index.ids[index]} {self.index.digests[index]}"
+        return f"{self.split.index.ids[index]} {self.split.index.digests[index]}"
 
 
-def _open(options: Options) -> Split:
+def _open(options: Options) -> Work:
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}, wanted at least 1")
     on_disk(options.dir, instead="prepare the set there; what was made may be copied to a bucket")
-    data = open_split(options.dir, options.name, options.split)
-    index = read_index(options.dir, options.name, options.split, data)
-    model = re.sub(r"[^\w.-]", "_", options.model)
-    return Split(
-        data=data,
-        space=space_of(options.dir, options.name),
-        kind=data[0]["kind"],
-        index=index,
-        wanted=len(data) if options.limit is None else min(options.limit, len(data)),
-        journal=pathlib.Path(options.dir) / "instruct" / index.stored / f"journal-{model}.jsonl",
+    split = Split(options.dir, options.name, options.split)
+    count, model = len(split.examples), re.sub(r"[^\w.-]", "_", options.model)
+    return Work(
+        split=split,
+        wanted=count if options.limit is None else min(options.limit, count),
+        journal=pathlib.Path(options.dir, "instruct", split.place, f"journal-{model}.jsonl"),
     )
 
 
@@ -201,7 +188,7 @@ def _open(options: Options) -> Split:
 
 def _maker(options: Options, console: Console) -> str:
     """ "gemini", "template" or "category"."""
-    if options.name.partition("/")[0] in CATEGORY_ONLY:
+    if parse(options.name).family in CATEGORY_ONLY:
         console.print(f"{options.name}: category items only, as in EMO-LLaMA's data")
         return "category"
     if options.by == "auto":
@@ -224,8 +211,8 @@ def _keep_what_was_paid(folder: pathlib.Path, by: str) -> None:
         )
 
 
-def _check_descriptions(options: Options, split: Split) -> None:
-    if split.kind != "clip":
+def _check_descriptions(options: Options, work: Work) -> None:
+    if work.split.kind != "clip":
         return
     if options.describe is None:
         raise UserError(
@@ -245,15 +232,15 @@ def _is_file(describe: str) -> bool:
 
 
 def _describe(
-    options: Options, split: Split, journal: Journal, bars: Progress
+    options: Options, work: Work, journal: Journal, bars: Bars
 ) -> tuple[dict[int, str | None], dict[int, str]]:
     """Position → description (None for pictures, which need none), and position → why not."""
-    wanted = range(split.wanted)
-    if split.kind != "clip" or options.describe is None:
+    wanted = range(work.wanted)
+    if work.split.kind != "clip" or options.describe is None:
         return dict.fromkeys(wanted), {}
     if _is_file(options.describe):
         given = _read_descriptions(pathlib.Path(options.describe))
-        found = {index: given.get(split.index.ids[index]) for index in wanted}
+        found = {index: given.get(work.split.index.ids[index]) for index in wanted}
         missing = [index for index, text in found.items() if not text]
         why = f"no description in {options.describe}"
         return {i: text for i, text in found.items() if text}, dict.fromkeys(missing, why)
@@ -265,22 +252,15 @@ def _describe(
     )
     tasks = [
         Task(
-            split.description_key(index),
-            functools.partial(_description_request, split.data, index),
+            work.description_key(index),
+            functools.partial(_description_request, work.split.examples, index),
             ask.judge_description,
         )
         for index in wanted
     ]
-    bar = bars.add_task("descriptions", total=len(tasks))
-    ask_all(
-        tasks,
-        client,
-        journal,
-        options.limits,
-        price_of(options.describe, options.limits),
-        lambda done: bars.update(bar, completed=done),
-    )
-    items = {index: journal.item(split.description_key(index)) for index in wanted}
+    price = price_of(options.describe, options.limits)
+    ask_all(tasks, client, journal, options.limits, price, bars.bar("descriptions", len(tasks)))
+    items = {index: journal.item(work.description_key(index)) for index in wanted}
     described = {index: item.value for index, item in items.items() if item.value is not None}
     return described, {index: item.aside for index, item in items.items() if item.aside}
 
@@ -300,7 +280,7 @@ def _read_descriptions(path: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def _description_request(data: Data, index: int, rejections: Sequence[str]) -> Request:
+def _description_request(data: Sequence[Example], index: int, rejections: Sequence[str]) -> Request:
     del rejections
     clip = read_frames(
         data[index]["media"], lambda count, fps: np.linspace(0, count - 1, FRAMES).astype(int)
@@ -308,13 +288,13 @@ def _description_request(data: Data, index: int, rejections: Sequence[str]) -> R
     return ask.description_request([jpeg(frame) for frame in clip.frames])
 
 
-def _conversation_task(split: Split, index: int, description: str | None) -> Task:
+def _conversation_task(work: Work, index: int, description: str | None) -> Task:
     """One example; its media are read when its turn comes."""
-    label, kind = split.word(index), split.kind
+    label, kind = work.word(index), work.split.kind
 
     def request(rejections: Sequence[str]) -> Request:
         return ask.conversation_request(
-            jpeg(_picture(split.data[index])),
+            jpeg(_picture(work.split.examples[index])),
             label=label,
             kind=kind,
             description=description,
@@ -322,10 +302,10 @@ def _conversation_task(split: Split, index: int, description: str | None) -> Tas
         )
 
     judge = functools.partial(ask.judge_conversation, label=label, kind=kind)
-    return Task(split.key(index), request, judge)
+    return Task(work.key(index), request, judge)
 
 
-def _picture(example: Mapping[str, Any]) -> np.ndarray:
+def _picture(example: Example) -> np.ndarray:
     if example["kind"] == "image":
         return read_image(example["media"])
     return read_frames(example["media"], lambda count, fps: np.array([count // 2])).frames[0]
@@ -334,45 +314,36 @@ def _picture(example: Mapping[str, Any]) -> np.ndarray:
 # ---- what is written
 
 
-def _templates(split: Split, console: Console) -> dict[int, list[dict[str, str]]]:
-    with _bars(console) as bars:
-        places = bars.track(range(split.wanted), description="templates")
-        return {index: template(split.data[index], split.space) for index in places}
+def _templates(work: Work, console: Console) -> dict[int, list[dict[str, str]]]:
+    with Bars(console) as bars:
+        places = bars.track(range(work.wanted), description="templates")
+        return {index: template(work.split.examples[index], work.split.space) for index in places}
 
 
 def _write(
     options: Options,
-    split: Split,
+    work: Work,
     found: Mapping[int, Sequence[Mapping[str, str]]],
     aside: Mapping[int, str],
     by: str,
     console: Console,
 ) -> None:
-    with _bars(console) as bars:
-        bar = bars.add_task("writing", total=len(split.data))
+    with Bars(console) as bars:
         store.write(
-            pathlib.Path(instruct_folder(options.dir, options.name, options.split)),
-            split.data,
-            split=options.split,
+            work.split,
             conversations=found,
             made_by=by,
             aside=aside,
-            settings={"set": options.name, "split": options.split},
             media=options.media,
-            progress=lambda done: bars.update(bar, completed=done),
+            progress=bars.bar("writing", len(work.split.examples)),
         )
 
 
-def _settings(options: Options, split: Split) -> dict[str, Any]:
+def _settings(options: Options, work: Work) -> dict[str, Any]:
     """What all conversations of a journal depend on."""
     words = [ask.SYSTEM, json.dumps(ask.SCHEMA), ask.DESCRIBE]
     return {
         "model": f"gemini:{options.model}",
-        "describe": options.describe if split.kind == "clip" else None,
+        "describe": options.describe if work.split.kind == "clip" else None,
         "prompt": hashlib.sha256("\n".join(words).encode()).hexdigest()[:16],
     }
-
-
-def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)

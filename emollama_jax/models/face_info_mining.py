@@ -20,7 +20,6 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from emollama_jax.batch import LANDMARKS
 from emollama_jax.config import FaceInfoMiningConfig
 from emollama_jax.models.attention import attention
 from emollama_jax.models.layers import (
@@ -32,6 +31,7 @@ from emollama_jax.models.layers import (
     zeros,
 )
 from emollama_jax.models.rngs import Rngs
+from emollama_jax.terms import LANDMARKS
 
 
 @flax.struct.dataclass

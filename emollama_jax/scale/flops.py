@@ -9,9 +9,9 @@ import collections
 import dataclasses
 from collections.abc import Collection, Iterator
 
-from emollama_jax.batch import LANDMARKS
 from emollama_jax.config import Config
 from emollama_jax.models.facexformer import PARSING_CLASSES, TASKS
+from emollama_jax.terms import LANDMARKS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from emollama_jax.base import AbstractModel, abstract_model
-from emollama_jax.batch import LANDMARKS, Batch
+from emollama_jax.batch import Batch
 from emollama_jax.config import Config
 from emollama_jax.errors import UserError
 from emollama_jax.generate import decode
@@ -26,6 +26,7 @@ from emollama_jax.generate.prompt import Prompt, embed
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.scale.cost import OTHER
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards, replicated
+from emollama_jax.terms import LANDMARKS
 from emollama_jax.train.setup import set_up
 
 # (dtype, shape of one device's part) → how many

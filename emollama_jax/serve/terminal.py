@@ -249,7 +249,7 @@ class _Talk:
 
     def _label_scores(self) -> dict[str, float] | None:
         """The share of each class as the answer to the category question; None without a face."""
-        from emollama_jax.data.builders.registry import space_of
+        from emollama_jax.data.split import space_of
         from emollama_jax.serve.answer import probabilities
 
         if not (self._media.found or self._wish.without_face):

@@ -24,18 +24,17 @@ from emollama_jax import compile_cache, config
 from emollama_jax.base import load_face
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.elements import View
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.elements import Shown
 from emollama_jax.data.face_crop import crop_box, from_crop
 from emollama_jax.data.items import standard_question
 from emollama_jax.data.media import read_image, read_video
-from emollama_jax.data.pipeline import open_source
+from emollama_jax.data.sets import Preparation, label_space, parse
+from emollama_jax.data.split import Split
 from emollama_jax.evaluate import groups, report
 from emollama_jax.evaluate.difficulty import grey, pixel_regression
 from emollama_jax.evaluate.of_run import Answering, describe, predict
 from emollama_jax.evaluate.parse.answers import parse_answer
 from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
-from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.prepare import prepare_source
 from emollama_jax.serve.answer import Answerer
@@ -139,9 +138,8 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
                 cfg,
                 face,
                 name,
-                sizes=sizes,
+                Preparation(sizes=sizes, processes=os.cpu_count() or 1),
                 splits=("train", "test"),
-                processes=os.cpu_count() or 1,
                 console=console,
             )
     with watch.stage("train"):
@@ -253,10 +251,10 @@ def _predict(
     size: Size,
     *,
     answerings: Sequence[Answering],
-    view: View = "all",
+    shown: Shown = "all",
 ) -> dict[Answering, list[Prediction]]:
     batch = size.eval_images if name == IMAGES else size.eval_clips
-    return predict(cfg, model, _source(name), answerings=answerings, batch=batch, view=view)
+    return predict(cfg, model, _source(name), answerings=answerings, batch=batch, shown=shown)
 
 
 def _evaluate(
@@ -268,7 +266,7 @@ def _evaluate(
     console: Console,
 ) -> dict[str, tuple[list[Prediction], Evaluation]]:
     results = {}
-    kind = name.partition("/")[2]
+    kind = parse(name).config
     found = _predict(cfg, model, name, size, answerings=("generate", "score"))
     for answering, predictions in found.items():
         write_predictions(out / "predictions" / f"{kind}-{answering}.jsonl", predictions)
@@ -285,12 +283,12 @@ def _difficulty(
     """What shows that the data are no toy; shares of right answers, 0 … 1."""
 
     def pixels(split: str) -> tuple[np.ndarray, np.ndarray]:
-        data = open_source(cfg.data.dir, IMAGES, split)
+        data = Split(cfg.data.dir, IMAGES, split).examples
         pictures = [read_image(data[i]["media"]) for i in range(len(data))]
         return grey(pictures), np.array([int(data[i]["label"]) for i in range(len(data))])
 
-    def war(name: str, view: View) -> tuple[float, list[Prediction]]:
-        found = _predict(cfg, model, name, size, answerings=("generate",), view=view)["generate"]
+    def war(name: str, shown: Shown) -> tuple[float, list[Prediction]]:
+        found = _predict(cfg, model, name, size, answerings=("generate",), shown=shown)["generate"]
         return evaluate(found, label_space(name)).war, found
 
     classes = label_space(IMAGES).classes
@@ -318,7 +316,7 @@ def _ask(answerer: Answerer, out: pathlib.Path, console: Console) -> None:
     """Answers a question about a held-out picture and clip, from files, as `emollama ask` does."""
     cfg = answerer.cfg
     for name, ending in ((IMAGES, "jpg"), (CLIPS, "mp4")):
-        example = open_source(cfg.data.dir, name, "test")[0]
+        example = Split(cfg.data.dir, name, "test").examples[0]
         path = out / f"held_out.{ending}"
         path.write_bytes(example["media"])
         media = answerer.look(path)
@@ -348,14 +346,12 @@ def _items(
     question = standard_question("image" if name == IMAGES else "clip")
     batch = size.eval_images if name == IMAGES else size.eval_clips
     answers = describe(cfg, model, _source(name), chosen, question, batch=batch)
-    data = open_source(cfg.data.dir, name, "test")
-    priors = open_priors(cfg.data.dir, name, "test")
+    split = Split(cfg.data.dir, name, "test")
     items = []
     for i, text in zip(chosen, answers, strict=True):
-        media = data[i]["media"]
+        media, prior = split.examples[i]["media"], split.priors[i]
         frames = [read_image(media)] if name == IMAGES else list(read_video(media))
         shown = np.unique(np.linspace(0, len(frames) - 1, 8).astype(int)).tolist()
-        prior = priors[i]
         height, width = frames[0].shape[:2]
         landmarks = [
             from_crop(

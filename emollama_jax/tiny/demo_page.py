@@ -11,6 +11,7 @@ import yaml
 
 from emollama_jax import config
 from emollama_jax.config import Config
+from emollama_jax.data.sets import parse
 from emollama_jax.evaluate import groups, report
 from emollama_jax.tiny import demo_photographs
 from emollama_jax.tiny.demo_photographs import Photograph
@@ -62,7 +63,7 @@ def make_page(
             head=("what", "%"),
             rows=[(text, report.percent(shares[key])) for key, text in explained.items()],
         ),
-        *(groups.table(name.partition("/")[2], found) for name, found in by_group.items()),
+        *(groups.table(parse(name).config, found) for name, found in by_group.items()),
     ]
     if "ablation" in summary:
         tables.append(
@@ -88,7 +89,7 @@ def make_page(
         lede=LEDE,
         results=[
             report.Result(
-                title=name.partition("/")[2].capitalize(),
+                title=parse(name).config.capitalize(),
                 source=f"{name}, test split. The question lists the seven emotions; the one that "
                 "the written answer names counts",
                 evaluation=result["generate"][1],

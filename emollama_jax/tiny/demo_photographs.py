@@ -15,9 +15,9 @@ from rich.console import Console
 
 from emollama_jax import packed, runs
 from emollama_jax.checkpoint import load_for_inference
-from emollama_jax.data.builders.registry import space_of
 from emollama_jax.data.items import standard_question
 from emollama_jax.data.media import read_image
+from emollama_jax.data.split import space_of
 from emollama_jax.evaluate.parse.answers import parse_answer
 from emollama_jax.runs import PACKAGE
 from emollama_jax.serve.answer import Answerer

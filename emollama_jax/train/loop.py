@@ -34,7 +34,6 @@ from emollama_jax.checkpoint import Checkpoints
 from emollama_jax.config import Config, TrainConfig
 from emollama_jax.data.pipeline import TrainIterator, make_train_iterator
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import open_priors
 from emollama_jax.locks import hold
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path
@@ -121,9 +120,7 @@ Data = Callable[[Config, Share], grain.DatasetIterator]
 
 def prepared_data(cfg: Config, part: Share) -> TrainIterator:
     """This host's part of the batches of a run's prepared sets."""
-    return make_train_iterator(
-        cfg, open_priors=open_priors, host_index=part.index, host_count=part.count
-    )
+    return make_train_iterator(cfg, host_index=part.index, host_count=part.count)
 
 
 def fit(

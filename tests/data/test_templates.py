@@ -269,7 +269,7 @@ def test_a_folder_names_its_format(tmp_path):
     assert chat.tokenizer.decode(prompt.ids.tolist()).startswith("system\nBe brief.\nuser\nWho?\n")
     for text in ("[]", '{"name": "zephyr", "system": ""}', '{"name": "chatml", "system": 3}'):
         with pytest.raises(UserError, match=r"template.json: .*wanted .*: convert again"):
-            templates.read(text, name="template.json")
+            templates.read_template(text, name="template.json")
 
 
 def test_programs_are_recognised():

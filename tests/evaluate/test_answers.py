@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from emollama_jax.data.emotions import LABEL_SPACES, label_space
+from emollama_jax.data.emotions import LABEL_SPACES
+from emollama_jax.data.sets import label_space
 from emollama_jax.evaluate import predictions
 from emollama_jax.evaluate.parse.answers import (
     Parsed,

@@ -11,7 +11,8 @@ import pytest
 from test_metrics import GPT4V_FERPLUS, GPT4V_RAFDB, items
 
 from emollama_jax import cli
-from emollama_jax.data.emotions import LABEL_SPACES, label_space
+from emollama_jax.data.emotions import LABEL_SPACES
+from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import predictions
 from emollama_jax.evaluate.of_file import score_files

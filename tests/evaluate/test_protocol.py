@@ -7,6 +7,7 @@ import pytest
 
 from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS
 from emollama_jax.data.items import category_question
+from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import asked, folds, protocol
 from emollama_jax.evaluate.parse import answers
@@ -227,15 +228,15 @@ def test_no_file(tmp_path):
 # ---- protocols and folds
 
 
-@pytest.mark.parametrize("name", LABEL_SPACES)
+@pytest.mark.parametrize("name", [*LABEL_SPACES, "actionfaces/images"])
 def test_every_set_has_a_protocol(name):
-    found = protocol.protocol_of(f"{name}/fold1")
-    assert found is not None and found.space is LABEL_SPACES[name]
-    assert found.open == (name == "actionfaces")
-    listed = [split for split in LABEL_SPACES[name].splits if split.endswith("/test")]
+    found, space = protocol.protocol_of(name), label_space(name)
+    assert found is not None and found.space is space
+    assert found.open == (name == "actionfaces/images")
+    listed = [split for split in space.splits if split.endswith("/test")]
     assert found.folds == max(len(listed), 1)
     kind = found.kind or "image"
-    assert found.question(kind) == category_question(LABEL_SPACES[name].classes, kind)
+    assert found.question(kind) == category_question(space.classes, kind)
     assert protocol.protocol_of("own/faces") is None
 
 

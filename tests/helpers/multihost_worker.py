@@ -149,8 +149,7 @@ def evaluated(bpe: str, mesh: tuple[int, int, int], batch: int) -> dict[str, lis
     for number, example in enumerate(store.data["actionfaces/images"]):
         example["subject"] = number
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(of_run, "open_source", store.open_data)
-        patch.setattr(of_run, "open_priors", store.open_priors)
+        patch.setattr(of_run, "Split", lambda folder, name, split: store.split(name, split))
         spread = make_mesh(cfg.mesh)
         return of_run.predict(
             cfg,

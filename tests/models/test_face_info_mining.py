@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from emollama_jax.batch import LANDMARKS
 from emollama_jax.config import FaceInfoMiningConfig
 from emollama_jax.models.face_info_mining import FaceInfoMining, fourier, sample_at
 from emollama_jax.models.facexformer import from_pixels
 from emollama_jax.models.parameters import named_parameters
+from emollama_jax.terms import LANDMARKS
 
 CONFIG = FaceInfoMiningConfig(
     branches="both", heads=2, head_dim=8, pool=2, fourier_bands=3, norm_eps=1e-6

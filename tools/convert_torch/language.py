@@ -195,7 +195,7 @@ def stops(held: Mapping[str, bytes]) -> dict[str, object]:
     tokenizer = _tokenizer(held, json.loads(held.get(TOKENIZER_CONFIG, b"{}")))
     ends = [tokenizer.eos]
     if TEMPLATE_FILE in held:
-        template = templates.read(held[TEMPLATE_FILE].decode(), name=TEMPLATE_FILE)
+        template = templates.read_template(held[TEMPLATE_FILE].decode(), name=TEMPLATE_FILE)
         ends = list(Chat(template, tokenizer).stop)
     return {
         "bos_token_id": tokenizer.bos,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from emollama_jax.batch import LANDMARKS
+from emollama_jax.terms import LANDMARKS
 
 SIZE = 112  # pixels of the square that both networks read
 MEAN_RGB = (122.782, 117.001, 104.298)

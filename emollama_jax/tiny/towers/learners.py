@@ -13,13 +13,14 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from emollama_jax.batch import IGNORE, LANDMARKS
+from emollama_jax.batch import IGNORE
 from emollama_jax.config import Config
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.layers import LayerNorm, Linear, normalise
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.visual_tokens import merge
+from emollama_jax.terms import LANDMARKS
 from emollama_jax.tiny.towers.pictures import CLASSES
 
 TAUGHT = 0.7  # of the emotion's loss, where a teacher answers beside the votes

@@ -31,9 +31,9 @@ from flax import nnx
 from emollama_jax.base import tower_file
 from emollama_jax.config import Config
 from emollama_jax.config_weights import TOWERS
-from emollama_jax.data.builders import registry
+from emollama_jax.data.action_units import ACTION_UNITS
+from emollama_jax.data.split import prepared
 from emollama_jax.models import parameters
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS
 from emollama_jax.tiny.towers.augment import CORE, Strength, augment, light, mix
 from emollama_jax.tiny.towers.fit import Course, fit, predict, progress_lines, save_leaves
 from emollama_jax.tiny.towers.learners import FaceLearner, VisionLearner
@@ -216,9 +216,7 @@ def _face(config: Config, recipe: Recipe, out: pathlib.Path, console: Any):
 def _held_out(config: Config, recipe: Recipe, out: pathlib.Path, console: Any):
     """(name, faces) of the real sets that have a validation split."""
     names = [
-        name
-        for name in recipe.real
-        if "validation" in registry.prepared(recipe.data, name).get(name, ())
+        name for name in recipe.real if "validation" in prepared(recipe.data, name).get(name, ())
     ]
     return zip(names, real_sets(config, recipe, out, console, "validation"), strict=True)
 

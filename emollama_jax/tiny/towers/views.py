@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from emollama_jax.config import Config
-from emollama_jax.data.builders import registry
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS
+from emollama_jax.data.action_units import ACTION_UNITS
+from emollama_jax.data.split import Split, prepared
 from emollama_jax.tiny.towers.pictures import CLASSES, Crops, Pictures, draw_pictures
 from emollama_jax.tiny.towers.real_faces import real_pictures
 
@@ -70,7 +70,7 @@ def real_sets(config: Config, recipe: Recipe, out: pathlib.Path, console: Any, s
     """The real sets' faces; one without validation examples is not held out."""
     found = []
     for name in recipe.real:
-        if split != "train" and split not in registry.prepared(recipe.data, name).get(name, ()):
+        if split != "train" and split not in prepared(recipe.data, name).get(name, ()):
             continue
 
         def progress(done: int, total: int, name: str = name) -> None:
@@ -79,9 +79,7 @@ def real_sets(config: Config, recipe: Recipe, out: pathlib.Path, console: Any, s
         found.append(
             real_pictures(
                 out / "pictures" / f"{name.replace('/', '-')}-{split}",
-                data_dir=recipe.data,
-                name=name,
-                split=split,
+                Split(recipe.data, name, split),
                 crops=Crops.of(config),
                 units=len(ACTION_UNITS),
                 progress=progress,
