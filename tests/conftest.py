@@ -6,6 +6,7 @@ everything runs on the first.
 """
 
 import functools
+import importlib
 import os
 import pathlib
 import socket
@@ -28,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Checks array annotations, and keeps compiled programs under pytest's cache, for all processes
     of this run and the next."""
 
+    importlib.import_module("tests.helpers.array_checks")  # where the hook finds it by name
     jaxtyping.install_import_hook("emollama_jax", "tests.helpers.array_checks.check")
     from emollama_jax import compile_cache
 

@@ -4,12 +4,15 @@ Other annotations are left to the type checker, which reads them without running
 """
 
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import beartype
+import jax
 import jaxtyping
+import numpy as np
 
 
 def is_array(annotation: Any) -> bool:
@@ -19,12 +22,23 @@ def is_array(annotation: Any) -> bool:
     return any(map(is_array, typing.get_args(annotation)))
 
 
+def any_array(annotation: Any) -> Any:
+    """The annotation with shape and dtype as they are, of NumPy's or JAX's arrays: tests give both."""
+    if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+        return annotation.dtype[jax.Array | np.ndarray, annotation.dim_str]
+    if not typing.get_args(annotation):
+        return annotation
+    args = tuple(map(any_array, typing.get_args(annotation)))
+    origin = typing.get_origin(annotation)
+    return typing.Union[args] if origin in (typing.Union, types.UnionType) else origin[args]
+
+
 def check(function: Callable) -> Callable:
     """A function that checks its arrays' shapes and dtypes; without arrays, or a class, itself."""
     if inspect.isclass(function):
         return function
     named = getattr(function, "__annotations__", {})
-    arrays = {name: annotation for name, annotation in named.items() if is_array(annotation)}
+    arrays = {name: any_array(type_) for name, type_ in named.items() if is_array(type_)}
     if not arrays:
         return function
     function.__annotations__ = arrays
