@@ -14,6 +14,7 @@ from emollama_jax.bench import data, torch_side
 from emollama_jax.data import video
 from emollama_jax.data.elements import Encoder, Examples
 from emollama_jax.data.media import read_frames, read_video
+from emollama_jax.data.split import InMemory
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,8 @@ def torch_data():
 
 def test_both_sides_make_the_same_row(drawn, cfg, torch_data):
     folder, example = drawn
-    source = cfg.data.sources[0]
-    ours = Examples(Encoder(cfg), source, data=[example], priors=[example["prior"]])
+    split = InMemory(data.NAME, "train", [example], [example["prior"]])
+    ours = Examples(Encoder(cfg), split, kind="clip", items="category")
     look = ours.encoder.look(example["media"], kind="clip", prior=example["prior"])
     row = ours.training(0, seed=0)
     theirs = torch_data.Clips(cfg, folder, 1, length=4).example(0, None)
