@@ -1,7 +1,30 @@
-"""One line that says what a short command is busy with, until it has something to show."""
+"""What a command is busy with: one line for a short one, bars for what takes long."""
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status as Spinner
+
+Report = Callable[..., None]  # (done, total=None): how far it is
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[..., Report]]:
+    """Yields `bar(what, total=None)`, which adds a bar and returns its `report(done)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+
+        def bar(what: str, total: int | None = None) -> Report:
+            task = bars.add_task(what, total=total)
+
+            def report(done: int, total: int | None = None) -> None:
+                bars.update(task, completed=done, total=total)
+
+            return report
+
+        yield bar
 
 
 class Status:

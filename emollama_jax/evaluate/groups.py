@@ -15,8 +15,9 @@ from etils import epath
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.face_labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import metrics, report
+from emollama_jax.evaluate import metrics
 from emollama_jax.evaluate.protocol import Prediction
+from emollama_jax.evaluate.report import Table, percent, spread
 
 ATTRIBUTES = ("age", "gender", "race")
 UNKNOWN = "unknown"
@@ -68,6 +69,42 @@ class ByGroup:
     groups: tuple[Group, ...] = ()
     classes: int = 0
     why: str = ""
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """Plain values for JSON: attribute → group → numbers; None where there are none."""
+        if self.why:
+            return None
+        tree: dict[str, Any] = {}
+        for group in self.groups:
+            numbers = dataclasses.asdict(group)
+            attribute, name = numbers.pop("attribute"), numbers.pop("name")
+            shown = {_KEYS.get(key, key): value for key, value in numbers.items()}
+            tree.setdefault(attribute, {})[name] = metrics.plain(shown)
+        return tree
+
+    def table(self, title: str) -> Table:
+        """The numbers as a table of the page."""
+        if self.why:
+            return Table(title=_TITLE, note="", head=("none",), rows=[(self.why,)])
+        rows = [
+            (
+                f"{group.attribute}: {group.name}",
+                f"{group.n:,}",
+                f"{group.classes} of {self.classes}",
+                percent(group.war),
+                spread(group.war_interval),
+                percent(group.uar),
+                spread(group.uar_interval),
+            )
+            for group in self.groups
+        ]
+        attributes = {group.attribute for group in self.groups}
+        note = _NOTE + ("" if "race" in attributes else " It is sure of the race of none.")
+        head = (
+            *("as the face network sees it", "items", "classes"),
+            *("WAR, %", "95 %", "UAR, %", "95 %"),
+        )
+        return Table(title=f"{_TITLE}: {title}", note=note, head=head, rows=rows)
 
 
 def read_seen(
@@ -136,41 +173,6 @@ def by_group(predictions: Sequence[Prediction], seen: Seen, space: LabelSpace) -
     return ByGroup(tuple(found), all_classes)
 
 
-def tree(found: ByGroup) -> dict[str, Any] | None:
-    """Plain values for JSON: attribute → group → numbers; None where there are none."""
-    if found.why:
-        return None
-    plain: dict[str, Any] = {}
-    for group in found.groups:
-        numbers = dataclasses.asdict(group)
-        attribute, name = numbers.pop("attribute"), numbers.pop("name")
-        shown = {_KEYS.get(key, key): value for key, value in numbers.items()}
-        plain.setdefault(attribute, {})[name] = _plain(shown)
-    return plain
-
-
-def table(title: str, found: ByGroup) -> report.Table:
-    """The numbers as a table of the page."""
-    if found.why:
-        return report.Table(title=_TITLE, note="", head=("none",), rows=[(found.why,)])
-    rows = [
-        (
-            f"{group.attribute}: {group.name}",
-            f"{group.n:,}",
-            f"{group.classes} of {found.classes}",
-            report.percent(group.war),
-            report.spread(group.war_interval),
-            report.percent(group.uar),
-            report.spread(group.uar_interval),
-        )
-        for group in found.groups
-    ]
-    attributes = {group.attribute for group in found.groups}
-    note = _NOTE + ("" if "race" in attributes else " It is sure of the race of none.")
-    head = ("as the face network sees it", "items", "classes", "WAR, %", "95 %", "UAR, %", "95 %")
-    return report.Table(title=f"{_TITLE}: {title}", note=note, head=head, rows=rows)
-
-
 _TITLE = "Errors by group"
 _KEYS = {  # as `predictions.summary` writes them
     "war": "WAR",
@@ -222,9 +224,3 @@ def _group(
         "uar": uar,
         "uar_interval": uar_interval,
     }
-
-
-def _plain(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {key: _plain(value) for key, value in node.items()}
-    return None if isinstance(node, float) and node != node else node

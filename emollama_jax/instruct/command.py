@@ -113,7 +113,7 @@ def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]
             price,
             lambda done: bars.update(bar, completed=done),
         )
-        items = {i: journal.item(split.key(i)) for i in described}
+        items = {i: journal.entry(split.key(i)) for i in described}
     found = {i: item.value for i, item in items.items() if item.value is not None}
     aside |= {i: item.aside for i, item in items.items() if item.aside}
     left = split.wanted - len(found) - len(aside)
@@ -130,8 +130,8 @@ def estimate(options: Options) -> Estimate:
     done = described = 0
     if split.journal.exists():
         with Journal(split.journal, _settings(options, split)) as journal:
-            done = sum(journal.item(split.key(i)).done for i in wanted)
-            described = sum(journal.item(split.description_key(i)).done for i in wanted)
+            done = sum(journal.entry(split.key(i)).done for i in wanted)
+            described = sum(journal.entry(split.description_key(i)).done for i in wanted)
     clip = split.kind == "clip"
     one = ask.conversation_request(
         b"",
@@ -280,7 +280,7 @@ def _describe(
         price_of(options.describe, options.limits),
         lambda done: bars.update(bar, completed=done),
     )
-    items = {index: journal.item(split.description_key(index)) for index in wanted}
+    items = {index: journal.entry(split.description_key(index)) for index in wanted}
     described = {index: item.value for index, item in items.items() if item.value is not None}
     return described, {index: item.aside for index, item in items.items() if item.aside}
 

@@ -87,7 +87,7 @@ def ask_all(
     asyncio.run(asking.run(tasks))
     if asking.fatal:
         raise UserError(f"{client.name}: {asking.fatal}")
-    items = [journal.item(task.key) for task in tasks]
+    items = [journal.entry(task.key) for task in tasks]
     accepted = sum(item.value is not None for item in items)
     aside = sum(bool(item.aside) for item in items)
     left = len(items) - accepted - aside
@@ -111,12 +111,12 @@ class _Asking:
         self._done = self._in_a_row = 0
 
     async def run(self, tasks: Sequence[Task]) -> None:
-        waiting = [task for task in tasks if not self._journal.item(task.key).done]
+        waiting = [task for task in tasks if not self._journal.entry(task.key).done]
         self._done = len(tasks) - len(waiting)
         self._progress(self._done)
         # False sorts first: what a kill left on its way is asked again before anything else, so
         # that it is not on its way again at the next kill.
-        waiting.sort(key=lambda task: not self._journal.item(task.key).on_its_way)
+        waiting.sort(key=lambda task: not self._journal.entry(task.key).on_its_way)
         queue = iter(waiting)
         workers = [
             asyncio.create_task(self._work(queue))
@@ -163,14 +163,14 @@ class _Asking:
             if self._stop.is_set():
                 return
             await self._finish(task)
-            if self._journal.item(task.key).done:
+            if self._journal.entry(task.key).done:
                 self._done += 1
                 self._progress(self._done)
 
     async def _finish(self, task: Task) -> None:
         """Asks for one item until it is done, or until the run stops."""
-        while not self._journal.item(task.key).done:
-            reasons = self._journal.item(task.key).rejections
+        while not self._journal.entry(task.key).done:
+            reasons = self._journal.entry(task.key).rejections
             if len(reasons) >= self._limits.attempts:  # there were fewer attempts than are allowed
                 self._journal.set_aside(task.key, reasons[-1])
                 return
