@@ -6,12 +6,11 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emollama_jax.data.builders.registry import open_split, space_of
 from emollama_jax.data.emotions import LabelSpace
@@ -29,6 +28,7 @@ from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Request, jpeg
 from emollama_jax.remote.run import Outcome, Task, ask_all
+from emollama_jax.status import Report, progress_bar
 
 Data = Sequence[Mapping[str, Any]]
 
@@ -94,32 +94,26 @@ def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]
         _write(options, split, found, {}, by, console)
         return folder, Outcome(len(found), 0, 0, "", 0.0)
     _check_descriptions(options, split)
-    price = price_of(f"gemini:{options.model}", options.limits)
-    with Journal(split.journal, _settings(options, split)) as journal, _bars(console) as bars:
-        described, aside = _describe(options, split, journal, bars)
+    model = f"gemini:{options.model}"
+    price = price_of(model, options.limits)
+    settings = _settings(options, split)
+    with Journal(split.journal, settings) as journal, progress_bar(console) as bar:
+        described, aside = _describe(options, split, journal, bar)
         client = open_client(
-            f"gemini:{options.model}",
+            model,
             options.limits,
             thinking_tokens=options.thinking_tokens,
             base_url=options.base_url,
         )
         tasks = [_conversation_task(split, i, text) for i, text in described.items()]
-        bar = bars.add_task("conversations", total=len(tasks))
-        outcome = ask_all(
-            tasks,
-            client,
-            journal,
-            options.limits,
-            price,
-            lambda done: bars.update(bar, completed=done),
-        )
-        items = {i: journal.entry(split.key(i)) for i in described}
-    found = {i: item.value for i, item in items.items() if item.value is not None}
-    aside |= {i: item.aside for i, item in items.items() if item.aside}
+        progress = bar("conversations", len(tasks))
+        outcome = ask_all(tasks, client, journal, options.limits, price, progress)
+        found, late = _values(journal, {i: split.key(i) for i in described})
+    aside |= late
     left = split.wanted - len(found) - len(aside)
     outcome = dataclasses.replace(outcome, aside=len(aside), open=left)
     if not outcome.stopped.startswith("interrupted"):
-        _write(options, split, found, aside, f"gemini:{options.model}", console)
+        _write(options, split, found, aside, model, console)
     return folder, outcome
 
 
@@ -245,7 +239,7 @@ def _is_file(describe: str) -> bool:
 
 
 def _describe(
-    options: Options, split: Split, journal: Journal, bars: Progress
+    options: Options, split: Split, journal: Journal, bar: Callable[..., Report]
 ) -> tuple[dict[int, str | None], dict[int, str]]:
     """Position → description (None for pictures, which need none), and position → why not."""
     wanted = range(split.wanted)
@@ -271,18 +265,17 @@ def _describe(
         )
         for index in wanted
     ]
-    bar = bars.add_task("descriptions", total=len(tasks))
-    ask_all(
-        tasks,
-        client,
-        journal,
-        options.limits,
-        price_of(options.describe, options.limits),
-        lambda done: bars.update(bar, completed=done),
-    )
-    items = {index: journal.entry(split.description_key(index)) for index in wanted}
-    described = {index: item.value for index, item in items.items() if item.value is not None}
-    return described, {index: item.aside for index, item in items.items() if item.aside}
+    price = price_of(options.describe, options.limits)
+    progress = bar("descriptions", len(tasks))
+    ask_all(tasks, client, journal, options.limits, price, progress)
+    return _values(journal, {index: split.description_key(index) for index in wanted})
+
+
+def _values(journal: Journal, keys: Mapping[int, str]) -> tuple[dict[int, Any], dict[int, str]]:
+    """Position → accepted value, and position → why it was set aside."""
+    entries = {index: journal.entry(key) for index, key in keys.items()}
+    found = {index: entry.value for index, entry in entries.items() if entry.value is not None}
+    return found, {index: entry.aside for index, entry in entries.items() if entry.aside}
 
 
 def _read_descriptions(path: pathlib.Path) -> dict[str, str]:
@@ -335,9 +328,13 @@ def _picture(example: Mapping[str, Any]) -> np.ndarray:
 
 
 def _templates(split: Split, console: Console) -> dict[int, list[dict[str, str]]]:
-    with _bars(console) as bars:
-        places = bars.track(range(split.wanted), description="templates")
-        return {index: template(split.data[index], split.space) for index in places}
+    found = {}
+    with progress_bar(console) as bar:
+        progress = bar("templates", split.wanted)
+        for index in range(split.wanted):
+            found[index] = template(split.data[index], split.space)
+            progress(index + 1)
+    return found
 
 
 def _write(
@@ -348,8 +345,7 @@ def _write(
     by: str,
     console: Console,
 ) -> None:
-    with _bars(console) as bars:
-        bar = bars.add_task("writing", total=len(split.data))
+    with progress_bar(console) as bar:
         store.write(
             pathlib.Path(instruct_folder(options.dir, options.name, options.split)),
             split.data,
@@ -359,7 +355,7 @@ def _write(
             aside=aside,
             settings={"set": options.name, "split": options.split},
             media=options.media,
-            progress=lambda done: bars.update(bar, completed=done),
+            progress=bar("writing", len(split.data)),
         )
 
 
@@ -371,8 +367,3 @@ def _settings(options: Options, split: Split) -> dict[str, Any]:
         "describe": options.describe if split.kind == "clip" else None,
         "prompt": hashlib.sha256("\n".join(words).encode()).hexdigest()[:16],
     }
-
-
-def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)
