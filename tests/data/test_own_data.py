@@ -17,7 +17,7 @@ from emollama_jax import prepare as faces
 from emollama_jax.data.builders import registry
 from emollama_jax.data.items import DONE, instruct_folder
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import of_run
+from emollama_jax.evaluate import speaker
 from emollama_jax.train import sources
 from tests.helpers import official_trees
 from tests.helpers.toy_model import Toy
@@ -67,7 +67,7 @@ class Speaker:
     """A model that sees the first class in every picture."""
 
     def __init__(self, cfg, model):
-        self.chat = of_run.open_chat(cfg)
+        self.chat = speaker.open_chat(cfg)
 
     def read(self, batch):
         return len(batch.weight)
@@ -85,7 +85,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(faces, "Reader", Reader)
     monkeypatch.setattr(faces, "Detector", Detector)
     monkeypatch.setattr(checkpoint, "EmoLlama", Toy)
-    monkeypatch.setattr(of_run, "Speaker", Speaker)
+    monkeypatch.setattr(speaker, "Speaker", Speaker)
 
 
 def photos(folder, *, each=10):

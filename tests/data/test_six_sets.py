@@ -14,9 +14,10 @@ from emollama_jax import cli, config
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.emotions import label_space
 from emollama_jax.data.items import category_question
-from emollama_jax.evaluate.command import How, evaluate_run
-from emollama_jax.evaluate.predictions import summary
+from emollama_jax.evaluate.of_run import evaluate_run
+from emollama_jax.evaluate.options import Asking
 from emollama_jax.evaluate.protocol import evaluate, read_predictions
+from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.trace import file_hash, folder_hash
 from emollama_jax.instruct.command import instruct
 from emollama_jax.instruct.options import Options
@@ -89,19 +90,9 @@ def assess(run):
     cfg, model = load_for_inference(run)
 
     def evaluate_one(name, out, **how):
-        chosen = How(**{"answering": "both", "batch": 8} | how)
-        return evaluate_run(
-            cfg,
-            model,
-            name,
-            "test",
-            answering=chosen.answering,
-            batch=chosen.batch,
-            out=out,
-            console=QUIET,
-            how=chosen,
-            checkpoint=str(run),
-        )
+        asking = Asking(batch=8, **how)
+        result = evaluate_run(cfg, model, name, "test", asking, console=QUIET, run=str(run))
+        publish(result, out)
 
     return evaluate_one
 
@@ -143,7 +134,7 @@ def test_every_number_can_be_traced(run, evaluated, name):
     file = folder / "predictions.jsonl"
     again = evaluate(read_predictions(file), label_space(name))
     assert (again.war, again.uar) == (tree["war"], tree["uar"])
-    assert summary(again)["n"] == tree["n"]
+    assert again.summary()["n"] == tree["n"]
     assert tree["trace"]["predictions.jsonl"] == file_hash(file)
     (checkpoint,) = (run / "checkpoints").glob("[0-9]*")
     assert tree["trace"][f"checkpoint {checkpoint}"] == folder_hash(checkpoint)
