@@ -85,52 +85,52 @@ def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]
     Raises:
         UserError: not prepared, no descriptions for clips, a service that refuses or keeps failing.
     """
-    split = _open(options)
+    work = _open(options)
     folder = pathlib.Path(instruct_folder(options.dir, options.name, options.split))
     by = _maker(options, console)
     if by != "gemini":
         _keep_what_was_paid(folder, by)
-        found = {} if by == "category" else _templates(split, console)
-        _write(options, split, found, {}, by, console)
+        found = {} if by == "category" else _templates(work, console)
+        _write(options, work, found, {}, by, console)
         return folder, Outcome(len(found), 0, 0, "", 0.0)
-    _check_descriptions(options, split)
+    _check_descriptions(options, work)
     model = f"gemini:{options.model}"
     price = price_of(model, options.limits)
-    settings = _settings(options, split)
-    with Journal(split.journal, settings) as journal, progress_bar(console) as bar:
-        described, aside = _describe(options, split, journal, bar)
+    settings = _settings(options, work)
+    with Journal(work.journal, settings) as journal, progress_bar(console) as bar:
+        described, aside = _describe(options, work, journal, bar)
         client = open_client(
             model,
             options.limits,
             thinking_tokens=options.thinking_tokens,
             base_url=options.base_url,
         )
-        tasks = [_conversation_task(split, i, text) for i, text in described.items()]
+        tasks = [_conversation_task(work, i, text) for i, text in described.items()]
         progress = bar("conversations", len(tasks))
         outcome = ask_all(tasks, client, journal, options.limits, price, progress)
-        found, late = _values(journal, {i: split.key(i) for i in described})
+        found, late = _values(journal, {i: work.key(i) for i in described})
     aside |= late
-    left = split.wanted - len(found) - len(aside)
+    left = work.wanted - len(found) - len(aside)
     outcome = dataclasses.replace(outcome, aside=len(aside), open=left)
     if not outcome.stopped.startswith("interrupted"):
-        _write(options, split, found, aside, model, console)
+        _write(options, work, found, aside, model, console)
     return folder, outcome
 
 
 def estimate(options: Options) -> Estimate:
     """What is still to be asked, and what that would cost; nothing is sent, no key is needed."""
-    split = _open(options)
-    wanted = range(0 if options.name.partition("/")[0] in CATEGORY_ONLY else split.wanted)
+    work = _open(options)
+    wanted = range(0 if options.name.partition("/")[0] in CATEGORY_ONLY else work.wanted)
     done = described = 0
-    if split.journal.exists():
-        with Journal(split.journal, _settings(options, split)) as journal:
-            done = sum(journal.entry(split.key(i)).done for i in wanted)
-            described = sum(journal.entry(split.description_key(i)).done for i in wanted)
-    clip = split.kind == "clip"
+    if work.journal.exists():
+        with Journal(work.journal, _settings(options, work)) as journal:
+            done = sum(journal.entry(work.key(i)).done for i in wanted)
+            described = sum(journal.entry(work.description_key(i)).done for i in wanted)
+    clip = work.kind == "clip"
     one = ask.conversation_request(
         b"",
-        label=max(split.space.canonical, key=len),
-        kind=split.kind,
+        label=max(work.space.canonical, key=len),
+        kind=work.kind,
         description="x" * 4 * ask.DESCRIPTION_TOKENS if clip else None,
         rejections=(),
     )
@@ -150,8 +150,8 @@ def estimate(options: Options) -> Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """A prepared split, and what is known of it without reading its media."""
+class Assignment:
+    """The conversations wanted of a prepared split, and what is known without reading its media."""
 
     data: Data
     space: LabelSpace
@@ -173,14 +173,14 @@ class Split:
         return f"{self.index.ids[index]} {self.index.digests[index]}"
 
 
-def _open(options: Options) -> Split:
+def _open(options: Options) -> Assignment:
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}, wanted at least 1")
     on_disk(options.dir, instead="prepare the set there; what was made may be copied to a bucket")
     data = open_split(options.dir, options.name, options.split)
     index = read_index(options.dir, options.name, options.split, data)
     model = re.sub(r"[^\w.-]", "_", options.model)
-    return Split(
+    return Assignment(
         data=data,
         space=space_of(options.dir, options.name),
         kind=data[0]["kind"],
@@ -218,8 +218,8 @@ def _keep_what_was_paid(folder: pathlib.Path, by: str) -> None:
         )
 
 
-def _check_descriptions(options: Options, split: Split) -> None:
-    if split.kind != "clip":
+def _check_descriptions(options: Options, work: Assignment) -> None:
+    if work.kind != "clip":
         return
     if options.describe is None:
         raise UserError(
@@ -239,15 +239,15 @@ def _is_file(describe: str) -> bool:
 
 
 def _describe(
-    options: Options, split: Split, journal: Journal, bar: Callable[..., Report]
+    options: Options, work: Assignment, journal: Journal, bar: Callable[..., Report]
 ) -> tuple[dict[int, str | None], dict[int, str]]:
     """Position → description (None for pictures, which need none), and position → why not."""
-    wanted = range(split.wanted)
-    if split.kind != "clip" or options.describe is None:
+    wanted = range(work.wanted)
+    if work.kind != "clip" or options.describe is None:
         return dict.fromkeys(wanted), {}
     if _is_file(options.describe):
         given = _read_descriptions(pathlib.Path(options.describe))
-        found = {index: given.get(split.index.ids[index]) for index in wanted}
+        found = {index: given.get(work.index.ids[index]) for index in wanted}
         missing = [index for index, text in found.items() if not text]
         why = f"no description in {options.describe}"
         return {i: text for i, text in found.items() if text}, dict.fromkeys(missing, why)
@@ -259,8 +259,8 @@ def _describe(
     )
     tasks = [
         Task(
-            split.description_key(index),
-            functools.partial(_description_request, split.data, index),
+            work.description_key(index),
+            functools.partial(_description_request, work.data, index),
             ask.judge_description,
         )
         for index in wanted
@@ -268,7 +268,7 @@ def _describe(
     price = price_of(options.describe, options.limits)
     progress = bar("descriptions", len(tasks))
     ask_all(tasks, client, journal, options.limits, price, progress)
-    return _values(journal, {index: split.description_key(index) for index in wanted})
+    return _values(journal, {index: work.description_key(index) for index in wanted})
 
 
 def _values(journal: Journal, keys: Mapping[int, str]) -> tuple[dict[int, Any], dict[int, str]]:
@@ -301,13 +301,13 @@ def _description_request(data: Data, index: int, rejections: Sequence[str]) -> R
     return ask.description_request([jpeg(frame) for frame in clip.frames])
 
 
-def _conversation_task(split: Split, index: int, description: str | None) -> Task:
+def _conversation_task(work: Assignment, index: int, description: str | None) -> Task:
     """One example; its media are read when its turn comes."""
-    label, kind = split.word(index), split.kind
+    label, kind = work.word(index), work.kind
 
     def request(rejections: Sequence[str]) -> Request:
         return ask.conversation_request(
-            jpeg(_picture(split.data[index])),
+            jpeg(_picture(work.data[index])),
             label=label,
             kind=kind,
             description=description,
@@ -315,7 +315,7 @@ def _conversation_task(split: Split, index: int, description: str | None) -> Tas
         )
 
     judge = functools.partial(ask.judge_conversation, label=label, kind=kind)
-    return Task(split.key(index), request, judge)
+    return Task(work.key(index), request, judge)
 
 
 def _picture(example: Mapping[str, Any]) -> np.ndarray:
@@ -327,19 +327,19 @@ def _picture(example: Mapping[str, Any]) -> np.ndarray:
 # ---- what is written
 
 
-def _templates(split: Split, console: Console) -> dict[int, list[dict[str, str]]]:
+def _templates(work: Assignment, console: Console) -> dict[int, list[dict[str, str]]]:
     found = {}
     with progress_bar(console) as bar:
-        progress = bar("templates", split.wanted)
-        for index in range(split.wanted):
-            found[index] = template(split.data[index], split.space)
+        progress = bar("templates", work.wanted)
+        for index in range(work.wanted):
+            found[index] = template(work.data[index], work.space)
             progress(index + 1)
     return found
 
 
 def _write(
     options: Options,
-    split: Split,
+    work: Assignment,
     found: Mapping[int, Sequence[Mapping[str, str]]],
     aside: Mapping[int, str],
     by: str,
@@ -348,22 +348,22 @@ def _write(
     with progress_bar(console) as bar:
         store.write(
             pathlib.Path(instruct_folder(options.dir, options.name, options.split)),
-            split.data,
+            work.data,
             split=options.split,
             conversations=found,
             made_by=by,
             aside=aside,
             settings={"set": options.name, "split": options.split},
             media=options.media,
-            progress=bar("writing", len(split.data)),
+            progress=bar("writing", len(work.data)),
         )
 
 
-def _settings(options: Options, split: Split) -> dict[str, Any]:
+def _settings(options: Options, work: Assignment) -> dict[str, Any]:
     """What all conversations of a journal depend on."""
     words = [ask.SYSTEM, json.dumps(ask.SCHEMA), ask.DESCRIBE]
     return {
         "model": f"gemini:{options.model}",
-        "describe": options.describe if split.kind == "clip" else None,
+        "describe": options.describe if work.kind == "clip" else None,
         "prompt": hashlib.sha256("\n".join(words).encode()).hexdigest()[:16],
     }

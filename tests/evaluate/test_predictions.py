@@ -8,7 +8,6 @@ import threading
 
 import numpy as np
 import pytest
-from test_metrics import GPT4V_FERPLUS, GPT4V_RAFDB, items
 
 from emollama_jax import cli
 from emollama_jax.data.emotions import LABEL_SPACES, label_space
@@ -18,6 +17,7 @@ from emollama_jax.evaluate.of_file import evaluate_files
 from emollama_jax.evaluate.options import PredictionFiles
 from emollama_jax.evaluate.parse import parse
 from emollama_jax.evaluate.protocol import Prediction, evaluate, write_predictions
+from tests.evaluate.test_metrics import GPT4V_FERPLUS, GPT4V_RAFDB, items
 
 RAF_DB = LABEL_SPACES["raf_db"]
 COLUMNS = {"truth_column": "gt", "prediction_column": "answer"}
