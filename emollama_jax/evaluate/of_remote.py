@@ -34,11 +34,11 @@ from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.result import Answers, Result, Settings
 from emollama_jax.evaluate.trace import data_hash, predictions_hash, versions
 from emollama_jax.faces.priors import Priors, open_priors
-from emollama_jax.remote.clients import check_spec, open_client
+from emollama_jax.remote.clients import check_spec
 from emollama_jax.remote.journal import Entry, Journal
 from emollama_jax.remote.prices import price_of
 from emollama_jax.remote.request import Reply, Request, jpeg, picture_tokens
-from emollama_jax.remote.run import Task, Verdict, ask_all
+from emollama_jax.remote.run import Task, Verdict, ask_model
 from emollama_jax.status import progress_bar
 
 Data = Sequence[Mapping[str, Any]]
@@ -88,7 +88,6 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     priors = None
     if options.crop == "face":
         priors = open_priors(options.dir, options.data, options.split)
-    price = price_of(options.model, options.limits)
     index = read_index(options.dir, options.data, options.split, data)
     tasks = [
         Task(
@@ -98,18 +97,13 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
         )
         for i in range(count)
     ]
+    price_of(options.model, options.limits)  # a budget needs one
     with (
         Journal(out / "journal.jsonl", _settings(options)) as journal,
         progress_bar(console) as bar,
     ):
-        client = open_client(
-            options.model,
-            options.limits,
-            thinking_tokens=options.thinking_tokens,
-            base_url=options.base_url,
-        )
         progress = bar(f"{options.data}, {options.split}", count)
-        outcome = ask_all(tasks, client, journal, _one_at_a_time(options), price, progress)
+        outcome = ask_model(options.model, options, tasks, journal, progress)
         entries = [journal.entry(task.key) for task in tasks]
     if outcome.stopped.startswith("interrupted"):
         raise KeyboardInterrupt
@@ -277,13 +271,6 @@ def _pictures(options: ZeroShot, example: Mapping[str, Any], prior: Any) -> list
         for picture, i in zip(pictures, indices.tolist(), strict=True)
     ]
     return [jpeg(picture, options.side) for picture in shown]
-
-
-def _one_at_a_time(options: ZeroShot) -> Any:
-    """A model on this machine answers one question after the other, at its own pace."""
-    if not options.model.startswith("hf:"):
-        return options.limits
-    return dataclasses.replace(options.limits, concurrency=1, per_minute=1e9)
 
 
 def _settings(options: ZeroShot) -> dict[str, Any]:

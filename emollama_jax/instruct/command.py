@@ -22,12 +22,12 @@ from emollama_jax.instruct import ask, store
 from emollama_jax.instruct.options import Options
 from emollama_jax.instruct.templates import template
 from emollama_jax.paths import on_disk
-from emollama_jax.remote.clients import check_spec, open_client
+from emollama_jax.remote.clients import check_spec
 from emollama_jax.remote.gemini import KEYS, api_key
 from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Request, jpeg
-from emollama_jax.remote.run import Outcome, Task, ask_all
+from emollama_jax.remote.run import Outcome, Task, ask_model
 from emollama_jax.status import Report, progress_bar
 
 Data = Sequence[Mapping[str, Any]]
@@ -91,29 +91,21 @@ def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]
     if by != "gemini":
         _keep_what_was_paid(folder, by)
         found = {} if by == "category" else _templates(work, console)
-        _write(options, work, found, {}, by, console)
+        _write(folder, work, store.Conversations(found, {}, by), console)
         return folder, Outcome(len(found), 0, 0, "", 0.0)
-    _check_descriptions(options, work)
+    _check_descriptions(work)
     model = f"gemini:{options.model}"
-    price = price_of(model, options.limits)
-    settings = _settings(options, work)
-    with Journal(work.journal, settings) as journal, progress_bar(console) as bar:
-        described, aside = _describe(options, work, journal, bar)
-        client = open_client(
-            model,
-            options.limits,
-            thinking_tokens=options.thinking_tokens,
-            base_url=options.base_url,
-        )
+    price_of(model, options.limits)  # a budget needs one, before descriptions are paid for
+    with Journal(work.journal, _settings(work)) as journal, progress_bar(console) as bar:
+        described, aside = _describe(work, journal, bar)
         tasks = [_conversation_task(work, i, text) for i, text in described.items()]
-        progress = bar("conversations", len(tasks))
-        outcome = ask_all(tasks, client, journal, options.limits, price, progress)
+        outcome = ask_model(model, options, tasks, journal, bar("conversations", len(tasks)))
         found, late = _values(journal, {i: work.key(i) for i in described})
     aside |= late
     left = work.wanted - len(found) - len(aside)
     outcome = dataclasses.replace(outcome, aside=len(aside), open=left)
     if not outcome.stopped.startswith("interrupted"):
-        _write(options, work, found, aside, model, console)
+        _write(folder, work, store.Conversations(found, aside, model), console)
     return folder, outcome
 
 
@@ -123,7 +115,7 @@ def estimate(options: Options) -> Estimate:
     wanted = range(0 if options.name.partition("/")[0] in CATEGORY_ONLY else work.wanted)
     done = described = 0
     if work.journal.exists():
-        with Journal(work.journal, _settings(options, work)) as journal:
+        with Journal(work.journal, _settings(work)) as journal:
             done = sum(journal.entry(work.key(i)).done for i in wanted)
             described = sum(journal.entry(work.description_key(i)).done for i in wanted)
     clip = work.kind == "clip"
@@ -153,6 +145,7 @@ def estimate(options: Options) -> Estimate:
 class Assignment:
     """The conversations wanted of a prepared split, and what is known without reading its media."""
 
+    options: Options
     data: Data
     space: LabelSpace
     kind: str
@@ -181,6 +174,7 @@ def _open(options: Options) -> Assignment:
     index = read_index(options.dir, options.name, options.split, data)
     model = re.sub(r"[^\w.-]", "_", options.model)
     return Assignment(
+        options=options,
         data=data,
         space=space_of(options.dir, options.name),
         kind=data[0]["kind"],
@@ -218,17 +212,18 @@ def _keep_what_was_paid(folder: pathlib.Path, by: str) -> None:
         )
 
 
-def _check_descriptions(options: Options, work: Assignment) -> None:
+def _check_descriptions(work: Assignment) -> None:
+    describe = work.options.describe
     if work.kind != "clip":
         return
-    if options.describe is None:
+    if describe is None:
         raise UserError(
-            f"{options.name}: Gemini sees a clip's centre frame and needs a description of the "
-            "rest; give --describe openai:URL#MODEL, hf:PATH, gemini:MODEL, or a .jsonl file of "
-            '{"id", "description"}'
+            f"{work.options.name}: Gemini sees a clip's centre frame and needs a description of "
+            "the rest; give --describe openai:URL#MODEL, hf:PATH, gemini:MODEL, or a .jsonl file "
+            'of {"id", "description"}'
         )
-    if not _is_file(options.describe):
-        check_spec(options.describe)
+    if not _is_file(describe):
+        check_spec(describe)
 
 
 def _is_file(describe: str) -> bool:
@@ -239,36 +234,25 @@ def _is_file(describe: str) -> bool:
 
 
 def _describe(
-    options: Options, work: Assignment, journal: Journal, bar: Callable[..., Report]
+    work: Assignment, journal: Journal, bar: Callable[..., Report]
 ) -> tuple[dict[int, str | None], dict[int, str]]:
     """Position → description (None for pictures, which need none), and position → why not."""
-    wanted = range(work.wanted)
-    if work.kind != "clip" or options.describe is None:
+    wanted, by = range(work.wanted), work.options.describe
+    if work.kind != "clip" or by is None:
         return dict.fromkeys(wanted), {}
-    if _is_file(options.describe):
-        given = _read_descriptions(pathlib.Path(options.describe))
+    if _is_file(by):
+        given = _read_descriptions(pathlib.Path(by))
         found = {index: given.get(work.index.ids[index]) for index in wanted}
         missing = [index for index, text in found.items() if not text]
-        why = f"no description in {options.describe}"
+        why = f"no description in {by}"
         return {i: text for i, text in found.items() if text}, dict.fromkeys(missing, why)
-    client = open_client(
-        options.describe,
-        options.limits,
-        thinking_tokens=options.thinking_tokens,
-        base_url=options.base_url,
-    )
+    keys = {index: work.description_key(index) for index in wanted}
     tasks = [
-        Task(
-            work.description_key(index),
-            functools.partial(_description_request, work.data, index),
-            ask.judge_description,
-        )
-        for index in wanted
+        Task(key, functools.partial(_description_request, work.data, index), ask.judge_description)
+        for index, key in keys.items()
     ]
-    price = price_of(options.describe, options.limits)
-    progress = bar("descriptions", len(tasks))
-    ask_all(tasks, client, journal, options.limits, price, progress)
-    return _values(journal, {index: work.description_key(index) for index in wanted})
+    ask_model(by, work.options, tasks, journal, bar("descriptions", len(tasks)))
+    return _values(journal, keys)
 
 
 def _values(journal: Journal, keys: Mapping[int, str]) -> tuple[dict[int, Any], dict[int, str]]:
@@ -338,32 +322,26 @@ def _templates(work: Assignment, console: Console) -> dict[int, list[dict[str, s
 
 
 def _write(
-    options: Options,
-    work: Assignment,
-    found: Mapping[int, Sequence[Mapping[str, str]]],
-    aside: Mapping[int, str],
-    by: str,
-    console: Console,
+    folder: pathlib.Path, work: Assignment, made: store.Conversations, console: Console
 ) -> None:
+    options = work.options
     with progress_bar(console) as bar:
         store.write(
-            pathlib.Path(instruct_folder(options.dir, options.name, options.split)),
+            folder,
             work.data,
+            made,
+            name=options.name,
             split=options.split,
-            conversations=found,
-            made_by=by,
-            aside=aside,
-            settings={"set": options.name, "split": options.split},
             media=options.media,
             progress=bar("writing", len(work.data)),
         )
 
 
-def _settings(options: Options, work: Assignment) -> dict[str, Any]:
+def _settings(work: Assignment) -> dict[str, Any]:
     """What all conversations of a journal depend on."""
     words = [ask.SYSTEM, json.dumps(ask.SCHEMA), ask.DESCRIBE]
     return {
-        "model": f"gemini:{options.model}",
-        "describe": options.describe if work.kind == "clip" else None,
+        "model": f"gemini:{work.options.model}",
+        "describe": work.options.describe if work.kind == "clip" else None,
         "prompt": hashlib.sha256("\n".join(words).encode()).hexdigest()[:16],
     }

@@ -1,17 +1,19 @@
 """Writes instruction data: the field's JSON list, and ArrayRecord for this package's training."""
 
+import dataclasses
 import io
 import json
 import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from emollama_jax.data.items import CONVERSES, DONE, ITEMS
+from emollama_jax.paths import as_path, write_whole
 
 JSON = "conversations.json"
 ASIDE = "set_aside.jsonl"
@@ -28,28 +30,39 @@ _ENDINGS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Conversations:
+    """What was made for a split.
+
+    Attributes:
+        found: position → LLaVA's list of {"from", "value"}.
+        aside: position → why it has no conversation.
+        made_by: "gemini:MODEL", "template" or "category".
+    """
+
+    found: Mapping[int, Sequence[Mapping[str, str]]]
+    aside: Mapping[int, str]
+    made_by: str
+
+
 def write(
     folder: pathlib.Path,
     data: Sequence[Mapping[str, Any]],
+    made: Conversations,
     *,
+    name: str,
     split: str,
-    conversations: Mapping[int, Sequence[Mapping[str, str]]],
-    made_by: str,
-    aside: Mapping[int, str],
-    settings: Mapping[str, Any],
     media: bool,
     progress: Callable[[int], None],
 ) -> None:
     """Writes everything that training or other projects read; the journal is not touched.
 
     Args:
-        folder: of the split's instruction data.
+        folder: folder of the split's instruction data.
         data: the split as it was prepared, its category items first.
-        split: of the set, for the paths in the JSON file.
-        conversations: position → LLaVA's list of {"from", "value"}.
-        made_by: "gemini:MODEL" or "template".
-        aside: position → why it has no conversation.
-        settings: kept in DONE with the counts.
+        made: conversations, and why some examples have none.
+        name: name of the set.
+        split: split of it, also for the paths in the JSON file.
         media: also write the pictures and clips, so that the JSON file can be used elsewhere.
         progress: called with the number of examples done.
     """
@@ -59,7 +72,6 @@ def write(
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
-    has = np.zeros(len(data), bool)
     # Groups of one record: training reads single ones, in any order.
     records = ArrayRecordWriter(str(folder / (ITEMS + ".part")), "group_size:1")
     with (
@@ -70,40 +82,46 @@ def write(
         for index in range(len(data)):
             example = data[index]
             items, makers = [json.loads(example["items"])[0]], ["category"]
-            if index in conversations:
-                items.append(conversations[index])
-                makers.append(made_by)
-                has[index] = True
+            if index in made.found:
+                items.append(made.found[index])
+                makers.append(made.made_by)
             record = {"id": example["id"], "items": items, "made_by": makers}
             records.write(json.dumps(record, ensure_ascii=False).encode())
             path = media_path(example, split)
-            key = {"image": "image", "clip": "video"}[example["kind"]]
-            for maker, item in zip(makers, items, strict=True):
-                what = "category" if maker == "category" else "conversation"
-                entry = {
-                    "id": f"{example['id']}_{what}",
-                    key: path,
-                    "conversations": item,
-                    "made_by": maker,
-                }
+            for entry in _entries(example, path, items, makers):
                 listing.write(separator + json.dumps(entry, ensure_ascii=False))
                 separator = ",\n"
-            if index in aside:
-                line = {"id": example["id"], "why": aside[index]}
+            if index in made.aside:
+                line = {"id": example["id"], "why": made.aside[index]}
                 left_out.write(json.dumps(line, ensure_ascii=False) + "\n")
             if media:
                 _write_media(folder / MEDIA / path, example["media"])
             progress(index + 1)
         listing.write("\n]\n")
     records.close()
+    has = np.isin(np.arange(len(data)), list(made.found))
     with (folder / (CONVERSES + ".part")).open("wb") as file:
         np.save(file, has)
-    for name in (ITEMS, JSON, ASIDE, CONVERSES):
-        os.replace(folder / (name + ".part"), folder / name)
-    counts = {"examples": len(data), "conversations": int(has.sum()), "set_aside": len(aside)}
-    done = folder / (DONE + ".part")
-    done.write_text(json.dumps({**settings, "made_by": made_by, **counts}, indent=1) + "\n")
-    os.replace(done, folder / DONE)
+    for file_name in (ITEMS, JSON, ASIDE, CONVERSES):
+        os.replace(folder / (file_name + ".part"), folder / file_name)
+    about = {"set": name, "split": split, "made_by": made.made_by, "examples": len(data)}
+    about |= {"conversations": int(has.sum()), "set_aside": len(made.aside)}
+    write_whole(as_path(folder / DONE), json.dumps(about, indent=1) + "\n")
+
+
+def _entries(
+    example: Mapping[str, Any], path: str, items: Sequence[Any], makers: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The lines of the field's JSON list about an example."""
+    medium = {"image": "image", "clip": "video"}[example["kind"]]
+    for maker, item in zip(makers, items, strict=True):
+        what = "category" if maker == "category" else "conversation"
+        yield {
+            "id": f"{example['id']}_{what}",
+            medium: path,
+            "conversations": item,
+            "made_by": maker,
+        }
 
 
 def _write_media(path: pathlib.Path, media: bytes) -> None:

@@ -14,12 +14,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from emollama_jax.errors import UserError
+from emollama_jax.remote.clients import open_client
 from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.options import Limits
-from emollama_jax.remote.prices import Price
+from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Client, Reply, Request, Trouble, one_line
 
 LONGEST_WAIT = 60.0  # seconds of back-off; a service may ask for more
@@ -92,6 +93,48 @@ def ask_all(
     aside = sum(bool(item.aside) for item in items)
     left = len(items) - accepted - aside
     return Outcome(accepted, aside, left, asking.stopped if left else "", journal.spent)
+
+
+class Service(Protocol):
+    """What the options of a command say of the service that it asks."""
+
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def thinking_tokens(self) -> int: ...
+    @property
+    def base_url(self) -> str | None: ...
+
+
+def ask_model(
+    spec: str,
+    service: Service,
+    tasks: Sequence[Task],
+    journal: Journal,
+    progress: Callable[[int], None],
+) -> Outcome:
+    """Opens the client of a model and asks it; see `ask_all`.
+
+    A model on this machine answers one question after the other, at its own pace.
+
+    Args:
+        spec: "hf:PATH", "openai:URL#MODEL" or "gemini:MODEL".
+        service: limits and settings of the client.
+        tasks: with distinct keys.
+        journal: knows what was asked before.
+        progress: called with the number of done tasks.
+
+    Raises:
+        UserError: no such model, no key, a budget without prices, a service that refuses.
+    """
+    limits = service.limits
+    if spec.startswith("hf:"):
+        limits = dataclasses.replace(limits, concurrency=1, per_minute=1e9)
+    price = price_of(spec, limits)
+    client = open_client(
+        spec, limits, thinking_tokens=service.thinking_tokens, base_url=service.base_url
+    )
+    return ask_all(tasks, client, journal, limits, price, progress)
 
 
 class _Asking:
