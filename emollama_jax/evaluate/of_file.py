@@ -81,12 +81,7 @@ def evaluate_files(
             )
             for number, item in enumerate(answers, 1)
         },
-        settings=Settings(
-            _command(files, paths, place),
-            f"truth_column: {files.truth_column}\nprediction_column: {files.prediction_column}\n"
-            f"classes: {json.dumps(space.classes if space else [], ensure_ascii=False)}\n",
-            versions("emollama-jax"),
-        ),
+        settings=_settings(files, paths, place, space.classes if space else ()),
         trace=dict(zip((path.name for path in paths), hashes, strict=True)),
     )
 
@@ -140,10 +135,16 @@ def _by_group(groups: dict[str, Any]) -> list[str]:
     return found
 
 
-def _command(files: PredictionFiles, paths: Sequence[pathlib.Path], place: Place) -> str:
+def _settings(
+    files: PredictionFiles, paths: Sequence[pathlib.Path], place: Place, classes: Sequence[str]
+) -> Settings:
+    truth, answer = files.truth_column, files.prediction_column
     words = ["emollama", "eval", "--predictions", *map(str, paths)]
-    words += ["--truth-column", files.truth_column, "--prediction-column", files.prediction_column]
-    return shlex.join([*words, *(("--without", place.without) if place.without else ())])
+    words += ["--truth-column", truth, "--prediction-column", answer]
+    words += ["--without", place.without] if place.without else []
+    named = json.dumps(classes, ensure_ascii=False)
+    config = f"truth_column: {truth}\nprediction_column: {answer}\nclasses: {named}\n"
+    return Settings(shlex.join(words), config, versions("emollama-jax"))
 
 
 @contextlib.contextmanager

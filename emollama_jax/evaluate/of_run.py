@@ -144,11 +144,8 @@ def evaluate_run(
     trace, mistakes = {}, []
     if leads():
         trace = {file: predictions_hash(items) for file, items in files.items()}
-        trace |= _trace(cfg, source, data, space, run)
-        trace["question"] = asked.question(data[0]["id"], kind)
-        protocol = protocol_of(name)
-        if how.pictures or (protocol is not None and protocol.open):
-            mistakes = _pictures(cfg, source, answers[0].predictions)
+        trace |= _hashes(cfg, source, data, run) | {"question": asked.question(data[0]["id"], kind)}
+        mistakes = _pictures(cfg, source, how, answers[0].predictions)
     ways = " and by ".join(VERBS[way] for way in found)
     return Result(
         title=f"{name}, {split}",
@@ -165,8 +162,8 @@ def evaluate_run(
     )
 
 
-def _trace(
-    cfg: Config, source: SourceConfig, data: Sequence[Any], space: LabelSpace, run: str | None
+def _hashes(
+    cfg: Config, source: SourceConfig, data: Sequence[Any], run: str | None
 ) -> dict[str, str]:
     """Hashes of the checkpoint, the data and the face priors."""
     trace, about = {}, f"{source.name}, {source.split}"
@@ -174,7 +171,7 @@ def _trace(
         found = find(run)
         trace[f"checkpoint {PACKAGE if run == PACKAGE else found}"] = folder_hash(found)
     priors = open_priors(cfg.data.dir, source.name, source.split)
-    trace[f"data, {about}"] = data_hash(data, space)
+    trace[f"data, {about}"] = data_hash(data, space_of(cfg.data.dir, source.name))
     trace[f"face priors, {about}"] = priors_hash(priors[i] for i in range(len(priors)))
     return trace
 
@@ -241,9 +238,12 @@ def _mapping(asked: Asked, space: LabelSpace, tested: Answers) -> list[Table]:
 
 
 def _pictures(
-    cfg: Config, source: SourceConfig, predictions: Sequence[Prediction]
+    cfg: Config, source: SourceConfig, how: Asking, predictions: Sequence[Prediction]
 ) -> list[Exhibit]:
-    """The worst mistakes as the model saw them."""
+    """The worst mistakes as the model saw them; none of a licensed set, unless asked for."""
+    protocol = protocol_of(source.name)
+    if not (how.pictures or (protocol is not None and protocol.open)):
+        return []
     encoder = Encoder(cfg)
     data = open_source(cfg.data.dir, source.name, source.split)
     priors = open_priors(cfg.data.dir, source.name, source.split)

@@ -8,7 +8,7 @@ all predictions at the end.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.builders.registry import space_of
 from emollama_jax.data.chat import open_chat
 from emollama_jax.data.elements import Encoder, View, stack
-from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.pipeline import Data, make_eval_batches, open_source
 from emollama_jax.data.prompts import answer_ids
 from emollama_jax.errors import UserError
@@ -94,25 +93,18 @@ def predict(
     Raises:
         UserError: a batch that the mesh does not divide.
     """
-    if mesh is None:
-        mesh = make_mesh(ONE_DEVICE, devices=jax.local_devices())
+    mesh = mesh or make_mesh(ONE_DEVICE, devices=jax.local_devices())
     if how.batch % batch_shards(mesh):
         raise UserError(
             f"--batch is {how.batch}, wanted a multiple of {batch_shards(mesh)}: "
             "mesh.data × mesh.fsdp"
         )
-    part = share(mesh)
-    mine = part.rows(how.batch)
-    speaker = Speaker(cfg, model)
-    tested = space_of(cfg.data.dir, source.name)
-    asked = asked_in(cfg, source.name, how)
-    answer = _Answer(speaker, asked.space, tested)
+    asked, part = asked_in(cfg, source.name, how), share(mesh)
 
     def open_asked(folder: str, name: str, split: str) -> Data:
         data = open_source(folder, name, split)
         return data if asked.native else Reworded(data, asked)
 
-    found: dict[Answering, dict[int, Prediction]] = {way: {} for way in how.ways}  # by place
     steps = make_eval_batches(
         cfg,
         source,
@@ -123,23 +115,18 @@ def predict(
         host_index=part.index,
         host_count=part.count,
     )
-    done = 0
+    answerer = _BatchAnswerer(cfg, model, source, asked)
+    mine, done = part.rows(how.batch), 0
+    found: dict[Answering, dict[int, Prediction]] = {way: {} for way in how.ways}  # by place
     with jax.set_mesh(mesh):
         for step, rows in enumerate(steps):
-            prompt = speaker.read(place_batch(rows.batch, mesh))
+            prompt = answerer.speaker.read(place_batch(rows.batch, mesh))
             first = step * how.batch + part.index * len(mine)  # of this host's first example
             for way, predictions in found.items():
-                answers = answer(way, prompt)
+                answers = answerer.answer(way, prompt)
                 # The answers to the last batch's padding are left over.
                 for row, example in enumerate(rows.examples):
-                    predictions[first + row] = Prediction(
-                        id=example["id"],
-                        source=f"{source.name}:{source.split}",
-                        label=tested.classes[int(example["label"])],
-                        subject=subject_of(example),
-                        options=None if asked.native else asked.options(example["id"]),
-                        **answers[mine[row]],
-                    )
+                    predictions[first + row] = answerer.record(example, answers[mine[row]])
             done += len(rows.examples) * part.count
             progress(done)
         hosts = gather(found)
@@ -190,18 +177,32 @@ def describe(
     return texts[: len(rows)]
 
 
-class _Answer:
-    """The answers to a prompt in the tested set's words, as fields of a `Prediction`."""
+class _BatchAnswerer:
+    """Predictions about batches of a split, in the tested set's words."""
 
-    def __init__(self, speaker: Speaker, asked: LabelSpace, tested: LabelSpace):
-        self._speaker, self._asked = speaker, asked
-        self._means = map_classes(asked, tested)
-        chat = speaker.chat
-        self._labels = pad_labels([answer_ids(name, chat=chat) for name in asked.classes])
+    def __init__(self, cfg: Config, model: EmoLlama, source: SourceConfig, asked: Asked):
+        self.speaker = Speaker(cfg, model)
+        self._source, self._asked = source, asked
+        self._tested = space_of(cfg.data.dir, source.name)
+        self._means = map_classes(asked.space, self._tested)
+        chat = self.speaker.chat
+        self._labels = pad_labels([answer_ids(name, chat=chat) for name in asked.space.classes])
 
-    def __call__(self, way: Answering, prompt: Prompt) -> list[dict[str, Any]]:
+    def answer(self, way: Answering, prompt: Prompt) -> list[dict[str, Any]]:
+        """The answers to a batch, as fields of a `Prediction`."""
         answers = self._written(prompt) if way == "generate" else self._scored(prompt)
         return [answer | self._mapped(answer["predicted"]) for answer in answers]
+
+    def record(self, example: Mapping[str, Any], answer: dict[str, Any]) -> Prediction:
+        """The prediction about an example."""
+        return Prediction(
+            id=example["id"],
+            source=f"{self._source.name}:{self._source.split}",
+            label=self._tested.classes[int(example["label"])],
+            subject=subject_of(example),
+            options=None if self._asked.native else self._asked.options(example["id"]),
+            **answer,
+        )
 
     def _mapped(self, named: str | None) -> dict[str, Any]:
         """A class that the tested set has none for is foreign."""
@@ -210,8 +211,8 @@ class _Answer:
         return {"predicted": None, "parsed": "foreign"}
 
     def _written(self, prompt: Prompt) -> list[dict[str, Any]]:
-        texts = self._speaker.write(prompt, max_new_tokens=ANSWER_TOKENS)
-        parsed = [parse(text, self._asked) for text in texts]
+        texts = self.speaker.write(prompt, max_new_tokens=ANSWER_TOKENS)
+        parsed = [parse(text, self._asked.space) for text in texts]
         return [
             {"predicted": p.label, "parsed": p.how, "text": text, "scores": None}
             for text, p in zip(texts, parsed, strict=True)
@@ -219,8 +220,8 @@ class _Answer:
 
     def _scored(self, prompt: Prompt) -> list[dict[str, Any]]:
         rows = [
-            dict(zip(self._asked.classes, map(float, row), strict=True))
-            for row in self._speaker.rate(prompt, self._labels)
+            dict(zip(self._asked.space.classes, map(float, row), strict=True))
+            for row in self.speaker.rate(prompt, self._labels)
         ]
         return [
             {"predicted": best_label(row), "parsed": "score", "text": None, "scores": row}
