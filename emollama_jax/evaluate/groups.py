@@ -158,7 +158,7 @@ def by_group(predictions: Sequence[Prediction], seen: Seen, space: LabelSpace) -
     number = {name: n for n, name in enumerate(space.classes)}
     labels = np.array([number[item.label] for item in predictions])
     answers = np.array([number.get(item.predicted, metrics.UNPARSED) for item in predictions])
-    all_classes = len(np.unique(labels))
+    occur = len(np.unique(labels))
     found = []
     for place, attribute in enumerate(ATTRIBUTES):
         mine = np.array([seen.groups[item.id][place] for item in predictions])
@@ -168,9 +168,9 @@ def by_group(predictions: Sequence[Prediction], seen: Seen, space: LabelSpace) -
         for name in names:
             chosen = mine == name
             if chosen.any() or name == UNKNOWN:
-                group = _group(labels[chosen], answers[chosen], len(number), all_classes)
-                found.append(Group(attribute=attribute, name=name, **group))
-    return ByGroup(tuple(found), all_classes)
+                items = (labels[chosen], answers[chosen])
+                found.append(_group(attribute, name, *items, classes=len(number), occur=occur))
+    return ByGroup(tuple(found), occur)
 
 
 _TITLE = "Errors by group"
@@ -203,24 +203,27 @@ def _names(attribute: str, race_labels: RaceLabels) -> tuple[str, ...]:
 
 
 def _group(
-    labels: np.ndarray, answers: np.ndarray, classes: int, all_classes: int
-) -> dict[str, Any]:
+    attribute: str, name: str, labels: np.ndarray, answers: np.ndarray, *, classes: int, occur: int
+) -> Group:
+    """The numbers of some items; `occur` of the `classes` do in the whole set."""
     nowhere = metrics.Interval(float("nan"), float("nan"))
     war, uar, uar_interval = float("nan"), float("nan"), nowhere
-    occur, right = len(np.unique(labels)), int((labels == answers).sum())
+    here, right = len(np.unique(labels)), int((labels == answers).sum())
     if len(labels):
         confusion = metrics.confusion_matrix(labels, answers, classes=classes)
         war = metrics.war(confusion)
-        if occur == all_classes:
+        if here == occur:
             uar = metrics.uar(confusion)
             uar_interval = metrics.bootstrap(
                 labels, answers, classes=classes, samples=SAMPLES, seed=SEED, level=LEVEL
             )["uar"]
-    return {
-        "n": len(labels),
-        "classes": occur,
-        "war": war,
-        "war_interval": metrics.wilson(right, len(labels), level=LEVEL),
-        "uar": uar,
-        "uar_interval": uar_interval,
-    }
+    return Group(
+        attribute=attribute,
+        name=name,
+        n=len(labels),
+        classes=here,
+        war=war,
+        war_interval=metrics.wilson(right, len(labels), level=LEVEL),
+        uar=uar,
+        uar_interval=uar_interval,
+    )

@@ -80,7 +80,6 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     Raises:
         UserError: no such model or set, a service that refuses, or examples left without answer.
     """
-    check_spec(options.model)
     data = open_split(options.dir, options.data, options.split)
     native = options.order == "native"
     asked = Asked(space_of(options.dir, options.data), options.order, native=native)

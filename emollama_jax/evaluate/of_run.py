@@ -1,8 +1,8 @@
 """The `Result` of a trained run on one prepared split, or on every fold of a set."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -41,6 +41,8 @@ from emollama_jax.status import progress_bar
 
 TITLES = {"generate": "written answers", "score": "label scoring"}
 VERBS = {"generate": "writing", "score": "scoring the label words"}
+VERBS["both"] = " and by ".join(VERBS.values())
+PACKAGES = ("emollama-jax", "jax", "flax")
 STRIP = 8  # frames of a clip that a picture of a mistake shows
 
 
@@ -71,6 +73,7 @@ def evaluate_runs(
     configs = [config.override(read_config(path), what.overrides) for path in paths]
     for cfg, (_, name) in zip(configs, names, strict=True):  # before any model is loaded
         check_unseen(cfg, name, what.split)
+    console = console if leads() else Console(quiet=True)
     results, loaded = [], ""
     for path, cfg, (number, name) in zip(paths, configs, names, strict=True):
         if path != loaded:
@@ -118,18 +121,17 @@ def evaluate_run(
         run: where the model came from, to be traced; None: untraced.
 
     Returns:
-        The result; its headline are written answers, if there are any. On several hosts, only that
-        of the first has a trace and pictures.
+        The result, whose headline are written answers, if there are any; its trace and pictures
+        are there on the first host only.
 
     Raises:
         UserError: no or unfitting data; no split of the name that `how.without` gives.
     """
     copies = find_copies(cfg.data.dir, name, split, how.without)
     data = open_source(cfg.data.dir, name, split)
-    kind = data[0]["kind"]
-    source = SourceConfig(name=name, split=split, kind=kind, weight=1.0)
+    source = SourceConfig(name=name, split=split, kind=data[0]["kind"], weight=1.0)
     space, asked = space_of(cfg.data.dir, name), asked_in(cfg, name, how)
-    with progress_bar(console if leads() else Console(quiet=True)) as bar:
+    with progress_bar(console) as bar:
         progress = bar(f"{name}, {split}", len(data))
         found = predict(cfg, model, source, how, progress=progress, mesh=mesh)
     seen = groups.read_seen(cfg.data.dir, name, split, race_labels=cfg.model.face.race_labels)
@@ -137,36 +139,36 @@ def evaluate_run(
         Answers.of(TITLES[way], items, space, seen=seen, copies=copies)
         for way, items in found.items()
     ]
-    files = {
-        f"predictions-{way}.jsonl" if number else "predictions.jsonl": items
-        for number, (way, items) in enumerate(found.items())
-    }
+    names = ("predictions.jsonl", *(f"predictions-{way}.jsonl" for way in how.ways[1:]))
+    files = dict(zip(names, found.values(), strict=True))
     trace, mistakes = {}, []
     if leads():
-        trace = {file: predictions_hash(items) for file, items in files.items()}
-        trace |= _hashes(cfg, source, data, run) | {"question": asked.question(data[0]["id"], kind)}
+        trace = _trace(cfg, source, data, files, run)
+        trace["question"] = asked.question(data[0]["id"], source.kind)
         mistakes = _pictures(cfg, source, how, answers[0].predictions)
-    ways = " and by ".join(VERBS[way] for way in found)
     return Result(
         title=f"{name}, {split}",
-        lede=f"{len(data):,} examples; the model answers by {ways}.",
+        lede=f"{len(data):,} examples; the model answers by {VERBS[how.answering]}.",
         source=name,
         answers=answers,
         predictions=files,
-        settings=Settings(
-            _command(name, split, how), config_text(cfg), versions("emollama-jax", "jax", "flax")
-        ),
+        settings=Settings(_command(name, split, how), config_text(cfg), versions(*PACKAGES)),
         trace=trace,
-        notes=[_protocol(cfg, name, kind), *_mapping(asked, space, answers[0])],
+        notes=[_protocol(cfg, source), *_mapping(asked, space, answers[0])],
         mistakes=mistakes,
     )
 
 
-def _hashes(
-    cfg: Config, source: SourceConfig, data: Sequence[Any], run: str | None
+def _trace(
+    cfg: Config,
+    source: SourceConfig,
+    data: Sequence[Any],
+    files: Mapping[str, Sequence[Prediction]],
+    run: str | None,
 ) -> dict[str, str]:
-    """Hashes of the checkpoint, the data and the face priors."""
-    trace, about = {}, f"{source.name}, {source.split}"
+    """Hashes of the predictions, the checkpoint, the data and the face priors."""
+    trace = {file: predictions_hash(items) for file, items in files.items()}
+    about = f"{source.name}, {source.split}"
     if run is not None:
         found = find(run)
         trace[f"checkpoint {PACKAGE if run == PACKAGE else found}"] = folder_hash(found)
@@ -204,13 +206,13 @@ def _command(name: str, split: str, how: Asking) -> str:
     return words + (f" --order shuffled --seed {how.seed}" if how.order == "shuffled" else "")
 
 
-def _protocol(cfg: Config, name: str, kind: Literal["image", "clip"]) -> Table:
+def _protocol(cfg: Config, source: SourceConfig) -> Table:
     """The set's protocol beside what this run did."""
-    protocol = protocol_of(name)
+    protocol = protocol_of(source.name)
     rows = []
     if protocol is not None:
         rows = [("frames", protocol.frames), ("face", protocol.crop)]
-    if kind == "clip":
+    if source.kind == "clip":
         data = cfg.data
         done = f"{data.clip_frames} frames, sampling={data.sampling}"
         usual = data.sampling == "segments" and data.clip_frames == SEGMENTS

@@ -8,40 +8,32 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from etils import epath
 
 from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace
-from emollama_jax.data.items import category_question
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics
 from emollama_jax.evaluate.parse import Reading
 from emollama_jax.paths import as_path, write_whole
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Protocol:
     """How a set is tested, so that a number can stand beside those of other people."""
 
     name: str  # of the set, as in "dfew/fold1"
-    kind: Literal["image", "clip"] | None  # None: the builder's config says it
-    folds: int  # official folds; 1: one split
-    train: str  # the split that training may see
-    test: str  # the split that is tested
     frames: str  # of an example
     crop: str  # which pixels show the face
-    open: bool  # False: a research licence forbids showing its pictures
+    folds: int = 1  # official ones; 1: one split
+    open: bool = False  # False: a research licence forbids showing its pictures
 
     @property
     def space(self) -> LabelSpace:
         """The classes, in the set's native order."""
         return LABEL_SPACES[self.name]
-
-    def question(self, kind: Literal["image", "clip"]) -> str:
-        """The category question."""
-        return category_question(self.space.classes, kind)
 
 
 SEGMENTS = 16  # of a clip in testing: the centre frame of each
@@ -49,41 +41,19 @@ _ONE = "the picture"
 _CENTRES = f"centre frames of {SEGMENTS} segments; a short clip repeats its last frame"
 _ALIGNED = "the set's aligned faces; the face crop is FaceXFormer's, of MTCNN's box"
 _SCENE = "whole frames; the face crop is FaceXFormer's, of MTCNN's box followed through the clip"
-
-
-def _set(name: str, kind: Literal["image", "clip"], *, folds: int = 1, crop: str) -> Protocol:
-    return Protocol(
-        name=name,
-        kind=kind,
-        folds=folds,
-        train="train",
-        test="test",
-        frames=_ONE if kind == "image" else _CENTRES,
-        crop=crop,
-        open=False,
-    )
-
+_DRAWN = "the drawn picture; the face crop is FaceXFormer's, of the drawn box"
 
 PROTOCOLS: Mapping[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        _set("raf_db", "image", crop=_ALIGNED),
-        _set("ferplus", "image", crop="FER2013's 48 × 48 faces as they are"),
-        _set("affectnet7", "image", crop="the set's face box"),
-        _set("affectnet8", "image", crop="the set's face box"),
-        _set("dfew", "clip", folds=5, crop=_SCENE),
-        _set("ferv39k", "clip", crop="the set's face frames"),
-        _set("mafw", "clip", folds=5, crop=_SCENE),
-        Protocol(
-            name="actionfaces",
-            kind=None,
-            folds=1,
-            train="train",
-            test="test",
-            frames=f"{_ONE}, or {_CENTRES}",
-            crop="the drawn picture; the face crop is FaceXFormer's, of the drawn box",
-            open=True,
-        ),
+        Protocol("raf_db", _ONE, _ALIGNED),
+        Protocol("ferplus", _ONE, "FER2013's 48 × 48 faces as they are"),
+        Protocol("affectnet7", _ONE, "the set's face box"),
+        Protocol("affectnet8", _ONE, "the set's face box"),
+        Protocol("dfew", _CENTRES, _SCENE, folds=5),
+        Protocol("ferv39k", _CENTRES, "the set's face frames"),
+        Protocol("mafw", _CENTRES, _SCENE, folds=5),
+        Protocol("actionfaces", f"{_ONE}, or {_CENTRES}", _DRAWN, open=True),
     )
 }
 

@@ -8,7 +8,7 @@ all predictions at the end.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,12 +94,10 @@ def predict(
         UserError: a batch that the mesh does not divide.
     """
     mesh = mesh or make_mesh(ONE_DEVICE, devices=jax.local_devices())
-    if how.batch % batch_shards(mesh):
-        raise UserError(
-            f"--batch is {how.batch}, wanted a multiple of {batch_shards(mesh)}: "
-            "mesh.data × mesh.fsdp"
-        )
     asked, part = asked_in(cfg, source.name, how), share(mesh)
+    if how.batch % batch_shards(mesh):
+        wanted = f"a multiple of {batch_shards(mesh)}: mesh.data × mesh.fsdp"
+        raise UserError(f"--batch is {how.batch}, wanted {wanted}")
 
     def open_asked(folder: str, name: str, split: str) -> Data:
         data = open_source(folder, name, split)
@@ -130,8 +128,13 @@ def predict(
             done += len(rows.examples) * part.count
             progress(done)
         hosts = gather(found)
-    everywhere = {way: {k: v for host in hosts for k, v in host[way].items()} for way in how.ways}
-    return {way: [items[place] for place in sorted(items)] for way, items in everywhere.items()}
+    return {way: _in_order(host[way] for host in hosts) for way in how.ways}
+
+
+def _in_order(hosts: Iterable[Mapping[int, Prediction]]) -> list[Prediction]:
+    """The predictions of all hosts by their places; several may have seen the same ones."""
+    items = {place: item for host in hosts for place, item in host.items()}
+    return [items[place] for place in sorted(items)]
 
 
 def asked_in(cfg: Config, name: str, how: Asking) -> Asked:

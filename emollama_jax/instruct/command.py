@@ -22,6 +22,7 @@ from emollama_jax.instruct import ask, store
 from emollama_jax.instruct.options import Options
 from emollama_jax.instruct.templates import template
 from emollama_jax.paths import on_disk
+from emollama_jax.preflight import at_least
 from emollama_jax.remote.clients import check_spec
 from emollama_jax.remote.gemini import KEYS, api_key
 from emollama_jax.remote.journal import Journal
@@ -167,8 +168,7 @@ class Assignment:
 
 
 def _open(options: Options) -> Assignment:
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit is {options.limit}, wanted at least 1")
+    at_least(1, limit=options.limit)
     on_disk(options.dir, instead="prepare the set there; what was made may be copied to a bucket")
     data = open_split(options.dir, options.name, options.split)
     index = read_index(options.dir, options.name, options.split, data)

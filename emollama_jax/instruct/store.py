@@ -58,29 +58,23 @@ def write(
     """Writes everything that training or other projects read; the journal is not touched.
 
     Args:
-        folder: folder of the split's instruction data.
+        folder: instruction data of the split.
         data: the split as it was prepared, its category items first.
         made: conversations, and why some examples have none.
         name: name of the set.
         split: split of it, also for the paths in the JSON file.
-        media: also write the pictures and clips, so that the JSON file can be used elsewhere.
+        media: whether to write pictures and clips too, for use of the JSON file elsewhere.
         progress: called with the number of examples done.
     """
-    from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
-        ArrayRecordWriter,
-    )
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
-    # Groups of one record: training reads single ones, in any order.
-    records = ArrayRecordWriter(str(folder / (ITEMS + ".part")), "group_size:1")
+    records = _open_records(folder / (ITEMS + ".part"))
     with (
         (folder / (JSON + ".part")).open("w", encoding="utf-8") as listing,
         (folder / (ASIDE + ".part")).open("w", encoding="utf-8") as left_out,
     ):
         separator = "[\n"
-        for index in range(len(data)):
-            example = data[index]
+        for index, example in enumerate(data):
             items, makers = [json.loads(example["items"])[0]], ["category"]
             if index in made.found:
                 items.append(made.found[index])
@@ -104,9 +98,18 @@ def write(
         np.save(file, has)
     for file_name in (ITEMS, JSON, ASIDE, CONVERSES):
         os.replace(folder / (file_name + ".part"), folder / file_name)
-    about = {"set": name, "split": split, "made_by": made.made_by, "examples": len(data)}
-    about |= {"conversations": int(has.sum()), "set_aside": len(made.aside)}
+    counts = {"examples": len(data), "conversations": int(has.sum()), "set_aside": len(made.aside)}
+    about = {"set": name, "split": split, "made_by": made.made_by, **counts}
     write_whole(as_path(folder / DONE), json.dumps(about, indent=1) + "\n")
+
+
+def _open_records(path: pathlib.Path) -> Any:
+    from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
+        ArrayRecordWriter,
+    )
+
+    # Groups of one record: training reads single ones, in any order.
+    return ArrayRecordWriter(str(path), "group_size:1")
 
 
 def _entries(

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from emollama_jax import compile_cache, config
+from emollama_jax import compile_cache, config, runs
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.elements import View
@@ -30,7 +30,6 @@ from emollama_jax.data.items import standard_question
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.pipeline import open_source
 from emollama_jax.evaluate import report
-from emollama_jax.evaluate.difficulty import grey, pixel_regression
 from emollama_jax.evaluate.groups import read_seen
 from emollama_jax.evaluate.options import Answering, Asking
 from emollama_jax.evaluate.parse import parse
@@ -41,9 +40,11 @@ from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path, write_whole
 from emollama_jax.prepare import load_face, prepare_source
+from emollama_jax.runs import PACKAGE
 from emollama_jax.serve.answer import Answerer
 from emollama_jax.tiny import demo_photographs
 from emollama_jax.tiny.demo_page import make_page
+from emollama_jax.tiny.difficulty import grey, pixel_regression
 from emollama_jax.train.loop import FitResult, fit
 from emollama_jax.train.run_log import METRICS, read_metrics
 
@@ -126,7 +127,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         What `report.json` holds.
     """
     size = QUICK if quick else FULL
-    demo_photographs.check()
+    runs.find(PACKAGE)  # it answers about the photographs
     out.mkdir(parents=True, exist_ok=True)
     compile_cache.start()
     overrides = (
@@ -156,10 +157,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     summary: dict[str, Any] = {
         **{kind: _summary(results[name]["generate"]) for kind, name in SETS.items()},
         "groups": {kind: results[name]["generate"].groups.to_dict() for kind, name in SETS.items()},
-        "photographs": {
-            photo.name: {"faces": photo.boxes, "answer": photo.answer, "emotion": photo.emotion}
-            for photo in photographs
-        },
+        "photographs": {photo.name: photo.summary() for photo in photographs},
         "difficulty": difficulty,
         "resume_bit_identical": identical,
         "label_scoring": {kind: _summary(results[name]["score"]) for kind, name in SETS.items()},

@@ -236,8 +236,6 @@ def test_every_set_has_a_protocol(name):
     assert found.open == (name == "actionfaces")
     listed = [split for split in LABEL_SPACES[name].splits if split.endswith("/test")]
     assert found.folds == max(len(listed), 1)
-    kind = found.kind or "image"
-    assert found.question(kind) == category_question(LABEL_SPACES[name].classes, kind)
     assert protocol.protocol_of("own/faces") is None
 
 
