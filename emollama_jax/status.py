@@ -7,22 +7,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status as Spinner
 
-Report = Callable[..., None]  # (done, total=None): how far it is
+Advance = Callable[..., None]  # (done, total=None): how far it is
 
 
 @contextlib.contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[..., Report]]:
-    """Yields `bar(what, total=None)`, which adds a bar and returns its `report(done)`."""
+def progress_bar(console: Console) -> Iterator[Callable[..., Advance]]:
+    """Yields `bar(what, total=None)`, which adds a bar and returns its `advance(done)`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
 
-        def bar(what: str, total: int | None = None) -> Report:
+        def bar(what: str, total: int | None = None) -> Advance:
             task = bars.add_task(what, total=total)
 
-            def report(done: int, total: int | None = None) -> None:
+            def advance(done: int, total: int | None = None) -> None:
                 bars.update(task, completed=done, total=total)
 
-            return report
+            return advance
 
         yield bar
 

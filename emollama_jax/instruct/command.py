@@ -19,7 +19,7 @@ from emollama_jax.data.items import instruct_folder
 from emollama_jax.data.media import read_frames, read_image
 from emollama_jax.errors import UserError
 from emollama_jax.instruct import ask, store
-from emollama_jax.instruct.options import Options
+from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.instruct.templates import template
 from emollama_jax.paths import on_disk
 from emollama_jax.preflight import at_least
@@ -29,7 +29,7 @@ from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Request, jpeg
 from emollama_jax.remote.run import Outcome, Task, ask_model
-from emollama_jax.status import Report, progress_bar
+from emollama_jax.status import Advance, progress_bar
 
 Data = Sequence[Mapping[str, Any]]
 
@@ -73,7 +73,7 @@ class Estimate:
         return said
 
 
-def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]:
+def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, Outcome]:
     """Makes the instruction data of a split, or resumes.
 
     Args:
@@ -110,7 +110,7 @@ def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]
     return folder, outcome
 
 
-def estimate(options: Options) -> Estimate:
+def estimate(options: InstructOptions) -> Estimate:
     """What is still to be asked, and what that would cost; nothing is sent, no key is needed."""
     work = _open(options)
     wanted = range(0 if options.name.partition("/")[0] in CATEGORY_ONLY else work.wanted)
@@ -146,7 +146,7 @@ def estimate(options: Options) -> Estimate:
 class Assignment:
     """The conversations wanted of a prepared split, and what is known without reading its media."""
 
-    options: Options
+    options: InstructOptions
     data: Data
     space: LabelSpace
     kind: str
@@ -167,7 +167,7 @@ class Assignment:
         return f"{self.index.ids[index]} {self.index.digests[index]}"
 
 
-def _open(options: Options) -> Assignment:
+def _open(options: InstructOptions) -> Assignment:
     at_least(1, limit=options.limit)
     on_disk(options.dir, instead="prepare the set there; what was made may be copied to a bucket")
     data = open_split(options.dir, options.name, options.split)
@@ -187,7 +187,7 @@ def _open(options: Options) -> Assignment:
 # ---- who makes them
 
 
-def _maker(options: Options, console: Console) -> str:
+def _maker(options: InstructOptions, console: Console) -> str:
     """ "gemini", "template" or "category"."""
     if options.name.partition("/")[0] in CATEGORY_ONLY:
         console.print(f"{options.name}: category items only, as in EMO-LLaMA's data")
@@ -234,7 +234,7 @@ def _is_file(describe: str) -> bool:
 
 
 def _describe(
-    work: Assignment, journal: Journal, bar: Callable[..., Report]
+    work: Assignment, journal: Journal, bar: Callable[..., Advance]
 ) -> tuple[dict[int, str | None], dict[int, str]]:
     """Position → description (None for pictures, which need none), and position → why not."""
     wanted, by = range(work.wanted), work.options.describe

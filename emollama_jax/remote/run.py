@@ -84,15 +84,15 @@ def ask_all(
     Raises:
         UserError: the service refuses every question (a wrong key, an unknown model).
     """
-    asking = _Asking(client, journal, limits, price, progress)
-    asyncio.run(asking.run(tasks))
-    if asking.fatal:
-        raise UserError(f"{client.name}: {asking.fatal}")
+    session = _Session(client, journal, limits, price, progress)
+    asyncio.run(session.run(tasks))
+    if session.fatal:
+        raise UserError(f"{client.name}: {session.fatal}")
     items = [journal.entry(task.key) for task in tasks]
     accepted = sum(item.value is not None for item in items)
     aside = sum(bool(item.aside) for item in items)
     left = len(items) - accepted - aside
-    return Outcome(accepted, aside, left, asking.stopped if left else "", journal.spent)
+    return Outcome(accepted, aside, left, session.stopped if left else "", journal.spent)
 
 
 class Service(Protocol):
@@ -138,7 +138,7 @@ def ask_model(
 
 
 @dataclasses.dataclass
-class _Asking:
+class _Session:
     client: Client
     journal: Journal
     limits: Limits

@@ -20,7 +20,7 @@ from emollama_jax.evaluate.protocol import evaluate, read_predictions
 from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.trace import file_hash, folder_hash
 from emollama_jax.instruct.command import instruct
-from emollama_jax.instruct.options import Options
+from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.prepare import load_face, prepare_source
 from emollama_jax.train.loop import fit
 from tests.helpers import official_trees
@@ -73,7 +73,7 @@ def run(tmp_path_factory):
             console=QUIET,
         )
         if name != "ferplus":
-            options = Options(name=name, dir=cfg.data.dir, by="template")
+            options = InstructOptions(name=name, dir=cfg.data.dir, by="template")
             assert instruct(options, QUIET)[1].stopped == ""
     result = fit(cfg, folder / "run", console=QUIET)
     assert (result.step, result.exit_status) == (4, 0)
