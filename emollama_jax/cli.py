@@ -163,7 +163,9 @@ def data_instruct(options: Inline[InstructOptions], dry_run: bool = False) -> No
     if dry_run:
         print("\n".join(estimate(options).lines()))
         return
-    folder, outcome = instruct(options, new_console())
+    from emollama_jax.tiny.stand_in import template
+
+    folder, outcome = instruct(options, new_console(), stand_in=template)
     print(f"conversations: {outcome.summary}: {folder}")
     _stopped(outcome.stopped)
 
