@@ -163,9 +163,7 @@ def data_instruct(options: Inline[InstructOptions], dry_run: bool = False) -> No
     if dry_run:
         print("\n".join(estimate(options).lines()))
         return
-    from emollama_jax.tiny.stand_in import template
-
-    folder, outcome = instruct(options, new_console(), stand_in=template)
+    folder, outcome = instruct(options, new_console())
     print(f"conversations: {outcome.summary}: {folder}")
     _stopped(outcome.stopped)
 

@@ -20,6 +20,7 @@ from emollama_jax.data.media import read_frames, read_image
 from emollama_jax.errors import UserError
 from emollama_jax.instruct import ask, store
 from emollama_jax.instruct.options import InstructOptions
+from emollama_jax.instruct.templates import template
 from emollama_jax.paths import on_disk
 from emollama_jax.preflight import at_least
 from emollama_jax.remote.clients import check_spec
@@ -72,18 +73,12 @@ class Estimate:
         return said
 
 
-StandIn = Callable[[Mapping[str, Any], LabelSpace], list[dict[str, str]]]
-
-
-def instruct(
-    options: InstructOptions, console: Console, *, stand_in: StandIn
-) -> tuple[pathlib.Path, Outcome]:
+def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, Outcome]:
     """Makes the instruction data of a split, or resumes.
 
     Args:
         options: what to make.
         console: where progress and remarks go.
-        stand_in: conversation about an example where there is no key.
 
     Returns:
         The folder, and how far it got.
@@ -96,7 +91,7 @@ def instruct(
     by = _maker(options, console)
     if by != "gemini":
         _keep_what_was_paid(folder, by)
-        found = {} if by == "category" else _templates(work, stand_in, console)
+        found = {} if by == "category" else _templates(work, console)
         _write(folder, work, store.Conversations(found, {}, by), console)
         return folder, Outcome(len(found), 0, 0, "", 0.0)
     _check_descriptions(work)
@@ -316,14 +311,12 @@ def _picture(example: Mapping[str, Any]) -> np.ndarray:
 # ---- what is written
 
 
-def _templates(
-    work: Assignment, stand_in: StandIn, console: Console
-) -> dict[int, list[dict[str, str]]]:
+def _templates(work: Assignment, console: Console) -> dict[int, list[dict[str, str]]]:
     found = {}
     with progress_bar(console) as bar:
         progress = bar("templates", work.wanted)
         for index in range(work.wanted):
-            found[index] = stand_in(work.data[index], work.space)
+            found[index] = template(work.data[index], work.space)
             progress(index + 1)
     return found
 

@@ -22,7 +22,6 @@ from emollama_jax.evaluate.trace import file_hash, folder_hash
 from emollama_jax.instruct.command import instruct
 from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.prepare import load_face, prepare_source
-from emollama_jax.tiny.stand_in import template
 from emollama_jax.train.loop import fit
 from tests.helpers import official_trees
 
@@ -75,7 +74,7 @@ def run(tmp_path_factory):
         )
         if name != "ferplus":
             options = InstructOptions(name=name, dir=cfg.data.dir, by="template")
-            assert instruct(options, QUIET, stand_in=template)[1].stopped == ""
+            assert instruct(options, QUIET)[1].stopped == ""
     result = fit(cfg, folder / "run", console=QUIET)
     assert (result.step, result.exit_status) == (4, 0)
     return folder / "run"

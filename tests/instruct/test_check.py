@@ -8,9 +8,9 @@ from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.errors import UserError
 from emollama_jax.instruct import ask
 from emollama_jax.instruct.check import emotions, faults, invented
+from emollama_jax.instruct.templates import template
 from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.request import Reply
-from emollama_jax.tiny.stand_in import template
 
 FACE = "The brows are raised and the mouth is open."
 GOOD = ("What does the face show?", f"{FACE} This is surprise.")
