@@ -1,30 +1,23 @@
-"""What a command is busy with: one line for a short one, bars for what takes long."""
+"""What a command is busy with: one line for a short one, progress bars for a long one."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status as Spinner
 
-Advance = Callable[..., None]  # (done, total=None): how far it is
 
+class Bars(Progress):
+    """Progress bars: what is done, how much of it, the time that is left. A context manager."""
 
-@contextlib.contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[..., Advance]]:
-    """Yields `bar(what, total=None)`, which adds a bar and returns its `advance(done)`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+    def __init__(self, console: Console):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        super().__init__(*columns, TimeRemainingColumn(), console=console)
 
-        def bar(what: str, total: int | None = None) -> Advance:
-            task = bars.add_task(what, total=total)
-
-            def advance(done: int, total: int | None = None) -> None:
-                bars.update(task, completed=done, total=total)
-
-            return advance
-
-        yield bar
+    def bar(self, what: str, total: int | None = None) -> Callable[..., None]:
+        """A new bar; gives the function that moves it, called with what is done, or (done, all)."""
+        task = self.add_task(what, total=total)
+        return lambda done, total=total: self.update(task, completed=done, total=total)
 
 
 class Status:

@@ -39,7 +39,7 @@ from emollama_jax.remote.journal import Entry, Journal
 from emollama_jax.remote.prices import price_of
 from emollama_jax.remote.request import Reply, Request, jpeg, picture_tokens
 from emollama_jax.remote.run import Task, Verdict, ask_model
-from emollama_jax.status import progress_bar
+from emollama_jax.status import Bars
 
 Data = Sequence[Mapping[str, Any]]
 
@@ -99,9 +99,9 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     price_of(options.model, options.limits)  # a budget needs one
     with (
         Journal(out / "journal.jsonl", _settings(options)) as journal,
-        progress_bar(console) as bar,
+        Bars(console) as bars,
     ):
-        progress = bar(f"{options.data}, {options.split}", count)
+        progress = bars.bar(f"{options.data}, {options.split}", count)
         outcome = ask_model(options.model, options, tasks, journal, progress)
         entries = [journal.entry(task.key) for task in tasks]
     if outcome.stopped.startswith("interrupted"):

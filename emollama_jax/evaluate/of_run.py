@@ -37,7 +37,7 @@ from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.runs import PACKAGE, find
 from emollama_jax.sharding.distributed import leads
 from emollama_jax.sharding.mesh import make_mesh
-from emollama_jax.status import progress_bar
+from emollama_jax.status import Bars
 
 TITLES = {"generate": "written answers", "score": "label scoring"}
 VERBS = {"generate": "writing", "score": "scoring the label words"}
@@ -131,8 +131,8 @@ def evaluate_run(
     data = open_source(cfg.data.dir, name, split)
     source = SourceConfig(name=name, split=split, kind=data[0]["kind"], weight=1.0)
     space, asked = space_of(cfg.data.dir, name), asked_in(cfg, name, how)
-    with progress_bar(console) as bar:
-        progress = bar(f"{name}, {split}", len(data))
+    with Bars(console) as bars:
+        progress = bars.bar(f"{name}, {split}", len(data))
         found = predict(cfg, model, source, how, progress=progress, mesh=mesh)
     seen = groups.read_seen(cfg.data.dir, name, split, race_labels=cfg.model.face.race_labels)
     answers = [

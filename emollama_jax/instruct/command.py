@@ -6,7 +6,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Request, jpeg
 from emollama_jax.remote.run import Outcome, Task, ask_model
-from emollama_jax.status import Advance, progress_bar
+from emollama_jax.status import Bars
 
 Data = Sequence[Mapping[str, Any]]
 
@@ -92,21 +92,21 @@ def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, 
     if by != "gemini":
         _keep_what_was_paid(folder, by)
         found = {} if by == "category" else _templates(work, console)
-        _write(folder, work, store.Conversations(found, {}, by), console)
+        _write(work, found, {}, by, console)
         return folder, Outcome(len(found), 0, 0, "", 0.0)
     _check_descriptions(work)
     model = f"gemini:{options.model}"
     price_of(model, options.limits)  # a budget needs one, before descriptions are paid for
-    with Journal(work.journal, _settings(work)) as journal, progress_bar(console) as bar:
-        described, aside = _describe(work, journal, bar)
+    with Journal(work.journal, _settings(work)) as journal, Bars(console) as bars:
+        described, aside = _describe(work, journal, bars)
         tasks = [_conversation_task(work, i, text) for i, text in described.items()]
-        outcome = ask_model(model, options, tasks, journal, bar("conversations", len(tasks)))
+        outcome = ask_model(model, options, tasks, journal, bars.bar("conversations", len(tasks)))
         found, late = _values(journal, {i: work.key(i) for i in described})
     aside |= late
     left = work.wanted - len(found) - len(aside)
     outcome = dataclasses.replace(outcome, aside=len(aside), open=left)
     if not outcome.stopped.startswith("interrupted"):
-        _write(folder, work, store.Conversations(found, aside, model), console)
+        _write(work, found, aside, model, console)
     return folder, outcome
 
 
@@ -143,7 +143,7 @@ def estimate(options: InstructOptions) -> Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Assignment:
+class Work:
     """The conversations wanted of a prepared split, and what is known without reading its media."""
 
     options: InstructOptions
@@ -167,13 +167,13 @@ class Assignment:
         return f"{self.index.ids[index]} {self.index.digests[index]}"
 
 
-def _open(options: InstructOptions) -> Assignment:
+def _open(options: InstructOptions) -> Work:
     at_least(1, limit=options.limit)
     on_disk(options.dir, instead="prepare the set there; what was made may be copied to a bucket")
     data = open_split(options.dir, options.name, options.split)
     index = read_index(options.dir, options.name, options.split, data)
     model = re.sub(r"[^\w.-]", "_", options.model)
-    return Assignment(
+    return Work(
         options=options,
         data=data,
         space=space_of(options.dir, options.name),
@@ -212,7 +212,7 @@ def _keep_what_was_paid(folder: pathlib.Path, by: str) -> None:
         )
 
 
-def _check_descriptions(work: Assignment) -> None:
+def _check_descriptions(work: Work) -> None:
     describe = work.options.describe
     if work.kind != "clip":
         return
@@ -234,7 +234,7 @@ def _is_file(describe: str) -> bool:
 
 
 def _describe(
-    work: Assignment, journal: Journal, bar: Callable[..., Advance]
+    work: Work, journal: Journal, bars: Bars
 ) -> tuple[dict[int, str | None], dict[int, str]]:
     """Position → description (None for pictures, which need none), and position → why not."""
     wanted, by = range(work.wanted), work.options.describe
@@ -251,7 +251,7 @@ def _describe(
         Task(key, functools.partial(_description_request, work.data, index), ask.judge_description)
         for index, key in keys.items()
     ]
-    ask_model(by, work.options, tasks, journal, bar("descriptions", len(tasks)))
+    ask_model(by, work.options, tasks, journal, bars.bar("descriptions", len(tasks)))
     return _values(journal, keys)
 
 
@@ -285,7 +285,7 @@ def _description_request(data: Data, index: int, rejections: Sequence[str]) -> R
     return ask.description_request([jpeg(frame) for frame in clip.frames])
 
 
-def _conversation_task(work: Assignment, index: int, description: str | None) -> Task:
+def _conversation_task(work: Work, index: int, description: str | None) -> Task:
     """One example; its media are read when its turn comes."""
     label, kind = work.word(index), work.kind
 
@@ -311,33 +311,35 @@ def _picture(example: Mapping[str, Any]) -> np.ndarray:
 # ---- what is written
 
 
-def _templates(work: Assignment, console: Console) -> dict[int, list[dict[str, str]]]:
-    found = {}
-    with progress_bar(console) as bar:
-        progress = bar("templates", work.wanted)
-        for index in range(work.wanted):
-            found[index] = template(work.data[index], work.space)
-            progress(index + 1)
-    return found
+def _templates(work: Work, console: Console) -> dict[int, list[dict[str, str]]]:
+    with Bars(console) as bars:
+        places = bars.track(range(work.wanted), description="templates")
+        return {index: template(work.data[index], work.space) for index in places}
 
 
 def _write(
-    folder: pathlib.Path, work: Assignment, made: store.Conversations, console: Console
+    work: Work,
+    found: Mapping[int, Sequence[Mapping[str, str]]],
+    aside: Mapping[int, str],
+    by: str,
+    console: Console,
 ) -> None:
     options = work.options
-    with progress_bar(console) as bar:
+    with Bars(console) as bars:
         store.write(
-            folder,
+            pathlib.Path(instruct_folder(options.dir, options.name, options.split)),
             work.data,
-            made,
-            name=options.name,
             split=options.split,
+            conversations=found,
+            made_by=by,
+            aside=aside,
+            settings={"set": options.name, "split": options.split},
             media=options.media,
-            progress=bar("writing", len(work.data)),
+            progress=bars.bar("writing", len(work.data)),
         )
 
 
-def _settings(work: Assignment) -> dict[str, Any]:
+def _settings(work: Work) -> dict[str, Any]:
     """What all conversations of a journal depend on."""
     words = [ask.SYSTEM, json.dumps(ask.SCHEMA), ask.DESCRIBE]
     return {
