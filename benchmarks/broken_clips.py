@@ -140,27 +140,21 @@ class Names(logging.Handler):
 def prepare(folder: pathlib.Path, data: pathlib.Path) -> None:
     """Examples, and face priors with one box for every frame."""
     from emollama_jax import config
-    from emollama_jax.data.builders import registry
-    from emollama_jax.faces.priors import prepare_priors, priors_folder
+    from emollama_jax.data import sets
+    from emollama_jax.data.split import Split
+    from emollama_jax.faces.priors import prepare_priors
     from emollama_jax.faces.reader import Reader
     from emollama_jax.prepare import load_face
 
     class Middle:
         boxes = np.array([[16, 12, 40, 40]], np.float32)
 
-    registry.prepare_set(
-        "own/broken",
-        folder,
-        data,
-        fold=None,
-        missing_share=0,
-        processes=1,
-        progress=lambda done, total: None,
-    )
+    sets.prepare("own/broken", data, sets.Preparation(source=folder, missing_share=0))
+    split = Split(data, "own/broken", "train")
     cfg = config.load("tiny")
     prepare_priors(
-        registry.open_split(data, "own/broken", "train"),
-        priors_folder(data, "own/broken", "train"),
+        split.examples,
+        pathlib.Path(split.priors_folder),
         reader=Reader(load_face(cfg), margin=cfg.data.face_margin),
         detect=lambda pictures: [Middle] * len(pictures),
         progress=lambda done, total: None,
@@ -173,14 +167,13 @@ SOURCES = "data.sources=[{name: own/broken, split: train, kind: clip, weight: 1,
 def read_all(data: pathlib.Path, *, share: float, batch: int = 16):
     """One pass over the set by the training pipeline; returns rows and broken rows."""
     from emollama_jax import config
-    from emollama_jax.data.builders import registry
     from emollama_jax.data.pipeline import make_train_iterator
-    from emollama_jax.faces.priors import open_priors
+    from emollama_jax.data.split import Split
 
     overrides = [SOURCES, f"data.dir={json.dumps(str(data))}", f"data.broken_share={share}"]
     cfg = config.load("tiny", [*overrides, f"train.clip_batch={batch}", "data.blank_share=0"])
-    count = len(registry.open_split(data, "own/broken", "train"))
-    iterator = make_train_iterator(cfg, open_priors=open_priors)
+    count = len(Split(data, "own/broken", "train").examples)
+    iterator = make_train_iterator(cfg)
     rows = broken = 0
     try:
         while rows < count:

@@ -24,7 +24,7 @@ from emollama_jax.cli_words import (
     new_console,
     remove_handlers,
 )
-from emollama_jax.data import names
+from emollama_jax.data import sets
 from emollama_jax.errors import UserError
 from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.preflight import at_least, check_picture, check_writable
@@ -84,29 +84,22 @@ def data_prepare(
         missing_share: share of the listed files that may be missing; more stop the preparation.
         processes: number of worker processes.
     """
-    names.check_source(name, source, fold)  # before the weights are read
+    how = sets.Preparation(
+        source=source, fold=fold, missing_share=missing_share, processes=processes
+    )
+    sets.check_source(name, how)  # before the weights are read
     at_least(1, processes=processes)
     at_least(0, missing_share=missing_share)
     where = () if dir is None else (f"data.dir={json.dumps(dir)}",)
     cfg = load_config(config, (*where, *overrides))
     from emollama_jax.paths import on_disk
 
-    on_disk(cfg.data.dir, instead=names.PREPARE_HERE)
+    on_disk(cfg.data.dir, instead=sets.PREPARE_HERE)
     check_writable(cfg.data.dir, option="--dir")
     compile_cache.start()
     from emollama_jax.prepare import load_face, prepare_source
 
-    folder = prepare_source(
-        cfg,
-        load_face(cfg),
-        name,
-        source=source,
-        fold=fold,
-        missing_share=missing_share,
-        splits=splits,
-        processes=processes,
-        console=new_console(),
-    )
+    folder = prepare_source(cfg, load_face(cfg), name, how, splits=splits, console=new_console())
     print(f"prepared {folder}")
 
 
@@ -132,13 +125,14 @@ def data_inspect(
     name = name if fold is None else f"{name}/fold{fold}"
     if sheet is not None:
         check_picture(sheet, option="--sheet")
-    names.check_prepared(dir, [name])
+    sets.check_prepared(dir, [name])
     from emollama_jax.data.inspect import contact_sheet, inspect
+    from emollama_jax.data.split import Split
 
     found = inspect(dir, name, split)
     print("\n".join(found.lines()))
     path = sheet or pathlib.Path(f"{found.first.name.replace('/', '-')}-{found.first.split}.png")
-    contact_sheet(dir, found.first.name, found.first.split).save(path)
+    contact_sheet(Split(dir, found.first.name, found.first.split)).save(path)
     print(f"contact sheet: {path}")
 
 
@@ -155,7 +149,7 @@ def data_instruct(options: Inline[InstructOptions], dry_run: bool = False) -> No
         options: what to make.
         dry_run: print items, tokens and estimated cost, send nothing.
     """
-    names.check_prepared(options.dir, [options.name])
+    sets.check_prepared(options.dir, [options.name])
     if not dry_run:
         check_writable(options.dir, option="--dir")
     from emollama_jax.instruct.command import estimate, instruct
@@ -264,8 +258,8 @@ def train(
     check_writable(out)
     wanted = data or [source.name for source in cfg.data.sources]
     for name in wanted:
-        names.check_one_fold(name)
-    names.check_prepared(cfg.data.dir, wanted)
+        sets.check_one_fold(name)
+    sets.check_prepared(cfg.data.dir, wanted)
     compile_cache.start()
     from emollama_jax.sharding import distributed
     from emollama_jax.train.loop import fit

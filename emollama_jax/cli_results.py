@@ -8,7 +8,7 @@ import tyro
 
 from emollama_jax import compile_cache
 from emollama_jax.cli_words import new_console
-from emollama_jax.data import names
+from emollama_jax.data import sets
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.options import Asking, Output, PredictionFiles, Tested, ZeroShot
 from emollama_jax.preflight import at_least, check_writable
@@ -39,9 +39,9 @@ def evaluate(
         raise UserError("name a run (emollama eval RUN), or a file: --predictions FILE")
     at_least(1, batch=how.batch)
     for name in filter(None, (what.name, how.asked)):
-        names.check(name)
+        sets.family_of(name)
     if what.dir is not None:
-        names.check_prepared(what.dir, [what.name])
+        sets.check_prepared(what.dir, [what.name])
     if "{fold}" not in what.run:
         from emollama_jax.runs import find
 
@@ -106,7 +106,7 @@ def zero_shot(options: Inline[ZeroShot]) -> None:
     check_spec(options.model)
     if options.out is not None:
         check_writable(options.out)
-    names.check_prepared(options.dir, [options.data])
+    sets.check_prepared(options.dir, [options.data])
     from emollama_jax.evaluate.of_remote import evaluate_remote, out_folder
 
     home = out_folder(options)

@@ -36,6 +36,7 @@ from emollama_jax.bounds import (
 from emollama_jax.config_overrides import apply, brief
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
+from emollama_jax.terms import Kind
 
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -283,7 +284,7 @@ class SourceConfig:
 
     name: str  # builder and its config, e.g. "actionfaces/images"
     split: str
-    kind: Literal["image", "clip"]
+    kind: Kind
     weight: Rate
     items: Literal["category", "conversation", "both"] = "both"
 

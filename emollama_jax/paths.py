@@ -4,8 +4,12 @@
 an `epath.Path` of it, which has pathlib's methods for both.
 """
 
+import json
 import os
+import pathlib
 import re
+import shutil
+from typing import Any
 
 import fsspec
 from etils import epath
@@ -54,6 +58,21 @@ def on_disk(path: epath.PathLike, *, instead: str) -> epath.Path:
 def from_root(path: epath.Path) -> epath.Path:
     """The path from the root, which a bucket's always is."""
     return path if is_remote(path) else path.absolute()
+
+
+def parts_folder(folder: pathlib.Path, of: Any) -> pathlib.Path:
+    """A folder for the parts of long work, so that it resumes; parts of other work are removed.
+
+    Args:
+        folder: where they go.
+        of: what the work depends on, as JSON.
+    """
+    mark = folder / "of.json"
+    if not mark.exists() or json.loads(mark.read_text()) != of:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        mark.write_text(json.dumps(of))
+    return folder
 
 
 def write_whole(path: epath.Path, text: str) -> None:

@@ -19,8 +19,8 @@ import pytest
 import emollama_jax
 from emollama_jax import cli, config, dispatch, prepare
 from emollama_jax.cli_words import LogLines, new_console, remove_handlers
-from emollama_jax.data import inspect, names
-from emollama_jax.data.builders import registry
+from emollama_jax.data import inspect, sets
+from emollama_jax.data.split import Split
 from emollama_jax.locks import hold
 from emollama_jax.tiny import builder
 
@@ -383,18 +383,11 @@ def test_what_is_logged_appears_above_a_bar_and_once():
 )
 def test_a_set_is_prepared_by_one_process(capsys, tmp_path, monkeypatch, name, stored):
     monkeypatch.setattr(prepare, "load_face", lambda cfg: None)
-    source = [] if name in names.EMBEDDED else ["--source", tmp_path]
+    source = [] if sets.family_of(name).drawn else ["--source", tmp_path]
     with hold(tmp_path / "data" / stored, instead=""):
         err = refused(capsys, "data", "prepare", name, "--dir", tmp_path / "data", *source)
     assert f"{stored}: in use by process {os.getpid()} " in err
     assert err.endswith("wait for it to end, or choose another --dir\n")
-
-
-def test_sets_are_the_builders():
-    assert {name: official.folds for name, official in registry.SETS.items()} == names.OFFICIAL
-    assert [f"actionfaces/{config}" for config in builder.SIZES] == list(names.EMBEDDED)
-    stored = {name: official.stored for name, official in registry.SETS.items()}
-    assert {k: names.STORED.get(k, k) for k in stored} == stored
 
 
 def test_data_not_prepared(capsys, tmp_path):
@@ -414,5 +407,5 @@ def test_inspect_counts_and_draws(capsys, tmp_path):
         assert sheet.stat().st_size > 1000
         counts = [int(line.split()[1]) for line in out.splitlines()[:7]]
         assert sum(counts) == 3
-    sheet = inspect.contact_sheet(tmp_path, "actionfaces/clips", "train")
+    sheet = inspect.contact_sheet(Split(tmp_path, "actionfaces/clips", "train"))
     assert sheet.width == inspect.TILE * inspect.STRIP

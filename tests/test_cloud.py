@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from emollama_jax import cli, config
 from emollama_jax.checkpoint import find, matching
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.paths import as_path, is_remote, write_whole
@@ -99,18 +100,16 @@ DATA = """
 import json, sys
 import numpy as np
 from emollama_jax import config
-from emollama_jax.data.pipeline import open_source
 from emollama_jax.data.tokenizers import load_tokenizer
-from emollama_jax.faces.priors import open_priors
 
 name = "actionfaces/images"
 cfg = config.load("gs://bucket/tiny.yaml", ["data.dir=gs://bucket/data"])
 assert cfg.data.dir == "gs://bucket/data"
-here, there = (open_source(folder, name, "train") for folder in (sys.argv[1], cfg.data.dir))
+here, there = (Split(folder, name, "train").examples for folder in (sys.argv[1], cfg.data.dir))
 assert len(here) == len(there) == 3
 for a, b in zip(here, there):
     assert a["media"] == b["media"] and a["id"] == b["id"]
-a, b = (open_priors(folder, name, "train") for folder in (sys.argv[1], cfg.data.dir))
+a, b = (Split(folder, name, "train").priors for folder in (sys.argv[1], cfg.data.dir))
 assert len(a) == len(b) == 3
 assert all(np.array_equal(x.landmarks, y.landmarks) for x, y in zip(a, b))
 tokenizer = config.override(cfg, ["data.llm_tokenizer.path=gs://bucket/bpe.json"]).data.llm_tokenizer
@@ -135,7 +134,7 @@ def prepared(tmp_path_factory):
     """Three pictures with priors of a fresh FaceXFormer."""
     import numpy as np
 
-    from emollama_jax.faces.priors import PER_EXAMPLE, PER_FRAME, priors_folder
+    from emollama_jax.data.priors import PER_EXAMPLE, PER_FRAME
     from emollama_jax.tiny import builder
 
     folder = tmp_path_factory.mktemp("data")
@@ -146,7 +145,7 @@ def prepared(tmp_path_factory):
         size=32,
         processes=1,
     )
-    priors = pathlib.Path(priors_folder(folder, "actionfaces/images", "train"))
+    priors = pathlib.Path(Split(folder, "actionfaces/images", "train").priors_folder)
     priors.mkdir(parents=True)
     shapes = {"boxes": (3, 4), "found": (3,), "landmarks": (3, 68, 2)}
     shapes |= {"agr": (3, 3), "agr_probability": (3, 3), "offsets": (4,)}

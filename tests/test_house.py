@@ -30,6 +30,7 @@ BASE = {
     "runs",
     "packed",
     "status",
+    "terms",
     "compile_cache",
 }
 LOWER = BASE | {"models", "data", "sharding", "imported", "checkpoint"}
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
     "ahead": set(),
+    "terms": set(),
     "paths": {"errors"},
     "bounds": set(),
     "yaml_file": {"errors", "paths"},
@@ -44,7 +46,7 @@ MAY_IMPORT = {
     "config_overrides": {"errors", "yaml_file", "config_fields"},
     "config_weights": set(),
     "config": {
-        *("errors", "paths", "bounds", "yaml_file"),
+        *("errors", "paths", "bounds", "yaml_file", "terms"),
         *("config_fields", "config_overrides", "config_weights"),
     },
     "tables": {"errors"},

@@ -28,10 +28,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from emollama_jax import config
 from emollama_jax.config import Config
-from emollama_jax.data.emotions import label_space
 from emollama_jax.data.items import category_item
 from emollama_jax.data.pipeline import THREADS, make_train_iterator
+from emollama_jax.data.priors import Prior
+from emollama_jax.data.sets import label_space
+from emollama_jax.data.split import InMemory
 from emollama_jax.errors import UserError
+from emollama_jax.terms import LANDMARKS
 from emollama_jax.tiny.actionfaces.sample import sample_clip
 
 WIDTH, HEIGHT, FPS, SECONDS = 640, 360, 30, 4
@@ -51,17 +54,6 @@ class Speed:
     @property
     def ratio(self) -> float:
         return self.ours / self.torch if self.torch else math.nan
-
-
-@dataclasses.dataclass(frozen=True)
-class FacePrior:
-    """What `data/elements.py` reads of an example's face."""
-
-    boxes: np.ndarray
-    found: np.ndarray
-    landmarks: np.ndarray
-    agr: np.ndarray
-    agr_probability: np.ndarray
 
 
 def bench_config(name: str, *, batch: int) -> Config:
@@ -141,8 +133,8 @@ def make_example(folder: pathlib.Path, index: int) -> dict[str, Any]:
     data, boxes = draw_clip(index)
     path = folder / f"{index}.mp4"
     path.write_bytes(data)
-    grid = np.linspace(-0.8, 0.8, 68, dtype=np.float32)
-    prior = FacePrior(
+    grid = np.linspace(-0.8, 0.8, LANDMARKS, dtype=np.float32)
+    prior = Prior(
         boxes=boxes,
         found=np.ones(len(boxes), bool),
         landmarks=np.tile(np.stack([grid, grid[::-1]], -1), (len(boxes), 1, 1)),
@@ -208,7 +200,7 @@ def measure(start: Callable[[], Iterator[Any]], cfg: Config, batches: int) -> fl
 
 def _ours(cfg: Config, examples: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
     priors = [example["prior"] for example in examples]
-    return make_train_iterator(cfg, open_data=lambda *_: examples, open_priors=lambda *_: priors)
+    return make_train_iterator(cfg, [InMemory(NAME, "train", examples, priors)])
 
 
 class _TorchSide:

@@ -8,13 +8,13 @@ read; it has the same shapes, no labels and no weight.
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
 from emollama_jax.batch import IGNORE, Batch
-from emollama_jax.config import Config, SourceConfig
+from emollama_jax.config import Config
 from emollama_jax.data import prompts
 from emollama_jax.data.chat import open_chat
 from emollama_jax.data.face_crop import crop_face
@@ -26,24 +26,14 @@ from emollama_jax.data.media import (
     segment_indices,
     to_model_frame,
 )
+from emollama_jax.data.priors import Prior
+from emollama_jax.data.split import Split
 from emollama_jax.data.tokenizers import load_tokenizer
 from emollama_jax.errors import UserError
+from emollama_jax.terms import LANDMARKS, Kind
 
-Kind = Literal["image", "clip"]
-View = Literal["all", "middle", "blank"]  # of an evaluation: what of the media the model gets
+Shown = Literal["all", "middle", "blank"]  # in an evaluation: what of the media the model gets
 Row = dict[str, Any]
-
-LANDMARKS = 68
-
-
-class Prior(Protocol):
-    """What is known of an example's face; F = all stored frames of its media."""
-
-    boxes: Float32[np.ndarray, "f 4"]  # (x1, y1, x2, y2) in pixels
-    found: Bool[np.ndarray, " f"]
-    landmarks: Float32[np.ndarray, "f 68 2"]  # in the crop, -1 … 1
-    agr: Int[np.ndarray, "3"]  # age, gender and race class
-    agr_probability: Float32[np.ndarray, "3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +121,7 @@ class Encoder:
         kind: Kind,
         prior: Prior,
         rng: np.random.Generator | None = None,
-        view: View = "all",
+        shown: Shown = "all",
     ) -> Look:
         """Decodes what the model sees of a picture or clip.
 
@@ -140,7 +130,7 @@ class Encoder:
             kind: which of the two.
             prior: of its face.
             rng: as in `indices`.
-            view: "middle" repeats a clip's middle frame; "blank" shows black frames and no face.
+            shown: "middle" repeats a clip's middle frame; "blank" shows black frames and no face.
 
         Raises:
             UserError: the media cannot be read, or the prior is of other media.
@@ -150,7 +140,7 @@ class Encoder:
         else:
 
             def pick(count: int, fps: float | None) -> Int[np.ndarray, " m"]:
-                if view == "middle":
+                if shown == "middle":
                     return np.full(self.cfg.data.clip_frames, count // 2)
                 return self.indices(count, fps, rng)
 
@@ -162,7 +152,7 @@ class Encoder:
             raise UserError(
                 f"{count} frames, but face priors of {len(prior.found)}: compute the priors again"
             )
-        if view == "blank":
+        if shown == "blank":
             return self.empty_look(kind)
         look = self.cut(
             pictures,
@@ -365,38 +355,41 @@ class Encoder:
 
 
 class Examples:
-    """A source's examples as training rows. Pickles, so that worker processes can hold it."""
+    """A split's examples as rows. Pickles, so that worker processes can hold it.
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        source: SourceConfig,
-        *,
-        data: Sequence[Mapping[str, Any]],
-        priors: Sequence[Prior],
-    ):
-        if len(priors) != len(data):
+    Args:
+        encoder: of the config.
+        split: what is read.
+        kind: of the split.
+        items: those that training draws from: "category", "conversation" or "both".
+
+    Raises:
+        UserError: the split has no face priors, or those of another preparation.
+    """
+
+    def __init__(self, encoder: Encoder, split: Split, *, kind: Kind, items: str = "category"):
+        if len(split.priors) != len(split.examples):
             raise UserError(
-                f"{source.name}, split {source.split}: {len(data)} examples, but face priors of "
-                f"{len(priors)}: compute the priors again"
+                f"{split.name}, split {split.split}: {len(split.examples)} examples, but face "
+                f"priors of {len(split.priors)}: compute the priors again"
             )
-        self.encoder, self.source, self.data, self.priors = encoder, source, data, priors
+        self.encoder, self.split, self.kind, self.items = encoder, split, kind, items
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.split.examples)
 
     def training(self, index: int, *, seed: int) -> Row:
         """One row; the seed decides the conversation, its layout and the frames."""
         rng = np.random.Generator(np.random.PCG64(seed))
-        example = self.data[index]
+        example = self.split.examples[index]
         pieces = prompts.split_rounds(self._choose(example, rng), self.encoder.cfg.data.rounds)
         turns = pieces[rng.integers(len(pieces))]
-        kind = self.source.kind
+        kind = self.kind
         try:
             if rng.random() < self.encoder.cfg.data.blank_share:
                 look = self.encoder.empty_look(kind)
             else:
-                prior = self.priors[index]
+                prior = self.split.priors[index]
                 look = self.encoder.look(example["media"], kind=kind, prior=prior, rng=rng)
             row = self.encoder.training_row(look, kind=kind, turns=turns, index=index, rng=rng)
         except UserError as error:
@@ -405,16 +398,15 @@ class Examples:
             row["trouble"] = f"{self.name(example)}: {row['trouble']}"
         return row
 
-    def evaluation(self, index: int, *, view: View) -> tuple[Row, Mapping[str, Any]]:
+    def evaluation(self, index: int, *, shown: Shown) -> tuple[Row, Mapping[str, Any]]:
         """One prompt, the category question's, and the example it is of.
 
         Media that cannot be read are black frames: a prediction is asked for all the same.
         """
-        example = self.data[index]
-        kind = self.source.kind
+        example, kind = self.split.examples[index], self.kind
         try:
             look = self.encoder.look(
-                example["media"], kind=kind, prior=self.priors[index], view=view
+                example["media"], kind=kind, prior=self.split.priors[index], shown=shown
             )
             trouble = ""
         except UserError as error:
@@ -425,7 +417,7 @@ class Examples:
 
     def name(self, example: Mapping[str, Any]) -> str:
         """For log lines."""
-        return f"{self.source.name}, split {self.source.split}, example {example['id']}"
+        return f"{self.split.name}, split {self.split.split}, example {example['id']}"
 
     def _choose(
         self, example: Mapping[str, Any], rng: np.random.Generator
@@ -435,7 +427,7 @@ class Examples:
             "category": [category],
             "conversation": conversations,
             "both": [category, *conversations],
-        }[self.source.items]
+        }[self.items]
         if not items:
             raise UserError(
                 f"{self.name(example)} has no conversation: set items: category for this source"

@@ -1,4 +1,4 @@
-"""The emotion classes of the six facial expression sets and of `actionfaces`. Pure data.
+"""The emotion classes of the six facial expression sets. Pure data.
 
 Several numberings of the classes circulate for the same set, so nothing here is keyed on a number
 but `written`: how the label stands in the set's own files. Predictions, items and reports use class
@@ -132,14 +132,6 @@ LABEL_SPACES: Mapping[str, LabelSpace] = {
         splits=_folds((7333, 1839), (7335, 1837), (7339, 1833), (7340, 1832), (7341, 1831)),
         support={},
     ),
-    # Drawn by this package; its splits are as large as one asks for.
-    "actionfaces": LabelSpace(
-        title="actionfaces",
-        classes=_RAF_DB,
-        written=_RAF_DB,
-        splits={},
-        support={},
-    ),
 }
 
 # Words that answers use → the word that all sets share. Each text lists the forms of one word; the
@@ -252,15 +244,3 @@ _STEMS = {
 def stem(word: str) -> str:
     """One word for all forms of it: "happy" → "happiness", "joyous" → "joy"."""
     return _STEMS.get(word, word)
-
-
-def label_space(name: str) -> LabelSpace:
-    """The classes of a data set, e.g. of a source's name "actionfaces/images".
-
-    Raises:
-        UserError: no such set.
-    """
-    builder = name.partition("/")[0]
-    if builder not in LABEL_SPACES:
-        raise UserError(f"{name}: no such data set; known are {', '.join(LABEL_SPACES)}")
-    return LABEL_SPACES[builder]

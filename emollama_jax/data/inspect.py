@@ -6,18 +6,20 @@ splits, by its name or by the content of its media, and folds that share a test 
 """
 
 import dataclasses
-import os
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw
 
-from emollama_jax.data.builders import registry, store
 from emollama_jax.data.builders.listing import brief
-from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.data.builders.stored import Index
 from emollama_jax.data.media import read_image, read_video
-from emollama_jax.data.pipeline import open_source
+from emollama_jax.data.sets import parse
+from emollama_jax.data.split import Split, prepared
 from emollama_jax.errors import UserError
 
 TILE = 120  # pixels
@@ -81,7 +83,7 @@ class Inspection:
         return [*tables, *self.notes, *([verdict] if differ else same), *faults]
 
 
-def inspect(folder: str | os.PathLike, name: str, split: str | None = None) -> Inspection:
+def inspect(folder: epath.PathLike, name: str, split: str | None = None) -> Inspection:
     """Counts and checks a prepared set.
 
     Args:
@@ -92,112 +94,92 @@ def inspect(folder: str | os.PathLike, name: str, split: str | None = None) -> I
     Raises:
         UserError: no such set, not prepared, or no such split.
     """
-    views = registry.prepared(folder, name)
+    views = prepared(folder, name)
     if split is not None and (unknown := [v for v, given in views.items() if split not in given]):
         given = ", ".join(views[unknown[0]])
         raise UserError(f"{name}: there is no split {split!r}; choose one of {given}")
-    space = registry.space_of(folder, name)
-    indexed = {(view, s): _index(folder, view, s) for view, given in views.items() for s in given}
-    counted = tuple(
-        _count(space, view, s, index) for (view, s), index in indexed.items() if split in (None, s)
-    )
-    metadata = store.read_metadata(folder, registry.place_of(name)) or {}
+    splits = [Split(folder, view, given) for view in views for given in views[view]]
+    counted = tuple(_count(one) for one in splits if split in (None, one.split))
+    metadata = splits[0].stored.metadata or {}
     notes = list(metadata.get("told", ()))
     notes += [f"dropped {rows}: {why}" for why, rows in dict(metadata.get("dropped", {})).items()]
     if metadata.get("missing"):
         notes.append(f"missing files, left out: {metadata['missing']}")
-    return Inspection(counted, tuple(notes), tuple(_faults(views, indexed)))
+    return Inspection(counted, tuple(notes), tuple(_faults(splits)))
 
 
-def _index(folder: str | os.PathLike, name: str, split: str) -> dict[str, np.ndarray]:
-    where = registry.find(folder, name, split)
-    if name.startswith("actionfaces/"):  # drawn: no example can stand twice
-        data = open_source(os.fspath(folder), name, split)
-        examples = [data[i] for i in range(len(data))]
-        ids = np.array([example["id"] for example in examples], str)
-        labels = np.array([int(example["label"]) for example in examples], np.int64)
-        return {"id": ids, "label": labels, "digest": ids}
-    return store.read_index(folder, where)
-
-
-def _count(
-    space: LabelSpace, name: str, split: str, index: Mapping[str, np.ndarray]
-) -> SplitCounts:
-    counts = np.bincount(index["label"], minlength=len(space.classes))
-    config = name.partition("/")[2]
-    key = f"{config}/{split}" if config.startswith("fold") else split
+def _count(split: Split) -> SplitCounts:
+    space, name = split.space, parse(split.name)
+    key = split.split if name.fold is None else f"{name.config}/{split.split}"
     return SplitCounts(
-        name=name,
-        split=split,
+        name=split.name,
+        split=split.split,
         classes=space.classes,
-        counts=tuple(map(int, counts)),
+        counts=tuple(np.bincount(split.index.labels, minlength=len(space.classes)).tolist()),
         published=space.support.get(key),
         published_total=space.splits.get(key),
     )
 
 
-def _faults(
-    views: Mapping[str, Sequence[str]], indexed: Mapping[tuple[str, str], dict[str, np.ndarray]]
-) -> list[str]:
-    """Examples that stand where they should not, a line for each kind and pair of splits."""
-    faults, tests = [], {}
-    for name, splits in views.items():
-        for n, first in enumerate(splits):
-            ids, digests = (indexed[name, first][key] for key in ("id", "digest"))
-            if twice := _repeated(ids):
-                faults.append(
-                    f"{name}, {first}: {len(twice)} duplicated, listed twice: {brief(twice)}"
-                )
-            if alike := _alike(ids, digests):
-                faults.append(
-                    f"{name}, {first}: {len(alike)} duplicated, the same content under two names: "
-                    f"{brief(alike)}"
-                )
-            for second in splits[n + 1 :]:
-                others = indexed[name, second]
-                both = np.intersect1d(ids, others["id"]).tolist()
-                if both:
-                    faults.append(
-                        f"{name}: {len(both)} in both splits, {first} and {second}: {brief(both)}"
-                    )
-                _, here, there = np.intersect1d(digests, others["digest"], return_indices=True)
-                pairs = [
-                    f"{ids[i]} = {others['id'][j]}"
-                    for i, j in zip(here, there, strict=True)
-                    if ids[i] != others["id"][j]
-                ]
-                if pairs:
-                    faults.append(
-                        f"{name}: {len(pairs)} in both splits, the same content in {first} and "
-                        f"{second}: {brief(pairs)}"
-                    )
-        if "/fold" in name and "test" in splits:
-            tests[name] = set(indexed[name, "test"]["id"].tolist())
-    names = list(tests)
-    for n, first in enumerate(names):
-        for second in names[n + 1 :]:
-            if shared := sorted(tests[first] & tests[second]):
-                faults.append(
-                    f"wrong fold: {first} and {second} test {len(shared)} clips alike, and folds "
-                    f"share none: {brief(shared)}"
-                )
+def _faults(splits: Sequence[Split]) -> list[str]:
+    """Examples that are where they should not be, a line for each kind and pair of splits."""
+    faults = []
+    for n, first in enumerate(splits):
+        faults += _within(first)
+        for second in splits[n + 1 :]:
+            if second.name == first.name:
+                faults += _between(first, second)
+    tests = {
+        split.name: set(split.index.ids)
+        for split in splits
+        if split.split == "test" and parse(split.name).fold is not None
+    }
+    for first, second in itertools.combinations(tests, 2):
+        if shared := sorted(tests[first] & tests[second]):
+            faults.append(
+                f"wrong fold: {first} and {second} test {len(shared)} clips alike, and folds "
+                f"share none: {brief(shared)}"
+            )
     return faults
 
 
-def _repeated(ids: np.ndarray) -> list[str]:
-    names, times = np.unique(ids, return_counts=True)
-    return names[times > 1].tolist()
+def _within(split: Split) -> list[str]:
+    """What is in a split twice."""
+    index, where = split.index, f"{split.name}, {split.split}"
+    faults, first = [], _first_ids(index)
+    if twice := sorted(name for name, times in Counter(index.ids).items() if times > 1):
+        faults.append(f"{where}: {len(twice)} duplicated, listed twice: {brief(twice)}")
+    alike: dict[str, str] = {}
+    for name, content in zip(index.ids, index.digests, strict=True):
+        if name != first[content]:
+            alike.setdefault(content, f"{first[content]} = {name}")
+    if alike:
+        pairs = brief([*alike.values()])
+        faults.append(
+            f"{where}: {len(alike)} duplicated, the same content under two names: {pairs}"
+        )
+    return faults
 
 
-def _alike(ids: np.ndarray, digests: np.ndarray) -> list[str]:
-    """Pairs of names whose media are the same, a pair for each content."""
-    order = np.argsort(digests, kind="stable")
-    ids, digests = ids[order], digests[order]
-    pairs = {}
-    for i in np.flatnonzero(digests[1:] == digests[:-1]):
-        if ids[i] != ids[i + 1]:
-            pairs.setdefault(digests[i], f"{ids[i]} = {ids[i + 1]}")
-    return list(pairs.values())
+def _between(first: Split, second: Split) -> list[str]:
+    """What is in two splits of a set."""
+    faults = []
+    if both := sorted({*first.index.ids} & {*second.index.ids}):
+        names = f"{first.split} and {second.split}"
+        faults.append(f"{first.name}: {len(both)} in both splits, {names}: {brief(both)}")
+    here, there = _first_ids(first.index), _first_ids(second.index)
+    pairs = [f"{here[d]} = {there[d]}" for d in here if there.get(d, here[d]) != here[d]]
+    if pairs:
+        faults.append(
+            f"{first.name}: {len(pairs)} in both splits, the same content in {first.split} and "
+            f"{second.split}: {brief(pairs)}"
+        )
+    return faults
+
+
+def _first_ids(index: Index) -> dict[str, str]:
+    """Content → the first example that has it."""
+    return dict(reversed([*zip(index.digests, index.ids, strict=True)]))
 
 
 def _line(label: str, count: int, total: int, expected: int | None) -> str:
@@ -208,13 +190,10 @@ def _line(label: str, count: int, total: int, expected: int | None) -> str:
     return f"{label:<15}{count:>8}{share:>8.1%}   published {expected:>7} {mark}"
 
 
-def contact_sheet(
-    folder: str | os.PathLike, name: str, split: str, *, most: int = 80
-) -> Image.Image:
+def contact_sheet(split: Split, *, most: int = 80) -> Image.Image:
     """Examples spread over a split with their labels: pictures side by side, clips as strips."""
-    data = open_source(os.fspath(folder), name, split)
-    classes = registry.space_of(folder, name).classes
-    strip = data[0]["kind"] == "clip"
+    data, classes = split.examples, split.space.classes
+    strip = split.kind == "clip"
     most = most // 4 if strip else most
     shown = np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)).tolist()
     tiles = [_tile(data[i], classes[int(data[i]["label"])], strip=strip) for i in shown]

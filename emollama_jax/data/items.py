@@ -4,15 +4,14 @@ conversations that `emollama data instruct` stored beside a prepared set, as tra
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from etils import epath
 
 from emollama_jax.errors import UserError
-from emollama_jax.paths import as_path
+from emollama_jax.terms import Kind
 
-# What `emollama data instruct` leaves in `instruct_folder`.
+# What `emollama data instruct` leaves in its folder of a split.
 ITEMS = "items.array_record"  # an example's id, items and their maker as JSON, in the split's order
 CONVERSES = "conversations.npy"  # bool [n], which examples have a conversation
 DONE = "instruct.json"  # settings and counts; written last, so what is beside it is whole
@@ -21,12 +20,12 @@ DONE = "instruct.json"  # settings and counts; written last, so what is beside i
 MEDIUM = {"image": "image", "clip": "video"}
 
 
-def standard_question(kind: Literal["image", "clip"]) -> str:
+def standard_question(kind: Kind) -> str:
     """The question that is put where nobody asks one."""
     return f"Describe the face in the {MEDIUM[kind]} and name the emotion."
 
 
-def category_question(classes: Sequence[str], kind: Literal["image", "clip"]) -> str:
+def category_question(classes: Sequence[str], kind: Kind) -> str:
     """Returns the category question with its options, without the `<image>` place holder.
 
     Args:
@@ -40,9 +39,7 @@ def category_question(classes: Sequence[str], kind: Literal["image", "clip"]) ->
     )
 
 
-def category_item(
-    classes: Sequence[str], label: int, kind: Literal["image", "clip"]
-) -> list[dict[str, str]]:
+def category_item(classes: Sequence[str], label: int, kind: Kind) -> list[dict[str, str]]:
     """Returns the category question and the bare label word, as LLaVA's list of {"from", "value"}.
 
     Args:
@@ -54,53 +51,6 @@ def category_item(
         {"from": "human", "value": "<image>\n" + category_question(classes, kind)},
         {"from": "gpt", "value": classes[label]},
     ]
-
-
-def instruct_folder(data_dir: epath.PathLike, name: str, split: str) -> epath.Path:
-    """Where `emollama data instruct` keeps what it made for a split."""
-    return as_path(data_dir) / "instruct" / name / split
-
-
-def with_conversations(
-    data: Sequence[Mapping[str, Any]], data_dir: epath.PathLike, name: str, split: str
-) -> Sequence[Mapping[str, Any]]:
-    """A prepared split with the conversations that `emollama data instruct` made for it, if any.
-
-    Args:
-        data: the split as it was prepared.
-        data_dir: where it lies.
-        name: of the set.
-        split: of it.
-
-    Raises:
-        UserError: the conversations are of another preparation.
-    """
-    folder = instruct_folder(data_dir, name, split)
-    if not (folder / DONE).exists():
-        return data
-    return Instructed(data, folder)
-
-
-def drawable(
-    data_dir: epath.PathLike, name: str, split: str, items: str, count: int
-) -> Sequence[int]:
-    """The positions of a split that training may draw.
-
-    A source of conversations alone leaves out the examples that have none: those that were set
-    aside, or not asked about yet.
-
-    Args:
-        data_dir: where sets are prepared.
-        name: of the set.
-        split: of it.
-        items: the source's: "category", "conversation" or "both".
-        count: examples of the split.
-    """
-    folder = instruct_folder(data_dir, name, split)
-    if items != "conversation" or not (folder / DONE).exists():
-        return range(count)
-    with (folder / CONVERSES).open("rb") as file:
-        return np.flatnonzero(np.load(file)).tolist()
 
 
 class Instructed(Sequence):

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -25,15 +25,11 @@ import numpy as np
 from absl import flags
 
 from emollama_jax.batch import Batch
-from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.builders import registry
-from emollama_jax.data.elements import Encoder, Examples, Kind, Prior, Row, View, stack
-from emollama_jax.data.items import drawable, with_conversations
+from emollama_jax.config import Config
+from emollama_jax.data.elements import Encoder, Examples, Row, Shown, stack
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-
-Data = Sequence[Mapping[str, Any]]  # examples by their position, read lazily
-Opener = Callable[[str, str, str], Data]  # (folder, name, split)
-PriorOpener = Callable[[str, str, str], Sequence[Prior]]
+from emollama_jax.terms import Kind
 
 THREADS = 2  # that make batches, in the main process or in each worker
 AHEAD = 2  # batches made before they are asked for
@@ -42,32 +38,22 @@ FEW = 1000  # the share of broken media is not judged on fewer examples
 _log = logging.getLogger(__name__)
 
 
-def open_source(folder: str, name: str, split: str) -> Data:
-    """Opens a prepared data set.
-
-    Args:
-        folder: `data.dir`.
-        name: of the set, e.g. "raf_db", "dfew/fold1", "actionfaces/images".
-        split: of it.
+def open_sources(cfg: Config) -> list[Split]:
+    """The splits of a config's sources, with the conversations that were made for them.
 
     Raises:
         UserError: no such set, or not prepared.
     """
-    return registry.open_split(folder, name, split)
-
-
-def open_training(folder: str, name: str, split: str) -> Data:
-    """As `open_source`, with the conversations of `emollama data instruct` where they were made."""
-    return with_conversations(open_source(folder, name, split), folder, name, split)
+    splits = (Split(cfg.data.dir, source.name, source.split) for source in cfg.data.sources)
+    return [split.instructed() for split in splits]
 
 
 def make_train_iterator(
     cfg: Config,
+    splits: Sequence[Split] | None = None,
     *,
-    open_priors: PriorOpener,
     host_index: int = 0,
     host_count: int = 1,
-    open_data: Opener = open_training,
 ) -> "TrainIterator":
     """This host's training batches, without end.
 
@@ -77,11 +63,10 @@ def make_train_iterator(
     Args:
         cfg: the sources' weights are shares of the steps between the two kinds, and of the examples
             between the sources of a kind.
-        open_priors: gives a split's face priors, from the same arguments as `open_data`.
+        splits: of the sources, in their order; None: `open_sources`.
         host_index: which part of every batch is this process's.
         host_count: how many parts there are: consecutive rows, so that a batch of all hosts is the
             batch of one.
-        open_data: gives a split's examples.
 
     Raises:
         UserError: a source, its priors or a size does not fit.
@@ -89,25 +74,22 @@ def make_train_iterator(
     if not cfg.data.sources:
         raise UserError("data.sources is empty: name at least one data set")
     encoder = Encoder(cfg)
+    splits = open_sources(cfg) if splits is None else splits
     sources = [
-        Examples(
-            encoder,
-            source,
-            data=open_data(cfg.data.dir, source.name, source.split),
-            priors=open_priors(cfg.data.dir, source.name, source.split),
-        )
-        for source in cfg.data.sources
+        Examples(encoder, split, kind=source.kind, items=source.items)
+        for source, split in zip(cfg.data.sources, splits, strict=True)
     ]
+    kept = [source.weight for source in cfg.data.sources]
     steps, weights = [], []
     for kind in ("image", "clip"):
-        numbers = [i for i, examples in enumerate(sources) if examples.source.kind == kind]
+        numbers = [i for i, examples in enumerate(sources) if examples.kind == kind]
         if numbers:
-            drawn = _drawn(sources, numbers, seed=cfg.train.seed, folder=cfg.data.dir)
+            drawn = _drawn(sources, numbers, kept, seed=cfg.train.seed)
             size = _local_batch(cfg, kind, host_count)
             local = _Share(drawn, rows=size, index=host_index, count=host_count)
             rows = local.map(_Decode(sources))
             steps.append(rows.batch(size, drop_remainder=True, batch_fn=stack))
-            weights.append(sum(sources[i].source.weight for i in numbers))
+            weights.append(sum(kept[i] for i in numbers))
     return TrainIterator(
         _mix(steps, weights),
         workers=cfg.data.workers,
@@ -182,12 +164,10 @@ class EvalBatch:
 
 def make_eval_batches(
     cfg: Config,
-    source: SourceConfig,
+    split: Split,
     *,
     batch: int,
-    open_priors: PriorOpener,
-    open_data: Opener = open_source,
-    view: View = "all",
+    shown: Shown = "all",
     host_index: int = 0,
     host_count: int = 1,
 ) -> Iterator[EvalBatch]:
@@ -195,24 +175,18 @@ def make_eval_batches(
 
     Args:
         cfg: the run's.
-        source: the data set and its split.
+        split: what is evaluated.
         batch: rows of a batch, all hosts together; the last ones are padded, so that every host
             gets the same number of batches.
-        open_priors: as in `make_train_iterator`, as is `open_data`.
-        view: "all" frames, a clip's "middle" frame alone, or a "blank".
+        shown: "all" frames, a clip's "middle" frame alone, or a "blank".
         host_index: as in `make_train_iterator`, as is `host_count`.
     """
-    examples = Examples(
-        Encoder(cfg),
-        source,
-        data=open_data(cfg.data.dir, source.name, source.split),
-        priors=open_priors(cfg.data.dir, source.name, source.split),
-    )
+    examples = Examples(Encoder(cfg), split, kind=split.kind)
     count = len(examples)
     padded = grain.MapDataset.range(-(-count // batch) * batch)
     size = batch // host_count
     local = _Share(padded, rows=size, index=host_index, count=host_count)
-    rows = local.map(lambda index: _evaluate(examples, index, view))
+    rows = local.map(lambda index: _evaluate(examples, index, shown))
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
     batches = iter(rows.batch(size, batch_fn=_stack_evaluation).to_iter_dataset(options))
     try:
@@ -222,22 +196,20 @@ def make_eval_batches(
 
 
 def _drawn(
-    sources: Sequence[Examples], numbers: Sequence[int], *, seed: int, folder: str
+    sources: Sequence[Examples], numbers: Sequence[int], weights: Sequence[float], *, seed: int
 ) -> grain.MapDataset:
     """Endless (number of the source, position, seed of its choices), mixed by weight."""
-    each, weights = [], []
+    each = []
     for number in numbers:
-        source = sources[number].source
-        count = len(sources[number])
-        usable = drawable(folder, source.name, source.split, source.items, count)
+        source = sources[number]
+        usable = source.split.drawable(source.items)
         if not usable:
-            what = "no examples with a conversation" if count else "no examples"
-            raise UserError(f"{source.name}, split {source.split}: {what}")
+            what = "no examples with a conversation" if len(source) else "no examples"
+            raise UserError(f"{source.split.name}, split {source.split.split}: {what}")
         own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         positions = grain.MapDataset.source(usable).seed(own).shuffle().repeat()
         each.append(positions.random_map(functools.partial(_draw, number)))
-        weights.append(source.weight)
-    return _mix(each, weights)
+    return _mix(each, [weights[number] for number in numbers])
 
 
 def _draw(number: int, position: int, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -258,7 +230,7 @@ def _local_batch(cfg: Config, kind: Kind, hosts: int) -> int:
 
 def _distinct(sources: Sequence[Examples]) -> int:
     """How many examples there are; two sources may read the same split."""
-    return sum({(x.source.name, x.source.split): len(x) for x in sources}.values())
+    return sum({(x.split.name, x.split.split): len(x) for x in sources}.values())
 
 
 class _Share(grain.MapDataset):
@@ -315,9 +287,9 @@ class _Watch:
             )
 
 
-def _evaluate(examples: Examples, index: int, view: View) -> tuple[Row, Mapping[str, Any] | None]:
+def _evaluate(examples: Examples, index: int, shown: Shown) -> tuple[Row, Mapping[str, Any] | None]:
     """A row; rows of the padding repeat the last example, without weight."""
-    row, example = examples.evaluation(min(index, len(examples) - 1), view=view)
+    row, example = examples.evaluation(min(index, len(examples) - 1), shown=shown)
     if index < len(examples):
         return row, example
     return row | {"weight": np.float32(0)}, None

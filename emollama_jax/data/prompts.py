@@ -28,9 +28,11 @@ from jaxtyping import Bool, Int32
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN
 from emollama_jax.data.chat import Chat
 from emollama_jax.data.face_labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
+from emollama_jax.data.items import MEDIUM
 from emollama_jax.data.templates import Template, Token
 from emollama_jax.data.tokenizers import Tokenizer
 from emollama_jax.errors import UserError
+from emollama_jax.terms import Kind
 
 PLACE = "<image>"  # LLaMA-VID's place holder, of images and videos alike
 
@@ -57,7 +59,7 @@ class Encoded:
 
 def agr_sentence(
     *,
-    kind: Literal["image", "clip"],
+    kind: Kind,
     age: int,
     gender: int,
     race: int,
@@ -74,7 +76,7 @@ def agr_sentence(
         race: "Others" says nothing and is left out.
         probability: of the three classes, in this order.
         threshold: attributes below it are left out.
-        race_labels: which order of the race classes holds (`faces/labels.py`).
+        race_labels: which order of the race classes holds (`face_labels.py`).
 
     Returns:
         The sentence; "" where nothing is left to say.
@@ -90,8 +92,7 @@ def agr_sentence(
         return ""
     words = " ".join(word for word in (age_word, race_word, noun) if word)
     article = "an" if words[0] in "AEIOU" else "a"
-    medium = {"image": "image", "clip": "video"}[kind]
-    return f"The person in the {medium} is {article} {words}."
+    return f"The person in the {MEDIUM[kind]} is {article} {words}."
 
 
 def read_turns(conversation: Conversation) -> tuple[Turn, ...]:

@@ -11,7 +11,6 @@ attributes) has no column: it stays masked.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 
@@ -19,8 +18,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float32, Int64
 
-from emollama_jax.data.builders import registry
 from emollama_jax.data.face_labels import AGE_LABELS
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
 
@@ -53,9 +52,9 @@ def classes_of(age: np.ndarray, male: np.ndarray) -> np.ndarray:
     return np.stack([*columns, np.full(len(age), UNKNOWN)], axis=1).astype(np.int64)
 
 
-def labels_path(data_dir: str | os.PathLike, stored: str, split: str) -> epath.Path:
-    """Where the labels of e.g. ("data", "ferplus", "train") are."""
-    return as_path(data_dir) / "taught" / stored / f"{split}.npz"
+def labels_path(split: Split) -> epath.Path:
+    """Where the labels of the stored split lie, e.g. DATA/taught/ferplus/train.npz."""
+    return as_path(split.data_dir) / "taught" / f"{split.place}.npz"
 
 
 def write_labels(path: pathlib.Path, labels: Labels, of: Mapping[str, str]) -> None:
@@ -83,26 +82,22 @@ def read_columns(path: epath.PathLike) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def read_labels(data_dir: str | os.PathLike, name: str, split: str) -> Labels:
-    """The labels of a prepared split, in the order of its examples.
-
-    Args:
-        data_dir: where sets are prepared.
-        name: of the set.
-        split: of it.
+def read_labels(split: Split) -> Labels:
+    """The labels of a split, in the order of its examples.
 
     Raises:
-        UserError: not prepared, not labelled, or labelled when it was another set.
+        UserError: not labelled, or labelled when it was another set.
     """
-    where = registry.find(data_dir, name, split)
-    path = labels_path(data_dir, where.name, where.split)
-    again = f"run `python -m tools.face_teacher {name} --data {data_dir} --split {split}`"
+    path = labels_path(split)
+    words = f"{split.name} --data {split.data_dir} --split {split.split}"
+    again = f"run `python -m tools.face_teacher {words}`"
     if not path.exists():
         raise UserError(f"{path}: no labels of a teacher; {again}")
     columns = read_columns(path)
     of = json.loads(str(columns.pop("of")))
-    if of["data"] != registry.fingerprint(data_dir, where.name):
-        raise UserError(f"{path}: the labels are of another preparation of {where.name}; {again}")
-    if where.positions is not None:
-        columns = {key: column[where.positions] for key, column in columns.items()}
+    if of["data"] != split.stored.fingerprint:
+        other = f"the labels are of another preparation of {split.stored.name}"
+        raise UserError(f"{path}: {other}; {again}")
+    if split.positions is not None:
+        columns = {key: column[split.positions] for key, column in columns.items()}
     return Labels(**columns)

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from emollama_jax.data.names import check_prepared
+from emollama_jax.data.sets import check_prepared
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import groups
 from emollama_jax.evaluate.copies import Copies, find_copies

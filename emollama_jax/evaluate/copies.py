@@ -80,9 +80,9 @@ def find_copies(folder: str, name: str, split: str, other: str | None) -> Copies
     """
     if other is None:
         return None
-    from emollama_jax.data.duplicates import also_in  # TFDS, which plain files need not
+    from emollama_jax.data.split import Split  # TFDS, which plain files need not
 
-    return Copies(other, also_in(folder, name, split, other))
+    return Copies(other, Split(folder, name, split).also_in(other))
 
 
 def leave_out(predictions: Sequence[Prediction], copies: Copies, space: LabelSpace) -> Without:

@@ -7,7 +7,8 @@ number. So the mean is only there when every fold is.
 import dataclasses
 from collections.abc import Sequence
 
-from emollama_jax.data.emotions import LabelSpace, label_space
+from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.data.sets import label_space, parse
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import groups, metrics
 from emollama_jax.evaluate.protocol import Prediction, folds_of
@@ -25,7 +26,7 @@ def names(source: str, fold: str | None, *, without: str | None = None) -> list[
     Raises:
         UserError: no such fold, or none named.
     """
-    builder, _, view = source.partition("/")
+    builder, view = parse(source)
     count = folds_of(source)
     if count == 1:
         if fold is not None:

@@ -2,7 +2,7 @@
 
 The truth and the answer of an item each stand in a named column. Both are words: numbers are
 refused, since several number orders circulate for the same set. A truth has to be a class word or
-its synonym; an answer may be anything that `parse` reads as a ranked list, and in JSON
+its synonym; an answer may be anything that `parse_answer` reads as a ranked list, and in JSON
 also scores, records and lists.
 
 Without a named set the classes are the seven basic emotions; with contempt, or all of MAFW's
@@ -10,6 +10,7 @@ eleven, where a truth needs them. They bear the truth column's own words. Truths
 words for one of these classes ("calm" and "neutral") may be two classes or one; that is asked.
 """
 
+import contextlib
 import difflib
 import json
 import math
@@ -19,10 +20,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, label_space, stem
+from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, stem
+from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.options import PredictionFiles
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.parse.vocabulary import vocabulary
 from emollama_jax.evaluate.protocol import Prediction, read_predictions
 from emollama_jax.tables import Rows, read_rows
@@ -75,7 +77,7 @@ def read_foreign(
                 f"{path}, line {line}: truth {truth!r} is no class of {space.title} (wanted one of "
                 f"{', '.join(space.classes)}; name other classes with --classes)"
             )
-        parsed = parse(cell, space, form=form)
+        parsed = parse_answer(cell, space, form=form)
         found.append(
             Prediction(
                 id=str(row[columns.id_column]) if columns.id_column else f"line {line}",
@@ -183,7 +185,7 @@ def _usual(title: str, spelled: Mapping[str, str]) -> LabelSpace:
 def _own_space(path: pathlib.Path, found: Sequence[Prediction]) -> LabelSpace:
     """The classes of a file of `emollama eval`: its set's, or those that its items bear."""
     source = found[0].source.partition(":")[0]
-    if source.partition("/")[0] in LABEL_SPACES:
+    with contextlib.suppress(UserError):  # a user's own set, of which only the file is here
         return label_space(source)
     words = dict.fromkeys(item.label for item in found)
     words |= dict.fromkeys(item.predicted for item in found if item.predicted is not None)

@@ -111,11 +111,11 @@ def read_seen(
     data_dir: epath.PathLike, name: str, split: str, *, race_labels: RaceLabels = "measured"
 ) -> Seen:
     """What the priors of a prepared split say; why nothing, where it has none."""
-    from emollama_jax.faces.priors import open_priors  # it imports JAX
+    from emollama_jax.data.split import Split  # TFDS, which plain files need not
 
     try:
-        priors = open_priors(data_dir, name, split)
-        ids = item_names(data_dir, name, split)
+        there = Split(data_dir, name, split)
+        priors, ids = there.priors, there.index.ids
     except (UserError, OSError) as error:
         return Seen({}, race_labels, str(error))
     groups = {}
@@ -131,10 +131,9 @@ def item_names(data_dir: epath.PathLike, name: str, split: str) -> Sequence[str]
     Raises:
         UserError: not prepared.
     """
-    from emollama_jax.data.builders.registry import open_split  # TFDS, which plain files need not
-    from emollama_jax.data.index import read_index
+    from emollama_jax.data.split import Split  # TFDS, which plain files need not
 
-    return read_index(data_dir, name, split, open_split(data_dir, name, split)).ids
+    return Split(data_dir, name, split).index.ids
 
 
 def joined(parts: Iterable[Seen]) -> Seen:

@@ -12,7 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from emollama_jax.data.emotions import LABEL_SPACES, label_space
+from emollama_jax.data.emotions import LABEL_SPACES
+from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds
 from emollama_jax.evaluate.beside import Place, look_up

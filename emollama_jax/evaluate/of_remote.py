@@ -18,22 +18,21 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from emollama_jax.data.builders.registry import open_split, space_of
 from emollama_jax.data.face_crop import crop_face
-from emollama_jax.data.index import read_index
 from emollama_jax.data.media import read_frames, read_image, segment_indices
+from emollama_jax.data.priors import Prior
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds
 from emollama_jax.evaluate.asked import Asked
 from emollama_jax.evaluate.copies import find_copies
 from emollama_jax.evaluate.groups import read_seen
 from emollama_jax.evaluate.options import ZeroShot
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.protocol import Prediction, subject_of
 from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.result import Answers, Result, Settings
 from emollama_jax.evaluate.trace import data_hash, predictions_hash, versions
-from emollama_jax.faces.priors import Priors, open_priors
 from emollama_jax.remote.clients import check_spec
 from emollama_jax.remote.journal import Entry, Journal
 from emollama_jax.remote.prices import price_of
@@ -80,14 +79,11 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     Raises:
         UserError: no such model or set, a service that refuses, or examples left without answer.
     """
-    data = open_split(options.dir, options.data, options.split)
-    native = options.order == "native"
-    asked = Asked(space_of(options.dir, options.data), options.order, native=native)
+    split = Split(options.dir, options.data, options.split)
+    data, index = split.examples, split.index
+    asked = Asked(split.space, options.order, native=options.order == "native")
     count = len(data) if options.limit is None else min(options.limit, len(data))
-    priors = None
-    if options.crop == "face":
-        priors = open_priors(options.dir, options.data, options.split)
-    index = read_index(options.dir, options.data, options.split, data)
+    priors = split.priors if options.crop == "face" else None
     tasks = [
         Task(
             f"{index.ids[i]} {index.digests[i]}",
@@ -124,7 +120,7 @@ def _prediction(
     options: ZeroShot, asked: Asked, example: Mapping[str, Any], entry: Entry
 ) -> Prediction:
     text = entry.value or ""
-    parsed = parse(text, asked.space)
+    parsed = parse_answer(text, asked.space)
     return Prediction(
         id=example["id"],
         source=f"{options.data}:{options.split}",
@@ -232,7 +228,7 @@ def _judge(reply: Reply) -> Verdict:
 def _request(
     options: ZeroShot,
     data: Data,
-    priors: Priors | None,
+    priors: Sequence[Prior] | None,
     asked: Asked,
     index: int,
     rejections: Sequence[str],

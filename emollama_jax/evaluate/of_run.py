@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -10,10 +9,10 @@ from rich.console import Console
 from emollama_jax import config
 from emollama_jax.checkpoint import load_for_inference, read_config
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.builders.registry import space_of
 from emollama_jax.data.elements import Encoder
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.pipeline import open_source
+from emollama_jax.data.sets import parse
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds, groups
 from emollama_jax.evaluate.asked import Asked, map_classes, unanswerable
@@ -32,7 +31,6 @@ from emollama_jax.evaluate.trace import (
     priors_hash,
     versions,
 )
-from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.runs import PACKAGE, find
 from emollama_jax.sharding.distributed import leads
@@ -128,9 +126,9 @@ def evaluate_run(
         UserError: no or unfitting data; no split of the name that `how.without` gives.
     """
     copies = find_copies(cfg.data.dir, name, split, how.without)
-    data = open_source(cfg.data.dir, name, split)
-    source = SourceConfig(name=name, split=split, kind=data[0]["kind"], weight=1.0)
-    space, asked = space_of(cfg.data.dir, name), asked_in(cfg, name, how)
+    opened = Split(cfg.data.dir, name, split)
+    data, space, asked = opened.examples, opened.space, asked_in(cfg, name, how)
+    source = SourceConfig(name=name, split=split, kind=opened.kind, weight=1.0)
     with Bars(console) as bars:
         progress = bars.bar(f"{name}, {split}", len(data))
         found = predict(cfg, model, source, how, progress=progress, mesh=mesh)
@@ -143,9 +141,9 @@ def evaluate_run(
     files = dict(zip(names, found.values(), strict=True))
     trace, mistakes = {}, []
     if leads():
-        trace = _trace(cfg, source, data, files, run)
+        trace = _trace(opened, files, run)
         trace["question"] = asked.question(data[0]["id"], source.kind)
-        mistakes = _pictures(cfg, source, how, answers[0].predictions)
+        mistakes = _pictures(cfg, opened, how, answers[0].predictions)
     return Result(
         title=f"{name}, {split}",
         lede=f"{len(data):,} examples; the model answers by {VERBS[how.answering]}.",
@@ -160,20 +158,15 @@ def evaluate_run(
 
 
 def _trace(
-    cfg: Config,
-    source: SourceConfig,
-    data: Sequence[Any],
-    files: Mapping[str, Sequence[Prediction]],
-    run: str | None,
+    split: Split, files: Mapping[str, Sequence[Prediction]], run: str | None
 ) -> dict[str, str]:
     """Hashes of the predictions, the checkpoint, the data and the face priors."""
     trace = {file: predictions_hash(items) for file, items in files.items()}
-    about = f"{source.name}, {source.split}"
+    about, priors = f"{split.name}, {split.split}", split.priors
     if run is not None:
         found = find(run)
         trace[f"checkpoint {PACKAGE if run == PACKAGE else found}"] = folder_hash(found)
-    priors = open_priors(cfg.data.dir, source.name, source.split)
-    trace[f"data, {about}"] = data_hash(data, space_of(cfg.data.dir, source.name))
+    trace[f"data, {about}"] = data_hash(split.examples, split.space)
     trace[f"face priors, {about}"] = priors_hash(priors[i] for i in range(len(priors)))
     return trace
 
@@ -185,9 +178,9 @@ def check_unseen(cfg: Config, name: str, split: str) -> None:
         UserError: the run's sources hold the tested split, or another fold of the set, whose
             training list holds most of this fold's test items.
     """
-    builder, _, view = name.partition("/")
+    builder, view = parse(name)
     for source in cfg.data.sources:
-        other, _, trained = source.name.partition("/")
+        other, trained = parse(source.name)
         if source.name == name and source.split == split:
             raise UserError(f"{name}: the run was trained on its split {split!r}; test another")
         if folds_of(name) > 1 and other == builder and trained != view:
@@ -240,20 +233,18 @@ def _mapping(asked: Asked, space: LabelSpace, tested: Answers) -> list[Table]:
 
 
 def _pictures(
-    cfg: Config, source: SourceConfig, how: Asking, predictions: Sequence[Prediction]
+    cfg: Config, split: Split, how: Asking, predictions: Sequence[Prediction]
 ) -> list[Exhibit]:
     """The worst mistakes as the model saw them; none of a licensed set, unless asked for."""
-    protocol = protocol_of(source.name)
+    protocol = protocol_of(split.name)
     if not (how.pictures or (protocol is not None and protocol.open)):
         return []
-    encoder = Encoder(cfg)
-    data = open_source(cfg.data.dir, source.name, source.split)
-    priors = open_priors(cfg.data.dir, source.name, source.split)
+    encoder, data, priors = Encoder(cfg), split.examples, split.priors
     found = []
     for number in worst(predictions):
         item = predictions[number]
         try:
-            look = encoder.look(data[number]["media"], kind=source.kind, prior=priors[number])
+            look = encoder.look(data[number]["media"], kind=split.kind, prior=priors[number])
         except UserError:
             continue  # unreadable media were answered blind; there is nothing to show
         frames = list(look.frames[:: max(1, -(-len(look.frames) // STRIP))])

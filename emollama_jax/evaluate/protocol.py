@@ -13,7 +13,8 @@ from typing import Any, get_args
 import numpy as np
 from etils import epath
 
-from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace
+from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.data.sets import label_space, parse
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics
 from emollama_jax.evaluate.parse import Reading
@@ -33,7 +34,7 @@ class Protocol:
     @property
     def space(self) -> LabelSpace:
         """The classes, in the set's native order."""
-        return LABEL_SPACES[self.name]
+        return label_space(self.name)
 
 
 SEGMENTS = 16  # of a clip in testing: the centre frame of each
@@ -60,7 +61,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 def protocol_of(source: str) -> Protocol | None:
     """The protocol of a source, e.g. "dfew/fold1"; None for a user's own set."""
-    return PROTOCOLS.get(source.partition("/")[0])
+    return PROTOCOLS.get(parse(source).family)
 
 
 def folds_of(source: str) -> int:

@@ -6,6 +6,8 @@ Only numbers whose origin is public are listed; None is what was not published.
 
 import dataclasses
 
+from emollama_jax.data.sets import parse
+
 
 @dataclasses.dataclass(frozen=True)
 class Published:
@@ -62,5 +64,5 @@ _ROWS = (
 
 def published(source: str) -> list[Published]:
     """The field's numbers on a set, best WAR first; none for a user's own data."""
-    name = source.partition("/")[0]
+    name = parse(source).family
     return sorted((row for of, row in _ROWS if of == name), key=lambda row: -row.war)

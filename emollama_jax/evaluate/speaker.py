@@ -20,17 +20,16 @@ from jaxtyping import Float
 from emollama_jax.batch import Batch
 from emollama_jax.checkpoint import ONE_DEVICE
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.builders.registry import space_of
 from emollama_jax.data.chat import open_chat
-from emollama_jax.data.elements import Encoder, View, stack
-from emollama_jax.data.pipeline import Data, make_eval_batches, open_source
+from emollama_jax.data.elements import Encoder, Shown, stack
+from emollama_jax.data.pipeline import make_eval_batches
 from emollama_jax.data.prompts import answer_ids
+from emollama_jax.data.split import Split, space_of
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.asked import Asked, Reworded, map_classes
 from emollama_jax.evaluate.options import Answering, Asking
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.protocol import Prediction, subject_of
-from emollama_jax.faces.priors import open_priors
 from emollama_jax.generate.decode import decode, make_ending, texts
 from emollama_jax.generate.flagged import of_backend
 from emollama_jax.generate.label_scores import Labels, pad_labels, score
@@ -75,7 +74,7 @@ def predict(
     source: SourceConfig,
     how: Asking,
     *,
-    view: View = "all",
+    shown: Shown = "all",
     progress: Callable[[int], None] = lambda done: None,
     mesh: Mesh | None = None,
 ) -> dict[Answering, list[Prediction]]:
@@ -86,7 +85,7 @@ def predict(
         model: trained.
         source: the data set and split.
         how: ways of answering, for all of which frames are looked at once, and what is asked.
-        view: "all" frames of a clip, its "middle" frame alone, or a "blank" picture.
+        shown: "all" frames of a clip, its "middle" frame alone, or a "blank" picture.
         progress: called with the number of examples done.
         mesh: mesh that the model is spread over; None for one device.
 
@@ -98,22 +97,18 @@ def predict(
     if how.batch % batch_shards(mesh):
         wanted = f"a multiple of {batch_shards(mesh)}: mesh.data × mesh.fsdp"
         raise UserError(f"--batch is {how.batch}, wanted {wanted}")
-
-    def open_asked(folder: str, name: str, split: str) -> Data:
-        data = open_source(folder, name, split)
-        return data if asked.native else Reworded(data, asked)
-
+    split = Split(cfg.data.dir, source.name, source.split)
+    if not asked.native:
+        split = split.with_examples(Reworded(split.examples, asked))
     steps = make_eval_batches(
         cfg,
-        source,
+        split,
         batch=how.batch,
-        open_priors=open_priors,
-        open_data=open_asked,
-        view=view,
+        shown=shown,
         host_index=part.index,
         host_count=part.count,
     )
-    answerer = _BatchAnswerer(cfg, model, source, asked)
+    answerer = _BatchAnswerer(cfg, model, split, asked)
     mine, done = part.rows(how.batch), 0
     found: dict[Answering, dict[int, Prediction]] = {way: {} for way in how.ways}  # by place
     with jax.set_mesh(mesh):
@@ -165,11 +160,11 @@ def describe(
             again.
     """
     encoder = Encoder(cfg)
-    data = open_source(cfg.data.dir, source.name, source.split)
-    priors = open_priors(cfg.data.dir, source.name, source.split)
+    split = Split(cfg.data.dir, source.name, source.split)
     rows = []
     for index in indices:
-        look = encoder.look(data[index]["media"], kind=source.kind, prior=priors[index])
+        media, prior = split.examples[index]["media"], split.priors[index]
+        look = encoder.look(media, kind=source.kind, prior=prior)
         rows.append(encoder.prompt_row(look, kind=source.kind, question=question, index=index))
     speaker = Speaker(cfg, model)
     padded = rows + rows[-1:] * (batch - len(rows))
@@ -183,11 +178,11 @@ def describe(
 class _BatchAnswerer:
     """Predictions about batches of a split, in the tested set's words."""
 
-    def __init__(self, cfg: Config, model: EmoLlama, source: SourceConfig, asked: Asked):
+    def __init__(self, cfg: Config, model: EmoLlama, split: Split, asked: Asked):
         self.speaker = Speaker(cfg, model)
-        self._source, self._asked = source, asked
-        self._tested = space_of(cfg.data.dir, source.name)
-        self._means = map_classes(asked.space, self._tested)
+        self._asked, self._tested = asked, split.space
+        self._source = f"{split.name}:{split.split}"
+        self._means = map_classes(asked.space, split.space)
         chat = self.speaker.chat
         self._labels = pad_labels([answer_ids(name, chat=chat) for name in asked.space.classes])
 
@@ -200,7 +195,7 @@ class _BatchAnswerer:
         """The prediction about an example."""
         return Prediction(
             id=example["id"],
-            source=f"{self._source.name}:{self._source.split}",
+            source=self._source,
             label=self._tested.classes[int(example["label"])],
             subject=subject_of(example),
             options=None if self._asked.native else self._asked.options(example["id"]),
@@ -215,7 +210,7 @@ class _BatchAnswerer:
 
     def _written(self, prompt: Prompt) -> list[dict[str, Any]]:
         texts = self.speaker.write(prompt, max_new_tokens=ANSWER_TOKENS)
-        parsed = [parse(text, self._asked.space) for text in texts]
+        parsed = [parse_answer(text, self._asked.space) for text in texts]
         return [
             {"predicted": p.label, "parsed": p.how, "text": text, "scores": None}
             for text, p in zip(texts, parsed, strict=True)

@@ -1,44 +1,37 @@
-"""Face priors: box, landmarks and age-gender-race of every example, computed once per data set.
+"""Computes face priors: box, landmarks and age-gender-race of every example, once per data set.
 
 The dense face features are not stored: the frozen FaceXFormer computes them inside the train step.
-A split's priors are a folder of `.npy` files in the data directory, read through memory maps; the
-frames of all examples lie one after the other, and `offsets` says where each example's begin. An
-example whose media cannot be read has no frames; one without a face has frames in which it is not
-found. Both stay, so that priors and examples keep the same order.
-
 Threads decode while the devices search (`mtcnn.Detector.many`) and read (`Reader`), both in batches
-of one static size, split over the devices of a mesh. What is done is on disk part by part.
+of one static size, split over the devices of a mesh. What is done is on disk part by part, and in
+the end in the form that `data/priors.py` reads.
 """
 
 import dataclasses
 import functools
-import io
 import json
 import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from emollama_jax.ahead import ahead
-from emollama_jax.data.builders import registry
 from emollama_jax.data.face_crop import track
 from emollama_jax.data.media import read_image, read_video
+from emollama_jax.data.priors import PER_EXAMPLE, PER_FRAME, Prior
+from emollama_jax.data.sets import Report
 from emollama_jax.errors import UserError
-from emollama_jax.faces.reader import Detect, Prior, Reader, cut_out, read_faces
-from emollama_jax.paths import as_path, is_remote
+from emollama_jax.faces.reader import Detect, Reader, cut_out, read_faces
+from emollama_jax.paths import parts_folder
 
 CHUNK = {"image": 512, "clip": 32}  # examples of one resumable part
 GROUP = 256  # frames that are searched and read together, at least; one clip's stay together
 GROUP_BYTES = 2**29  # of decoded frames, at which a group is closed earlier
 AHEAD = 8  # examples decoded before they are asked for
 SMOOTHING = 5  # frames of a centred mean over a clip's boxes, against the detector's jitter
-PER_FRAME = ("boxes", "found", "landmarks")
-PER_EXAMPLE = ("agr", "agr_probability")
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +52,13 @@ class Summary:
         """Frames a second of this run."""
         return self.frames_done / self.seconds if self.seconds else 0.0
 
+    def __str__(self) -> str:
+        speed = f", {self.rate:,.1f} frames/s" if self.frames_done else ""
+        return (
+            f"{self.frames:,} frames of {self.examples:,} examples{speed}; "
+            f"{self.without_face} without a face, {self.unreadable} unreadable"
+        )
+
 
 def prepare_priors(
     examples: Sequence[Mapping[str, Any]],
@@ -66,7 +66,7 @@ def prepare_priors(
     *,
     reader: Reader,
     detect: Detect,
-    progress: Callable[[int, int], None],
+    progress: Report,
     fingerprint: str = "",
     threads: int = 2,
 ) -> Summary:
@@ -87,14 +87,11 @@ def prepare_priors(
         "data": fingerprint,
         "smoothing": SMOOTHING,
     }
-    parts = folder.with_name(folder.name + ".parts")
-    if (done := _read_json(folder / "done.json")) and done["of"] == mark:
+    path = folder / "done.json"
+    if path.exists() and (done := json.loads(path.read_text()))["of"] == mark:
         return Summary(**done["summary"], frames_done=0, seconds=0.0)
     shutil.rmtree(folder, ignore_errors=True)
-    if _read_json(parts / "of.json") != mark:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        (parts / "of.json").write_text(json.dumps(mark))
+    parts = parts_folder(folder.with_name(folder.name + ".parts"), mark)
     began, frames = time.monotonic(), 0
     chunk = CHUNK[examples[0]["kind"]] if len(examples) else 1
     files = []
@@ -113,7 +110,7 @@ def prepare_priors(
             frames += sum(len(prior.found) for prior in priors)
         progress(stop, len(examples))
     summary = _join(files, folder)
-    (folder / "done.json").write_text(json.dumps({"of": mark, "summary": summary}))
+    path.write_text(json.dumps({"of": mark, "summary": summary}))
     shutil.rmtree(parts)
     return Summary(**summary, frames_done=frames, seconds=time.monotonic() - began)
 
@@ -178,79 +175,6 @@ def _read_group(group: Sequence[_Decoded], *, reader: Reader, detect: Detect) ->
     return read_faces(seen, reader)
 
 
-class Priors(Sequence):
-    """The stored priors of a split, read lazily."""
-
-    def __init__(self, folder: epath.PathLike):
-        folder = as_path(folder)
-        if not (folder / "done.json").exists():
-            raise UserError(
-                f"{folder}: no face priors; run `emollama data prepare` for this data set first"
-            )
-        self._folder = folder
-        self._open()
-
-    def _open(self) -> None:
-        names = (*PER_FRAME, *PER_EXAMPLE, "offsets")
-        self._arrays = {n: _load(self._folder / f"{n}.npy") for n in names}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder}  # memory maps are opened anew in a worker process
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-    def __len__(self) -> int:
-        return len(self._arrays["offsets"]) - 1
-
-    def __getitem__(self, index: int) -> Prior:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        start, stop = self._arrays["offsets"][index : index + 2]
-        frames = {name: np.array(self._arrays[name][start:stop]) for name in PER_FRAME}
-        whole = {name: np.array(self._arrays[name][index]) for name in PER_EXAMPLE}
-        return Prior(**frames, **whole)
-
-
-def priors_folder(data_dir: epath.PathLike, name: str, split: str) -> epath.Path:
-    """Where the priors of e.g. ("data", "actionfaces/images", "train") lie."""
-    return as_path(data_dir) / "priors" / name / split
-
-
-def open_priors(data_dir: epath.PathLike, name: str, split: str) -> Sequence[Prior]:
-    """The priors of a prepared split, in the order of its examples.
-
-    Raises:
-        UserError: they are not prepared.
-    """
-    where = registry.find(data_dir, name, split)
-    whole = Priors(priors_folder(data_dir, where.name, where.split))
-    return whole if where.positions is None else Some(whole, where.positions)
-
-
-class Some(Sequence):
-    """The priors of a view, e.g. of a fold: they are computed once for all."""
-
-    def __init__(self, whole: Priors, positions: Sequence[int]):
-        self._whole, self._positions = whole, positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, index: int) -> Prior:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        return self._whole[self._positions[index]]
-
-
-def _load(path: epath.Path) -> np.ndarray:
-    """Through a memory map; what lies in a bucket is read whole, 180 MB at most."""
-    if is_remote(path):
-        return np.load(io.BytesIO(path.read_bytes()))
-    return np.load(path, mmap_mode="r")
-
-
 def _save(path: pathlib.Path, priors: Sequence[Prior]) -> None:
     arrays = {name: np.concatenate([getattr(p, name) for p in priors]) for name in PER_FRAME}
     arrays |= {name: np.stack([getattr(p, name) for p in priors]) for name in PER_EXAMPLE}
@@ -278,7 +202,3 @@ def _join(files: Iterable[pathlib.Path], folder: pathlib.Path) -> dict[str, int]
         "without_face": int((~seen & (counts > 0)).sum()),
         "unreadable": int((counts == 0).sum()),
     }
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None

@@ -10,31 +10,22 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emollama_jax.data.face_crop import Faces, crop_face
+from emollama_jax.data.priors import Prior
 from emollama_jax.models.eva_vit import normalise
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.parameters import named_parameters
+from emollama_jax.terms import LANDMARKS
 
 Detect = Callable[[Sequence[np.ndarray]], Sequence[Faces]]  # uint8 [H, W, 3] each → its faces
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FaceCrops:
     """The face of one example, followed and cut out; F = stored frames of its media."""
 
     boxes: np.ndarray  # float32 [F, 4], (x1, y1, x2, y2) in pixels; zeros where not found
     found: np.ndarray  # bool [F]
     crops: np.ndarray  # uint8 [F, S, S, 3]; zeros where not found
-
-
-@dataclasses.dataclass(frozen=True)
-class Prior:
-    """What is known of the face of one example."""
-
-    boxes: np.ndarray  # float32 [F, 4]
-    found: np.ndarray  # bool [F]
-    landmarks: np.ndarray  # float32 [F, 68, 2], in the crop, -1 … 1; zeros where not found
-    agr: np.ndarray  # int32 [3], age, gender and race class, from the mean over the frames
-    agr_probability: np.ndarray  # float32 [3]; 0 where no frame has a face
 
 
 def local_mesh() -> Mesh:
@@ -97,7 +88,7 @@ class Reader:
 
 def cut_out(
     frames: Sequence[np.ndarray], boxes: np.ndarray, found: np.ndarray, *, reader: Reader
-) -> Found:
+) -> FaceCrops:
     """The crops of one face.
 
     Args:
@@ -109,10 +100,10 @@ def cut_out(
     crops = np.zeros((len(frames), reader.size, reader.size, 3), np.uint8)
     for i in np.flatnonzero(found):
         crops[i], _ = crop_face(frames[i], boxes[i], reader.margin, reader.size)
-    return Found(boxes=np.asarray(boxes, np.float32), found=found, crops=crops)
+    return FaceCrops(boxes=np.asarray(boxes, np.float32), found=found, crops=crops)
 
 
-def read_faces(faces: Sequence[Found], reader: Reader) -> list[Prior]:
+def read_faces(faces: Sequence[FaceCrops], reader: Reader) -> list[Prior]:
     """The priors of several examples, their crops read together."""
     if not faces:
         return []
@@ -122,7 +113,7 @@ def read_faces(faces: Sequence[Found], reader: Reader) -> list[Prior]:
     for face in faces:
         rows = slice(start, start + int(face.found.sum()))
         start = rows.stop
-        points = np.zeros((len(face.found), 68, 2), np.float32)
+        points = np.zeros((len(face.found), LANDMARKS, 2), np.float32)
         if face.found.any():
             points[face.found] = landmarks[rows]
         agr = age_gender_race([head[rows] for head in heads])

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from emollama_jax.data.builders.registry import open_split, space_of
-from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.index import Index, read_index
-from emollama_jax.data.items import instruct_folder
+from emollama_jax.data.builders.stored import Example
 from emollama_jax.data.media import read_frames, read_image
+from emollama_jax.data.sets import parse
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.instruct import ask, store
 from emollama_jax.instruct.options import InstructOptions
@@ -30,8 +29,6 @@ from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Request, jpeg
 from emollama_jax.remote.run import Outcome, Task, ask_model
 from emollama_jax.status import Bars
-
-Data = Sequence[Mapping[str, Any]]
 
 # As in EMO-LLaMA's data: FERPlus (grey, 48 pixels wide) has category items only.
 CATEGORY_ONLY = ("ferplus",)
@@ -87,8 +84,7 @@ def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, 
         UserError: not prepared, no descriptions for clips, a service that refuses or keeps failing.
     """
     work = _open(options)
-    folder = pathlib.Path(instruct_folder(options.dir, options.name, options.split))
-    by = _maker(options, console)
+    folder, by = work.folder, _maker(options, console)
     if by != "gemini":
         _keep_what_was_paid(folder, by)
         found = {} if by == "category" else _templates(work, console)
@@ -113,17 +109,17 @@ def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, 
 def estimate(options: InstructOptions) -> Estimate:
     """What is still to be asked, and what that would cost; nothing is sent, no key is needed."""
     work = _open(options)
-    wanted = range(0 if options.name.partition("/")[0] in CATEGORY_ONLY else work.wanted)
+    wanted = range(0 if parse(options.name).family in CATEGORY_ONLY else work.wanted)
     done = described = 0
     if work.journal.exists():
         with Journal(work.journal, _settings(work)) as journal:
             done = sum(journal.entry(work.key(i)).done for i in wanted)
             described = sum(journal.entry(work.description_key(i)).done for i in wanted)
-    clip = work.kind == "clip"
+    clip = work.split.kind == "clip"
     one = ask.conversation_request(
         b"",
-        label=max(work.space.canonical, key=len),
-        kind=work.kind,
+        label=max(work.split.space.canonical, key=len),
+        kind=work.split.kind,
         description="x" * 4 * ask.DESCRIPTION_TOKENS if clip else None,
         rejections=(),
     )
@@ -139,7 +135,7 @@ def estimate(options: InstructOptions) -> Estimate:
     )
 
 
-# ---- the split
+# ---- the work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,40 +143,38 @@ class Work:
     """The conversations wanted of a prepared split, and what is known without reading its media."""
 
     options: InstructOptions
-    data: Data
-    space: LabelSpace
-    kind: str
-    index: Index
+    split: Split
     wanted: int  # conversations, of the first examples
     journal: pathlib.Path  # one for all folds: a clip is paid once
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the result goes."""
+        return pathlib.Path(self.split.instruct_folder)
+
     def word(self, index: int) -> str:
         """The emotion in the words that all sets share ("happy" is happiness)."""
-        return self.space.canonical[self.index.labels[index]]
+        return self.split.space.canonical[self.split.index.labels[index]]
 
     def key(self, index: int) -> str:
         """Everything that a conversation depends on, beside the journal's settings."""
-        return f"{self.index.ids[index]} {self.index.digests[index]} {self.word(index)}"
+        return f"{self.description_key(index)} {self.word(index)}"
 
     def description_key(self, index: int) -> str:
         """Of a clip's description, which does not depend on the label."""
-        return f"{self.index.ids[index]} {self.index.digests[index]}"
+        return f"{self.split.index.ids[index]} {self.split.index.digests[index]}"
 
 
 def _open(options: InstructOptions) -> Work:
     at_least(1, limit=options.limit)
     on_disk(options.dir, instead="prepare the set there; what was made may be copied to a bucket")
-    data = open_split(options.dir, options.name, options.split)
-    index = read_index(options.dir, options.name, options.split, data)
-    model = re.sub(r"[^\w.-]", "_", options.model)
+    split = Split(options.dir, options.name, options.split)
+    count, model = len(split.examples), re.sub(r"[^\w.-]", "_", options.model)
     return Work(
         options=options,
-        data=data,
-        space=space_of(options.dir, options.name),
-        kind=data[0]["kind"],
-        index=index,
-        wanted=len(data) if options.limit is None else min(options.limit, len(data)),
-        journal=pathlib.Path(options.dir) / "instruct" / index.stored / f"journal-{model}.jsonl",
+        split=split,
+        wanted=count if options.limit is None else min(options.limit, count),
+        journal=pathlib.Path(options.dir, "instruct", split.place, f"journal-{model}.jsonl"),
     )
 
 
@@ -189,7 +183,7 @@ def _open(options: InstructOptions) -> Work:
 
 def _maker(options: InstructOptions, console: Console) -> str:
     """ "gemini", "template" or "category"."""
-    if options.name.partition("/")[0] in CATEGORY_ONLY:
+    if parse(options.name).family in CATEGORY_ONLY:
         console.print(f"{options.name}: category items only, as in EMO-LLaMA's data")
         return "category"
     if options.by == "auto":
@@ -214,7 +208,7 @@ def _keep_what_was_paid(folder: pathlib.Path, by: str) -> None:
 
 def _check_descriptions(work: Work) -> None:
     describe = work.options.describe
-    if work.kind != "clip":
+    if work.split.kind != "clip":
         return
     if describe is None:
         raise UserError(
@@ -238,17 +232,17 @@ def _describe(
 ) -> tuple[dict[int, str | None], dict[int, str]]:
     """Position → description (None for pictures, which need none), and position → why not."""
     wanted, by = range(work.wanted), work.options.describe
-    if work.kind != "clip" or by is None:
+    if work.split.kind != "clip" or by is None:
         return dict.fromkeys(wanted), {}
     if _is_file(by):
         given = _read_descriptions(pathlib.Path(by))
-        found = {index: given.get(work.index.ids[index]) for index in wanted}
+        found = {index: given.get(work.split.index.ids[index]) for index in wanted}
         missing = [index for index, text in found.items() if not text]
         why = f"no description in {by}"
         return {i: text for i, text in found.items() if text}, dict.fromkeys(missing, why)
-    keys = {index: work.description_key(index) for index in wanted}
+    data, keys = work.split.examples, {index: work.description_key(index) for index in wanted}
     tasks = [
-        Task(key, functools.partial(_description_request, work.data, index), ask.judge_description)
+        Task(key, functools.partial(_description_request, data, index), ask.judge_description)
         for index, key in keys.items()
     ]
     ask_model(by, work.options, tasks, journal, bars.bar("descriptions", len(tasks)))
@@ -277,7 +271,7 @@ def _read_descriptions(path: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def _description_request(data: Data, index: int, rejections: Sequence[str]) -> Request:
+def _description_request(data: Sequence[Example], index: int, rejections: Sequence[str]) -> Request:
     del rejections
     clip = read_frames(
         data[index]["media"], lambda count, fps: np.linspace(0, count - 1, FRAMES).astype(int)
@@ -287,11 +281,11 @@ def _description_request(data: Data, index: int, rejections: Sequence[str]) -> R
 
 def _conversation_task(work: Work, index: int, description: str | None) -> Task:
     """One example; its media are read when its turn comes."""
-    label, kind = work.word(index), work.kind
+    label, kind = work.word(index), work.split.kind
 
     def request(rejections: Sequence[str]) -> Request:
         return ask.conversation_request(
-            jpeg(_picture(work.data[index])),
+            jpeg(_picture(work.split.examples[index])),
             label=label,
             kind=kind,
             description=description,
@@ -302,7 +296,7 @@ def _conversation_task(work: Work, index: int, description: str | None) -> Task:
     return Task(work.key(index), request, judge)
 
 
-def _picture(example: Mapping[str, Any]) -> np.ndarray:
+def _picture(example: Example) -> np.ndarray:
     if example["kind"] == "image":
         return read_image(example["media"])
     return read_frames(example["media"], lambda count, fps: np.array([count // 2])).frames[0]
@@ -314,7 +308,7 @@ def _picture(example: Mapping[str, Any]) -> np.ndarray:
 def _templates(work: Work, console: Console) -> dict[int, list[dict[str, str]]]:
     with Bars(console) as bars:
         places = bars.track(range(work.wanted), description="templates")
-        return {index: template(work.data[index], work.space) for index in places}
+        return {index: template(work.split.examples[index], work.split.space) for index in places}
 
 
 def _write(
@@ -324,18 +318,14 @@ def _write(
     by: str,
     console: Console,
 ) -> None:
-    options = work.options
     with Bars(console) as bars:
         store.write(
-            pathlib.Path(instruct_folder(options.dir, options.name, options.split)),
-            work.data,
-            split=options.split,
+            work.split,
             conversations=found,
             made_by=by,
             aside=aside,
-            settings={"set": options.name, "split": options.split},
-            media=options.media,
-            progress=bars.bar("writing", len(work.data)),
+            media=work.options.media,
+            progress=bars.bar("writing", len(work.split.examples)),
         )
 
 
@@ -344,6 +334,6 @@ def _settings(work: Work) -> dict[str, Any]:
     words = [ask.SYSTEM, json.dumps(ask.SCHEMA), ask.DESCRIBE]
     return {
         "model": f"gemini:{work.options.model}",
-        "describe": work.options.describe if work.kind == "clip" else None,
+        "describe": work.options.describe if work.split.kind == "clip" else None,
         "prompt": hashlib.sha256("\n".join(words).encode()).hexdigest()[:16],
     }

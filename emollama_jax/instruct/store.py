@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from emollama_jax.data.items import CONVERSES, DONE, ITEMS
+from emollama_jax.data.builders.stored import Example
+from emollama_jax.data.items import CONVERSES, DONE, ITEMS, MEDIUM
+from emollama_jax.data.split import Split
 
 JSON = "conversations.json"
 ASIDE = "set_aside.jsonl"
@@ -29,27 +31,21 @@ _ENDINGS = (
 
 
 def write(
-    folder: pathlib.Path,
-    data: Sequence[Mapping[str, Any]],
+    split: Split,
     *,
-    split: str,
     conversations: Mapping[int, Sequence[Mapping[str, str]]],
     made_by: str,
     aside: Mapping[int, str],
-    settings: Mapping[str, Any],
     media: bool,
     progress: Callable[[int], None],
 ) -> None:
     """Writes everything that training or other projects read; the journal is not touched.
 
     Args:
-        folder: of the split's instruction data.
-        data: the split as it was prepared, its category items first.
-        split: of the set, for the paths in the JSON file.
+        split: as it was prepared, its category items first; its `instruct_folder` is written.
         conversations: position → LLaVA's list of {"from", "value"}.
         made_by: "gemini:MODEL" or "template".
         aside: position → why it has no conversation.
-        settings: kept in DONE with the counts.
         media: also write the pictures and clips, so that the JSON file can be used elsewhere.
         progress: called with the number of examples done.
     """
@@ -57,53 +53,57 @@ def write(
         ArrayRecordWriter,
     )
 
+    folder, data = pathlib.Path(split.instruct_folder), split.examples
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
-    has = np.zeros(len(data), bool)
     # Groups of one record: training reads single ones, in any order.
     records = ArrayRecordWriter(str(folder / (ITEMS + ".part")), "group_size:1")
     with (
-        (folder / (JSON + ".part")).open("w", encoding="utf-8") as listing,
+        (folder / (JSON + ".part")).open("w", encoding="utf-8") as entries,
         (folder / (ASIDE + ".part")).open("w", encoding="utf-8") as left_out,
     ):
         separator = "[\n"
         for index in range(len(data)):
             example = data[index]
-            items, makers = [json.loads(example["items"])[0]], ["category"]
+            items = {"category": json.loads(example["items"])[0]}
             if index in conversations:
-                items.append(conversations[index])
-                makers.append(made_by)
-                has[index] = True
-            record = {"id": example["id"], "items": items, "made_by": makers}
-            records.write(json.dumps(record, ensure_ascii=False).encode())
-            path = media_path(example, split)
-            key = {"image": "image", "clip": "video"}[example["kind"]]
-            for maker, item in zip(makers, items, strict=True):
-                what = "category" if maker == "category" else "conversation"
-                entry = {
-                    "id": f"{example['id']}_{what}",
-                    key: path,
-                    "conversations": item,
-                    "made_by": maker,
-                }
-                listing.write(separator + json.dumps(entry, ensure_ascii=False))
+                items[made_by] = conversations[index]
+            record = {"id": example["id"], "items": [*items.values()], "made_by": [*items]}
+            records.write(_json(record).encode())
+            path = media_path(example, split.split)
+            for maker, item in items.items():
+                entries.write(separator + _json(_entry(example, path, maker, item)))
                 separator = ",\n"
             if index in aside:
-                line = {"id": example["id"], "why": aside[index]}
-                left_out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                left_out.write(_json({"id": example["id"], "why": aside[index]}) + "\n")
             if media:
                 _write_media(folder / MEDIA / path, example["media"])
             progress(index + 1)
-        listing.write("\n]\n")
+        entries.write("\n]\n")
     records.close()
+    has = np.isin(np.arange(len(data)), list(conversations))
     with (folder / (CONVERSES + ".part")).open("wb") as file:
         np.save(file, has)
-    for name in (ITEMS, JSON, ASIDE, CONVERSES):
-        os.replace(folder / (name + ".part"), folder / name)
     counts = {"examples": len(data), "conversations": int(has.sum()), "set_aside": len(aside)}
-    done = folder / (DONE + ".part")
-    done.write_text(json.dumps({**settings, "made_by": made_by, **counts}, indent=1) + "\n")
-    os.replace(done, folder / DONE)
+    done = {"set": split.name, "split": split.split, "made_by": made_by, **counts}
+    (folder / (DONE + ".part")).write_text(json.dumps(done, indent=1) + "\n")
+    for name in (ITEMS, JSON, ASIDE, CONVERSES, DONE):
+        os.replace(folder / (name + ".part"), folder / name)
+
+
+def _json(tree: Any) -> str:
+    return json.dumps(tree, ensure_ascii=False)
+
+
+def _entry(example: Example, path: str, maker: str, item: Any) -> dict[str, Any]:
+    """An item as the field writes it."""
+    what = "category" if maker == "category" else "conversation"
+    return {
+        "id": f"{example['id']}_{what}",
+        MEDIUM[example["kind"]]: path,
+        "conversations": item,
+        "made_by": maker,
+    }
 
 
 def _write_media(path: pathlib.Path, media: bytes) -> None:
@@ -124,7 +124,7 @@ def made_by(folder: pathlib.Path) -> str | None:
     return json.loads(path.read_text())["made_by"] if path.exists() else None
 
 
-def media_path(example: Mapping[str, Any], split: str) -> str:
+def media_path(example: Example, split: str) -> str:
     """Where an example's picture or clip lies, relative to the folder of media."""
     parts = re.sub(r"[^\w./-]", "_", example["id"]).split("/")
     stem = "/".join(part for part in parts if part.strip("."))

@@ -8,14 +8,13 @@ shows: good for trying the pipeline, not for a model that anybody should believe
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from emollama_jax.data.action_units import ACTION_UNITS, AU, EMOTIONS, MIXES
+from emollama_jax.data.builders.stored import Example
+from emollama_jax.data.describe import conversation
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS, AU, EMOTIONS, MIXES
-from emollama_jax.tiny.actionfaces.describe import conversation
 
 # Emotions that have no mix of action units here borrow one.
 _NEAR = {
@@ -27,7 +26,7 @@ _NEAR = {
 _FRAMES = 12  # of the course that stands for a clip
 
 
-def template(example: Mapping[str, Any], space: LabelSpace) -> list[dict[str, str]]:
+def template(example: Example, space: LabelSpace) -> list[dict[str, str]]:
     """The conversation that stands in for an example; always the same for the same example."""
     own = json.loads(example["items"])[1:]
     if own:

@@ -31,8 +31,7 @@ from emollama_jax.models.layers import (
     zeros,
 )
 from emollama_jax.models.rngs import Rngs
-
-LANDMARKS = 68
+from emollama_jax.terms import LANDMARKS
 
 
 @flax.struct.dataclass

@@ -14,12 +14,13 @@ from flax import nnx
 
 from emollama_jax.config import Config, GenerateConfig
 from emollama_jax.data import prompts
-from emollama_jax.data.elements import Encoder, Kind
+from emollama_jax.data.elements import Encoder
 from emollama_jax.data.face_crop import Faces, Track, track
 from emollama_jax.data.items import MEDIUM, category_question
 from emollama_jax.data.media import Clip, Source, is_video, read_frames, read_image
+from emollama_jax.data.priors import Prior
 from emollama_jax.errors import UserError
-from emollama_jax.faces.reader import Detect, Prior, age_gender_race
+from emollama_jax.faces.reader import Detect, age_gender_race
 from emollama_jax.generate.decode import Stop, stream
 from emollama_jax.generate.flagged import of_backend
 from emollama_jax.generate.label_scores import pad_labels, score
@@ -27,6 +28,7 @@ from emollama_jax.generate.prompt import Prompt, ask, lay, look
 from emollama_jax.generate.sampling import sampling
 from emollama_jax.models.emollama import EmoLlama, Mined, Sight
 from emollama_jax.models.mtcnn import Detector
+from emollama_jax.terms import LANDMARKS, Kind
 
 NO_FACE = "No face was found in the {medium}."
 QUICKLY = {"xla_backend_optimization_level": "0"}  # XLA's flag for less optimising
@@ -297,6 +299,6 @@ def _prior(sight: Sight, clip: Clip, followed: Track) -> Prior:
     here = first[followed.found[first]]
     stored = clip.indices[here]
     boxes, found = np.zeros((clip.count, 4), np.float32), np.zeros(clip.count, bool)
-    landmarks = np.zeros((clip.count, 68, 2), np.float32)
+    landmarks = np.zeros((clip.count, LANDMARKS, 2), np.float32)
     boxes[stored], found[stored], landmarks[stored] = followed.boxes[here], True, said[0][here]
     return Prior(boxes, found, landmarks, *age_gender_race([head[here] for head in said[1:]]))

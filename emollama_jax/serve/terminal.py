@@ -249,7 +249,7 @@ class _Talk:
     @functools.cached_property
     def _scores(self) -> dict[str, float] | None:
         """The share of each class as the answer to the category question; None without a face."""
-        from emollama_jax.data.builders.registry import space_of
+        from emollama_jax.data.split import space_of
         from emollama_jax.serve.answer import probabilities
 
         if not (self.media.found or self.wish.without_face):

@@ -1,34 +1,38 @@
-"""TFDS builder of the embedded data set `actionfaces` (`data/actionfaces`): drawn faces.
+"""The embedded data set `actionfaces`, drawn faces: its family and its TFDS builder.
 
-Two configs, `images` and `clips`, of the schema in `schema.py`, as ArrayRecord. Nothing is
-downloaded: every example is a pure function of (seed, split, index), drawn by several processes.
+Two configs, `images` and `clips`, of the schema in `data/builders/schema.py`, as ArrayRecord.
+Nothing is downloaded: every example is a pure function of (seed, split, index), drawn by several
+processes.
 """
 
 import contextlib
 import functools
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
+from etils import epath
 
+from emollama_jax.data.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.data.builders import schema
-from emollama_jax.errors import UserError
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS, EMOTIONS
+from emollama_jax.data.builders.stored import StoredSet
+from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.data.sets import Preparation, Report, parse
+from emollama_jax.errors import UserError, did_you_mean
 from emollama_jax.tiny.actionfaces.examples import Task, make_examples
 from emollama_jax.tiny.actionfaces.sample import SPLITS
 
 NAME = "actionfaces"
-VERSION = "1.0.0"
 SIZES: Mapping[str, Mapping[str, int]] = {
     "images": {"train": 4000, "validation": 400, "test": 1000},
     "clips": {"train": 1000, "validation": 100, "test": 300},
 }
 _CHUNK = {"images": 50, "clips": 5}
+SPACE = LabelSpace(title=NAME, classes=EMOTIONS, written=EMOTIONS, splits={}, support={})
 
 
 def _ignore_progress(done: int, total: int) -> None:
@@ -39,7 +43,6 @@ class ActionFaces(schema.Builder):
     """Faces drawn from facial action units."""
 
     name = NAME
-    VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads a class attribute of this type)
         tfds.core.BuilderConfig(name=name, description=f"drawn {name}") for name in SIZES
     ]
@@ -51,7 +54,7 @@ class ActionFaces(schema.Builder):
         seed: int,
         size: int,
         draw: Callable[[Iterable[Task]], Iterable[list[dict[str, Any]]]],
-        progress: Callable[[int, int], None],
+        progress: Report,
         **kwargs: Any,
     ):
         """Makes a builder.
@@ -104,14 +107,14 @@ class ActionFaces(schema.Builder):
 
 
 def prepare(
-    data_dir: str | Path,
+    data_dir: epath.PathLike,
     *,
     config_name: str,
     sizes: Mapping[str, int] | None = None,
     seed: int = 0,
     size: int = 96,
     processes: int = 2,
-    progress: Callable[[int, int], None] = _ignore_progress,
+    progress: Report = _ignore_progress,
 ) -> Path:
     """Draws and stores a config; what is already there with the same settings is kept.
 
@@ -140,11 +143,12 @@ def prepare(
     if size < 32 or size % 2:
         raise UserError(f"{NAME}: size is {size} pixels; it must be even and at least 32")
 
-    folder = Path(schema.split_folder(data_dir, f"{NAME}/{config_name}", VERSION))
+    stored = StoredSet(data_dir, f"{NAME}/{config_name}")
+    folder = Path(stored.folder)
     for unfinished in folder.parent.glob("incomplete.*"):
         shutil.rmtree(unfinished)
     wanted = {**sizes, "seed": seed, "size": size}
-    if _settings(folder) == wanted:
+    if _settings(stored) == wanted:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.ExitStack() as stack:
@@ -160,10 +164,7 @@ def prepare(
             draw=functools.partial(pool.map, make_examples),
             progress=progress,
         )
-        tfds.disable_progress_bar()  # TFDS's own bars would tear those of the command
-        # TFDS wants a folder for downloads; there are none.
-        downloads = stack.enter_context(tempfile.TemporaryDirectory())
-        builder.download_and_prepare(download_dir=downloads)
+        builder.write()
     return folder
 
 
@@ -174,20 +175,50 @@ def check(config_name: str) -> None:
         UserError: with the two.
     """
     if config_name not in SIZES:
-        known = ", ".join(SIZES)
-        raise UserError(f"{NAME}: unknown config {config_name!r}; choose one of {known}")
+        raise UserError(
+            f"{NAME}: unknown config {config_name!r}{did_you_mean(config_name, SIZES)}; choose one "
+            f"of {', '.join(SIZES)}"
+        )
 
 
-def _settings(folder: Path) -> dict[str, int] | None:
-    """Returns sizes, seed and picture size of a prepared folder, None if there is none."""
-    if not (folder / "dataset_info.json").exists():
+def _settings(stored: StoredSet) -> dict[str, int] | None:
+    """Returns sizes, seed and picture size of a prepared config, None if there is none."""
+    info = stored.info
+    if info is None:
         return None
-    info = tfds.builder_from_directory(folder).info
     counts = {split: info.splits[split].num_examples for split in info.splits}
     return {**counts, "seed": info.metadata["seed"], "size": info.metadata["size"]}
 
 
-def open_split(data_dir: str | Path, config_name: str, split: str) -> Sequence[Mapping[str, Any]]:
-    """Opens a prepared split of "images" or "clips": lazy, random access, picklable."""
-    check(config_name)
-    return schema.open_prepared(data_dir, f"{NAME}/{config_name}", VERSION, split)
+class DrawnSets:
+    """The two configs as data sets that are drawn where they are prepared."""
+
+    names: ClassVar[tuple[str, ...]] = tuple(f"{NAME}/{config}" for config in SIZES)
+    folds: ClassVar[int] = 0
+    drawn: ClassVar[bool] = True
+
+    def accepts(self, config: str) -> bool:
+        if config:
+            check(config)
+        return bool(config)
+
+    def stored(self, name: str) -> str:
+        return name
+
+    def label_space(self, name: str, metadata: Mapping[str, Any] | None) -> LabelSpace:
+        return SPACE
+
+    def prepare(
+        self, name: str, data_dir: epath.PathLike, how: Preparation, progress: Report
+    ) -> tuple[Path, list[str]]:
+        folder = prepare(
+            data_dir,
+            config_name=parse(name).config,
+            sizes=how.sizes,
+            processes=how.processes,
+            progress=progress,
+        )
+        return folder, []
+
+
+FAMILY = DrawnSets()

@@ -23,20 +23,19 @@ from rich.console import Console
 from emollama_jax import compile_cache, config, runs
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.elements import View
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.elements import Shown
 from emollama_jax.data.face_crop import crop_box, from_crop
 from emollama_jax.data.items import standard_question
 from emollama_jax.data.media import read_image, read_video
-from emollama_jax.data.pipeline import open_source
+from emollama_jax.data.sets import Preparation, label_space, parse
+from emollama_jax.data.split import Split
 from emollama_jax.evaluate import report
 from emollama_jax.evaluate.groups import read_seen
 from emollama_jax.evaluate.options import Answering, Asking
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.protocol import Prediction, evaluate, write_predictions
 from emollama_jax.evaluate.result import Answers
 from emollama_jax.evaluate.speaker import describe, predict
-from emollama_jax.faces.priors import open_priors
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path, write_whole
 from emollama_jax.prepare import load_face, prepare_source
@@ -182,9 +181,8 @@ def _prepare(cfg: Config, size: Size, console: Console) -> None:
             cfg,
             face,
             name,
-            sizes=sizes,
+            Preparation(sizes=sizes, processes=os.cpu_count() or 1),
             splits=("train", "test"),
-            processes=os.cpu_count() or 1,
             console=console,
         )
 
@@ -250,7 +248,7 @@ def _evaluate(
     seen = read_seen(cfg.data.dir, name, "test", race_labels=cfg.model.face.race_labels)
     predicted = predict(cfg, model, _source(name), _asking(name, size, "both"))
     for way, items in predicted.items():
-        write_predictions(out / "predictions" / f"{name.partition('/')[2]}-{way}.jsonl", items)
+        write_predictions(out / "predictions" / f"{parse(name).config}-{way}.jsonl", items)
         found[way] = Answers.of(way, items, label_space(name), seen=seen)
         e = found[way].evaluation
         console.print(f"{name}, {way}: WAR {e.war:.3f}  UAR {e.uar:.3f}  n {e.n}")
@@ -258,11 +256,11 @@ def _evaluate(
 
 
 def _written(
-    cfg: Config, model: EmoLlama, name: str, size: Size, view: View = "all"
+    cfg: Config, model: EmoLlama, name: str, size: Size, shown: Shown = "all"
 ) -> tuple[float, list[Prediction]]:
     """WAR of the written answers, and they themselves."""
     asking = _asking(name, size, "generate")
-    found = predict(cfg, model, _source(name), asking, view=view)["generate"]
+    found = predict(cfg, model, _source(name), asking, shown=shown)["generate"]
     return evaluate(found, label_space(name)).war, found
 
 
@@ -272,7 +270,7 @@ def _difficulty(
     """What shows that the data are no toy; shares of right answers, 0 … 1."""
 
     def pixels(split: str) -> tuple[np.ndarray, np.ndarray]:
-        data = open_source(cfg.data.dir, IMAGES, split)
+        data = Split(cfg.data.dir, IMAGES, split).examples
         pictures = [read_image(data[i]["media"]) for i in range(len(data))]
         return grey(pictures), np.array([int(data[i]["label"]) for i in range(len(data))])
 
@@ -301,7 +299,7 @@ def _ask(answerer: Answerer, out: pathlib.Path, console: Console) -> None:
     """Answers a question about a held-out picture and clip, from files, as `emollama ask` does."""
     cfg = answerer.cfg
     for name, ending in ((IMAGES, "jpg"), (CLIPS, "mp4")):
-        example = open_source(cfg.data.dir, name, "test")[0]
+        example = Split(cfg.data.dir, name, "test").examples[0]
         path = out / f"held_out.{ending}"
         path.write_bytes(example["media"])
         media = answerer.look(path)
@@ -326,14 +324,12 @@ def _exhibits(cfg: Config, model: EmoLlama, size: Size, answers: Answers) -> lis
     source, asking = _source(name), _asking(name, size, "generate")
     question = standard_question(source.kind)
     texts = describe(cfg, model, source, chosen, question, batch=asking.batch)
-    data = open_source(cfg.data.dir, name, "test")
-    priors = open_priors(cfg.data.dir, name, "test")
+    split = Split(cfg.data.dir, name, "test")
     exhibits = []
     for i, text in zip(chosen, texts, strict=True):
-        media = data[i]["media"]
+        media, prior = split.examples[i]["media"], split.priors[i]
         frames = [read_image(media)] if name == IMAGES else list(read_video(media))
         shown = np.unique(np.linspace(0, len(frames) - 1, 8).astype(int)).tolist()
-        prior = priors[i]
         height, width = frames[0].shape[:2]
         landmarks = [
             from_crop(
@@ -351,7 +347,7 @@ def _exhibits(cfg: Config, model: EmoLlama, size: Size, answers: Answers) -> lis
                 landmarks=landmarks,
                 label=predictions[i].label,
                 # What this very answer names: the numbers above are of another question.
-                predicted=parse(text, label_space(name)).label,
+                predicted=parse_answer(text, label_space(name)).label,
                 question=question,
                 text=text,
             )

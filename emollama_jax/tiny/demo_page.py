@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emollama_jax.config import Config
+from emollama_jax.data.sets import parse
 from emollama_jax.evaluate.report import Curve, Exhibit, Numbers, Report, Table, percent
 from emollama_jax.evaluate.result import Answers
 from emollama_jax.evaluate.trace import config_text, versions
@@ -56,7 +57,7 @@ def make_page(
             head=("what", "%"),
             rows=[(text, percent(summary["difficulty"][k])) for k, text in DIFFICULTY.items()],
         ),
-        *(item.groups.table(name.partition("/")[2]) for name, item in answers.items()),
+        *(item.groups.table(parse(name).config) for name, item in answers.items()),
     ]
     if "ablation" in summary:
         tables.append(_ablation(summary["ablation"]))
@@ -65,7 +66,7 @@ def make_page(
         lede=LEDE,
         numbers=[
             Numbers(
-                title=name.partition("/")[2].capitalize(),
+                title=parse(name).config.capitalize(),
                 source=f"{name}, test split. The question lists the seven emotions; the one that "
                 "the written answer names counts",
                 evaluation=item.evaluation,

@@ -34,7 +34,6 @@ from emollama_jax.checkpoint import Checkpoints, init_model, matching
 from emollama_jax.config import Config, TrainConfig
 from emollama_jax.data.pipeline import make_train_iterator
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import open_priors
 from emollama_jax.locks import hold
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.paths import as_path
@@ -168,7 +167,6 @@ def fit(
         stop = stack.enter_context(StopSignals())
         data = make_train_iterator(
             cfg,
-            open_priors=open_priors,
             host_index=part.index,
             host_count=part.count,
         )

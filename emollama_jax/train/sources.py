@@ -10,12 +10,13 @@ import itertools
 from collections.abc import Sequence
 
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data import items as instruct
 from emollama_jax.data import prompts
-from emollama_jax.data.builders import registry
-from emollama_jax.data.elements import Encoder, Kind
+from emollama_jax.data.elements import Encoder
 from emollama_jax.data.face_labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
+from emollama_jax.data.items import category_item
+from emollama_jax.data.split import Split, space_of
 from emollama_jax.errors import UserError
+from emollama_jax.terms import Kind
 
 SPLIT = "train"
 MULTIPLE = 8  # that raised text lengths are rounded up to
@@ -38,10 +39,9 @@ def use(cfg: Config, names: Sequence[str]) -> tuple[Config, list[str]]:
         raise UserError(f"--data {' '.join(names)}: name each set once")
     sources, told = [], []
     for name in names:
-        data = registry.open_split(cfg.data.dir, name, SPLIT)
-        kind: Kind = data[0]["kind"]
-        made = instruct.instruct_folder(cfg.data.dir, name, SPLIT) / instruct.DONE
-        items = "both" if made.exists() else "category"
+        split = Split(cfg.data.dir, name, SPLIT)
+        data, kind = split.examples, split.kind
+        items = "both" if split.has_conversations else "category"
         sources.append(
             SourceConfig(name=name, split=SPLIT, kind=kind, weight=float(len(data)), items=items)
         )
@@ -65,10 +65,10 @@ def _lengths(cfg: Config) -> dict[str, int]:
     encoder = Encoder(cfg)
     needed: dict[str, int] = {}
     for source in cfg.data.sources:
-        classes = registry.space_of(cfg.data.dir, source.name).classes
+        classes = space_of(cfg.data.dir, source.name).classes
         field = {"image": "text_length", "clip": "clip_text_length"}[source.kind]
         for label in range(len(classes)):
-            turns = prompts.read_turns(instruct.category_item(classes, label, source.kind))
+            turns = prompts.read_turns(category_item(classes, label, source.kind))
             encoded = prompts.build_training(
                 turns,
                 n_visual=encoder.visual(source.kind),

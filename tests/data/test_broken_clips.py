@@ -15,8 +15,8 @@ from benchmarks.broken_clips import (
     write_set,
 )
 from emollama_jax.data.media import read_frames, read_video, segment_indices
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import open_priors
 
 UNREADABLE = [kind for kind, (_, _, count) in KINDS.items() if count == 0]
 READABLE = [kind for kind in KINDS if kind not in UNREADABLE]
@@ -78,7 +78,7 @@ def test_a_set_with_broken_clips_is_read_through(broken_set):
 
 def test_their_priors_are_marked_and_kept(broken_set):
     data, unreadable = broken_set
-    stored = open_priors(data, "own/broken", "train")
+    stored = Split(data, "own/broken", "train").priors
     assert len(stored) == 270
     counts = [len(prior.found) for prior in stored]
     assert counts.count(0) == len(unreadable) and counts.count(1) == 3

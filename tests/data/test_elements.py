@@ -1,6 +1,5 @@
 """Rows of single examples: frame sampling, evaluation and its views, and what is refused."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +8,8 @@ import pytest
 from emollama_jax import config
 from emollama_jax.batch import IGNORE
 from emollama_jax.data.elements import Encoder, Examples
-from emollama_jax.data.pipeline import make_eval_batches, open_source
+from emollama_jax.data.pipeline import make_eval_batches
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from tests.helpers.sets_in_memory import Store, assert_equal, iterator, make_config, small_bpe
 
@@ -41,23 +41,10 @@ def test_fps_sampling_keeps_the_static_shape(bpe):
         encoder.indices(24, None, None)
 
 
-def source(cfg, kind):
-    return next(source for source in cfg.data.sources if source.kind == kind)
-
-
 @pytest.mark.parametrize("kind", ["image", "clip"])
 def test_evaluation_covers_everything_once(cfg, store, kind):
     def run(**kwargs):
-        return list(
-            make_eval_batches(
-                cfg,
-                source(cfg, kind),
-                batch=4,
-                open_data=store.open_data,
-                open_priors=store.open_priors,
-                **kwargs,
-            )
-        )
+        return list(make_eval_batches(cfg, store.split(f"actionfaces/{kind}s"), batch=4, **kwargs))
 
     batches = run()
     data = store.data[f"actionfaces/{kind}s"]
@@ -78,15 +65,8 @@ def test_evaluation_covers_everything_once(cfg, store, kind):
 
 
 def test_views_of_an_evaluation(cfg, store):
-    def first(view):
-        batches = make_eval_batches(
-            cfg,
-            source(cfg, "clip"),
-            batch=2,
-            open_data=store.open_data,
-            open_priors=store.open_priors,
-            view=view,
-        )
+    def first(shown):
+        batches = make_eval_batches(cfg, store.split("actionfaces/clips"), batch=2, shown=shown)
         batch = next(batches).batch
         batches.close()
         return batch
@@ -103,15 +83,7 @@ def test_views_of_an_evaluation(cfg, store):
 
 def test_evaluation_asks_about_broken_media_too(cfg, store):
     store.data["actionfaces/images"][1]["media"] = b"no picture"
-    batch = next(
-        make_eval_batches(
-            cfg,
-            source(cfg, "image"),
-            batch=3,
-            open_data=store.open_data,
-            open_priors=store.open_priors,
-        )
-    )
+    batch = next(make_eval_batches(cfg, store.split("actionfaces/images"), batch=3))
     assert [bool(line) for line in batch.trouble] == [False, True, False]
     assert (batch.batch.weight == 1).all() and batch.batch.length[1] > 50
     assert not batch.batch.frames[1].any()
@@ -119,9 +91,9 @@ def test_evaluation_asks_about_broken_media_too(cfg, store):
 
 def test_what_does_not_fit_is_refused(bpe, store):
     with pytest.raises(UserError, match=r"nowhere: no such data set; known are .*raf_db"):
-        open_source("data", "nowhere", "train")
+        Split("data", "nowhere", "train")
     with pytest.raises(UserError, match=r"unknown config 'video'; choose one of images, clips"):
-        open_source("data", "actionfaces/video", "train")
+        Split("data", "actionfaces/video", "train")
     with pytest.raises(UserError, match=r"model\.llama\.vocab_size is 100"):
         Encoder(make_config(bpe, "model.llama.vocab_size=100"))
     with pytest.raises(UserError, match=r"question_length is 65, wanted 3 … 64"):
@@ -137,33 +109,20 @@ def test_what_does_not_fit_is_refused(bpe, store):
     first = store.data["actionfaces/images"][0]
     first["items"] = json.dumps(json.loads(first["items"])[:1])
     cfg = make_config(bpe)
-    examples = Examples(
-        Encoder(cfg),
-        dataclasses.replace(source(cfg, "image"), items="conversation"),
-        data=store.data["actionfaces/images"],
-        priors=store.priors["actionfaces/images"],
-    )
+    pictures = store.split("actionfaces/images")
+    examples = Examples(Encoder(cfg), pictures, kind="image", items="conversation")
     with pytest.raises(UserError, match=r"example image-0 has no conversation: set items"):
         examples.training(0, seed=0)
     first["items"] = json.dumps([[{"from": "gpt", "value": "joy"}]])
     with pytest.raises(UserError, match=r"example image-0: sentence 1 .* from 'gpt'"):
-        Examples(
-            Encoder(cfg),
-            source(cfg, "image"),
-            data=store.data["actionfaces/images"],
-            priors=store.priors["actionfaces/images"],
-        ).training(0, seed=0)
+        Examples(Encoder(cfg), pictures, kind="image", items="both").training(0, seed=0)
 
 
 def test_some_training_examples_are_blank(bpe, store):
     def rows(share):
         cfg = make_config(bpe, f"data.blank_share={share}")
-        examples = Examples(
-            Encoder(cfg),
-            source(cfg, "image"),
-            data=store.data["actionfaces/images"],
-            priors=store.priors["actionfaces/images"],
-        )
+        pictures = store.split("actionfaces/images")
+        examples = Examples(Encoder(cfg), pictures, kind="image", items="both")
         return [examples.training(1, seed=seed) for seed in range(60)]
 
     blank = [not row["frames"].any() for row in rows(0.4)]

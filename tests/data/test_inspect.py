@@ -1,36 +1,28 @@
 """`emollama data inspect`: counts beside the published ones, and every fault it must find."""
 
 import dataclasses
+import importlib
 import shutil
 
 import numpy as np
 import pytest
 
 from emollama_jax import cli
-from emollama_jax.data import emotions
-from emollama_jax.data.builders import registry
+from emollama_jax.data import emotions, sets
 from emollama_jax.data.inspect import DIFFERS, contact_sheet, inspect
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from tests.helpers import official_trees
-
-
-def prepare(name, source, data, *, fold=None):
-    registry.prepare_set(
-        name,
-        source,
-        data,
-        fold=fold,
-        missing_share=0.01,
-        processes=1,
-        progress=lambda done, total: None,
-    )
+from tests.helpers.prepared_sets import prepare
 
 
 def publish(monkeypatch, name, **fields):
     """Other published numbers, so that a small set can be complete."""
-    spaces = dict(emotions.LABEL_SPACES)
-    spaces[name] = dataclasses.replace(spaces[name], **fields)
-    monkeypatch.setattr(emotions, "LABEL_SPACES", spaces)
+    family = sets.family_of(name)
+    other = dataclasses.replace(family, space=dataclasses.replace(family.space, **fields))
+    monkeypatch.setattr(
+        importlib.import_module(f"emollama_jax.data.builders.{name}"), "FAMILY", other
+    )
 
 
 def test_the_published_counts_are_a_table():
@@ -141,7 +133,7 @@ def test_the_sheet_shows_every_part_of_a_split(tmp_path):
         data = official_trees.encode_picture(np.full((32, 32, 3), 40 * i, np.uint8))
         official_trees.write(tmp_path / "src" / "sad" / f"{i}.jpg", data)
     prepare("own/grey", tmp_path / "src", tmp_path)
-    sheet = np.asarray(contact_sheet(tmp_path, "own/grey", "train", most=2))
+    sheet = np.asarray(contact_sheet(Split(tmp_path, "own/grey", "train"), most=2))
     assert (sheet[60, 60] == 255).all()  # the broken one is blank, and stops nothing
     assert abs(int(sheet[60, 180, 0]) - 120) < 4  # then the last
     with pytest.raises(UserError, match="own/none is not prepared"):

@@ -37,7 +37,7 @@ def test_raf_db(tmp_path, change, said):
     root = official_trees.raf_db(tmp_path, train=3, test=1)
     edit(root / "EmoLabel" / "list_patition_label.txt", change)
     with pytest.raises(UserError, match=said):
-        raf_db.read(root, None)
+        raf_db.list_tree(root, None)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_ferplus(tmp_path, change, said):
     root = official_trees.ferplus(tmp_path, train=3, valid=1, test=1)
     edit(root / "FER2013Train" / "label.csv", change)
     with pytest.raises(UserError, match=said):
-        ferplus.read(root, None)
+        ferplus.list_tree(root, None)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_affectnet(tmp_path, change, said):
     root = official_trees.affectnet_lists(tmp_path, train=3, test=1)
     edit(root / "Manually_Annotated_file_lists" / "training.csv", change)
     with pytest.raises(UserError, match=said):
-        affectnet.read(root, None)
+        affectnet.list_tree(root, None)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,15 @@ def test_dfew(tmp_path, change, said):
     root = official_trees.dfew(tmp_path, clips=6, folds=1, frames=True)
     edit(root / "EmoLabel_DataSplit" / "train(single-labeled)" / "set_1.csv", change)
     with pytest.raises(UserError, match=said):
-        dfew.read(root, 1)
+        dfew.list_tree(root, 1)
 
 
 def test_columns_may_change_places_and_separators(tmp_path):
     root = official_trees.dfew(tmp_path, clips=6, folds=1, frames=True)
-    before = dfew.read(root, 1)
+    before = dfew.list_tree(root, 1)
     path = root / "EmoLabel_DataSplit" / "train(single-labeled)" / "set_1.csv"
     edit(path, lambda n, line: ";".join(reversed(line.split(","))))
-    assert dfew.read(root, 1) == before
+    assert dfew.list_tree(root, 1) == before
 
 
 @pytest.mark.parametrize("more", [" 3", ",3", "\tSad"])
@@ -101,7 +101,7 @@ def test_ferv39k(tmp_path, more):
     root = official_trees.ferv39k(tmp_path, train=2, test=1)
     edit(root / "4_setups" / "All_scenes" / "train_All.csv", second(more))
     with pytest.raises(UserError, match=r"line 2: .* wanted e\.g\. 'Action/Sad/0010 Sad', two"):
-        ferv39k.read(root, None)
+        ferv39k.list_tree(root, None)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_mafw(tmp_path, style, more, said):
     lines[1] += more
     path.write_bytes("\n".join(lines).encode("gbk"))
     with pytest.raises(UserError, match=said):
-        mafw.read(root, 1)
+        mafw.list_tree(root, 1)
 
 
 # ---- DFEW's layouts
@@ -155,68 +155,68 @@ def same(first, second):
     ["clip_224x224_16f", "CLIP_224X224_16F", "clip_224x224_avi", "jpg_256"],
 )
 def test_dfew_clips_in_other_folders(tree, place):
-    before = dfew.read(tree, None)
+    before = dfew.list_tree(tree, None)
     (tree / "Clip" / "clip_224x224").rename(tree / "Clip" / place)
-    found = dfew.read(tree, None)
+    found = dfew.list_tree(tree, None)
     assert same(before, found) and place.lower() in found.layout.lower()
 
 
 def test_dfew_interpolated_frames_come_last(tree):
     shutil.copytree(tree / "Clip" / "clip_224x224", tree / "Clip" / "clip_224x224_16f")
-    assert dfew.read(tree, 1).layout.startswith("Clip/clip_224x224/")
+    assert dfew.list_tree(tree, 1).layout.startswith("Clip/clip_224x224/")
     shutil.rmtree(tree / "Clip" / "clip_224x224" / "00003")
-    assert dfew.read(tree, 1).layout.startswith("Clip/clip_224x224_16f/")
+    assert dfew.list_tree(tree, 1).layout.startswith("Clip/clip_224x224_16f/")
 
 
 def test_dfew_parts_of_its_archives(tree):
-    before = dfew.read(tree, None)
+    before = dfew.list_tree(tree, None)
     home = tree / "Clip" / "clip_224x224"
     for n, clip in enumerate(sorted(home.iterdir())):
         part = home / f"clip_224x224_part_{1 + n // 3}"
         part.mkdir(exist_ok=True)
         clip.rename(part / clip.name)
-    assert same(before, dfew.read(tree, None))
+    assert same(before, dfew.list_tree(tree, None))
     shutil.copytree(part / clip.name, home / "clip_224x224_part_1" / clip.name)
     with pytest.raises(UserError, match=r"part_1/00006 and .*part_2/00006 are both clip 6"):
-        dfew.read(tree, 1)
+        dfew.list_tree(tree, 1)
 
 
 @pytest.mark.parametrize("above", [False, True])
 def test_dfew_labels_and_data(tree, tmp_path, above):
-    before = dfew.read(tree, None)
+    before = dfew.list_tree(tree, None)
     flat(tree)
     shutil.rmtree(tree / "EmoLabel_DataSplit")
     (tree / "Clip" / "clip_224x224").rename(tree / "data")
     shutil.rmtree(tree / "Clip")
-    found = dfew.read(tmp_path if above else tree, None)
+    found = dfew.list_tree(tmp_path if above else tree, None)
     assert same(before, found) and found.layout.startswith("data/")
-    assert list(dfew.read(tree, 2).views) == ["dfew/fold2"]
+    assert list(dfew.list_tree(tree, 2).views) == ["dfew/fold2"]
 
 
 def test_dfew_underscored_folders_of_lists(tree):
-    before = dfew.read(tree, None)
+    before = dfew.list_tree(tree, None)
     for split in ("train", "test"):
         home = tree / "EmoLabel_DataSplit"
         (home / f"{split}(single-labeled)").rename(home / f"{split}(single_labeled)")
-    assert same(before, dfew.read(tree, None))
+    assert same(before, dfew.list_tree(tree, None))
 
 
 def test_dfew_lists_that_differ_are_refused(tree):
     flat(tree)
-    assert dfew.read(tree, None)
+    assert dfew.list_tree(tree, None)
     path = tree / "label" / "single_testset_1.csv"
     edit(path, lambda n, line: "1,5" if n == 1 else line)
     with pytest.raises(UserError, match="differ: one of the two is wrong"):
-        dfew.read(tree, 1)
+        dfew.list_tree(tree, 1)
     path.write_text("video_name,label\n1,0\n")
     with pytest.raises(UserError, match="zero-based labels"):
-        dfew.read(tree, 1)
+        dfew.list_tree(tree, 1)
 
 
 def test_dfew_without_either_says_what_is_wanted(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="wanted EmoLabel_DataSplit, or label/single_trainset_1"):
-        dfew.read(tmp_path, None)
+        dfew.list_tree(tmp_path, None)
 
 
 # ---- RAF-DB from Kaggle
@@ -245,7 +245,7 @@ def labels(found):
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    return labels(raf_db.read(official_trees.raf_db(tmp_path_factory.mktemp("raf")), None))
+    return labels(raf_db.list_tree(official_trees.raf_db(tmp_path_factory.mktemp("raf")), None))
 
 
 @pytest.mark.parametrize(
@@ -259,12 +259,12 @@ def official(tmp_path_factory):
     ],
 )
 def test_kaggle_folders(tmp_path, official, how, told):
-    found = raf_db.read(kaggle(tmp_path / "a", **how), None)
+    found = raf_db.list_tree(kaggle(tmp_path / "a", **how), None)
     assert labels(found) == official and not found.missing
     assert all(line.startswith(start) for line, start in zip(found.told, told, strict=True))
     if how.get("home") != ".":  # the folder itself may be named, or one above
-        assert labels(raf_db.read(tmp_path, None)) == official
-        assert raf_db.read(tmp_path / "a" / "DATASET", None).told == found.told
+        assert labels(raf_db.list_tree(tmp_path, None)) == official
+        assert raf_db.list_tree(tmp_path / "a" / "DATASET", None).told == found.told
 
 
 def test_kaggle_folders_and_lists_must_agree(tmp_path):
@@ -272,12 +272,12 @@ def test_kaggle_folders_and_lists_must_agree(tmp_path):
     home = root / "DATASET" / "train"
     (home / "1" / "train_00001_aligned.jpg").rename(home / "2" / "train_00001_aligned.jpg")
     with pytest.raises(UserError, match=r"in the folder of fear, but train_labels.csv says surpri"):
-        raf_db.read(root, None)
+        raf_db.list_tree(root, None)
     (home / "2" / "train_00001_aligned.jpg").unlink()
-    assert raf_db.read(root, None).missing == ["DATASET/train/*/train_00001_aligned.jpg"]
+    assert raf_db.list_tree(root, None).missing == ["DATASET/train/*/train_00001_aligned.jpg"]
     edit(root / "test_labels.csv", second(",1"))
     with pytest.raises(UserError, match=r"test_labels.csv, line 2: 3 columns, wanted 2"):
-        raf_db.read(root, None)
+        raf_db.list_tree(root, None)
 
 
 @pytest.mark.parametrize(
@@ -297,11 +297,11 @@ def test_kaggle_folders_are_refused(tmp_path, move, said):
     root = kaggle(tmp_path, lists=())
     (root / "DATASET" / move[0]).rename(root / "DATASET" / move[1])
     with pytest.raises(UserError, match=said):
-        raf_db.read(root, None)
+        raf_db.list_tree(root, None)
 
 
 def test_a_picture_in_two_folders_is_refused(tmp_path):
     home = kaggle(tmp_path) / "DATASET" / "train"
     shutil.copy(home / "1" / "train_00001_aligned.jpg", home / "2")
     with pytest.raises(UserError, match="are one picture with two labels"):
-        raf_db.read(tmp_path, None)
+        raf_db.list_tree(tmp_path, None)

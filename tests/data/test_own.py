@@ -7,12 +7,14 @@ import pytest
 from PIL import Image
 
 from emollama_jax.data import inspect
-from emollama_jax.data.builders import own, own_table, registry, store
+from emollama_jax.data.builders import own, own_table
 from emollama_jax.data.builders.divide import divide
+from emollama_jax.data.builders.stored import StoredSet
 from emollama_jax.data.media import PICTURES, read_image
-from emollama_jax.data.pipeline import open_source
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from tests.helpers import official_trees
+from tests.helpers.prepared_sets import prepare
 
 
 def picture(path, level=90):
@@ -30,7 +32,7 @@ def home(tmp_path):
 def table(home, text, name="list.csv"):
     path = home / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return own.read(path, "own/t")
+    return own.list_own(path, "own/t")
 
 
 def found_in(found):
@@ -40,18 +42,6 @@ def found_in(found):
         for split, items in found.splits.items()
         for item in items
     }
-
-
-def prepare(name, source, data):
-    return registry.prepare_set(
-        name,
-        source,
-        data,
-        fold=None,
-        missing_share=0.01,
-        processes=1,
-        progress=lambda done, total: None,
-    )
 
 
 # ---- tables
@@ -130,14 +120,14 @@ def test_fer2013(tmp_path):
     path = tmp_path / "fer2013.csv"
     usage = ("Training", "PublicTest", "PrivateTest")
     path.write_text(fer([(i, RAMP if i == 3 else GREY, usage[i % 3]) for i in range(7)]))
-    found = own.read(path, "own/fer")
+    found = own.list_own(path, "own/fer")
     assert [label for label, _ in found_in(found).values()] != sorted(own_table.FER2013)
     assert found_in(found) == {
         f"fer{i:07d}": (name, ("train", "validation", "test")[i % 3])
         for i, name in enumerate(own_table.FER2013)
     }
     folder, _ = prepare("own/fer", path, tmp_path / "data")
-    example = open_source(str(tmp_path / "data"), "own/fer", "train")[1]
+    example = Split(tmp_path / "data", "own/fer", "train").examples[1]
     assert example["id"] == "fer0000003" and example["kind"] == "image"
     pixels = read_image(example["media"])
     np.testing.assert_array_equal(pixels[..., 0].ravel(), np.arange(48 * 48) % 256)
@@ -239,7 +229,7 @@ def test_every_ending_of_the_one_list_is_kept(tmp_path):
     for n, ending in enumerate(endings):
         for label in ("happiness", "sadness"):
             picture(tmp_path / "photos" / label / f"{n}{ending.upper() if n % 2 else ending}")
-    found = own.read(tmp_path / "photos", "own/endings")
+    found = own.list_own(tmp_path / "photos", "own/endings")
     assert sum(map(len, found.splits.values())) == 2 * len(endings)
     assert not any("skipped" in line for line in found.told)
     lines = [f"photos/{name},{label}" for name, (label, _) in found_in(found).items()]
@@ -255,7 +245,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path):
     for name in ("happy/.DS_Store", "sad/Thumbs.db", "._x.jpg", "desktop.ini"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "angry").mkdir()
-    told = own.read(tmp_path, "own/t").told
+    told = own.list_own(tmp_path, "own/t").told
     assert "skipped 4 hidden files, or of the operating system" in told
     for line in (
         "skipped 1 file, no picture or clip (.csv): list.csv",
@@ -276,7 +266,7 @@ def test_frames_that_are_not_read_are_named(tmp_path):
     for n in (1, 2):
         picture(clip / f"{n}.jpg")
     (clip / "notes.txt").write_bytes(b"x")
-    assert own.read(tmp_path, "own/t").told[0].endswith("(.txt): happy/clip/notes.txt")
+    assert own.list_own(tmp_path, "own/t").told[0].endswith("(.txt): happy/clip/notes.txt")
 
 
 def test_what_cannot_be_decoded_is_named_with_the_reason(tmp_path, monkeypatch):
@@ -288,7 +278,7 @@ def test_what_cannot_be_decoded_is_named_with_the_reason(tmp_path, monkeypatch):
         raise UserError(f"{path}: HEIC needs the extra")
 
     monkeypatch.setattr(own, "read_image", refuse)
-    found = own.read(tmp_path, "own/t")
+    found = own.list_own(tmp_path, "own/t")
     assert sorted(found_in(found)) == ["happy/1.jpg", "sad/1.jpg"]
     (line,) = [line for line in found.told if "cannot be read" in line]
     assert line.startswith("skipped 2 files that cannot be read here: happy/2.heic, sad/2.heic")
@@ -302,17 +292,17 @@ def test_one_broken_animation_stops_nothing(tmp_path):
         picture(tmp_path / label / "1.jpg")
         for ending in ("webp", "gif"):
             (tmp_path / label / f"2.{ending}").write_bytes(b"RIFF")
-    found = own.read(tmp_path, "own/t")
+    found = own.list_own(tmp_path, "own/t")
     assert found.kind == "image" and sum(map(len, found.splits.values())) == 6
 
 
 def test_a_folder_without_classes_names_its_table(tmp_path):
     (tmp_path / "list.csv").write_text("path,label\n")
     with pytest.raises(UserError, match=r"for its table, --source .*list\.csv"):
-        own.read(tmp_path, "own/t")
+        own.list_own(tmp_path, "own/t")
     (tmp_path / "happy").mkdir()
     with pytest.raises(UserError, match="no pictures and no clips in it; skipped 1 file"):
-        own.read(tmp_path, "own/t")
+        own.list_own(tmp_path, "own/t")
 
 
 def test_two_words_for_one_emotion_are_told(home):
@@ -375,7 +365,7 @@ def test_people_are_stored(tmp_path):
     people = {}
     for split in ("train", "validation", "test"):
         people[split] = {
-            int(e["subject"]) for e in open_source(str(tmp_path / "data"), "own/people", split)
+            int(e["subject"]) for e in Split(tmp_path / "data", "own/people", split).examples
         }
     assert sorted(p for found in people.values() for p in found) == [0, 1, 2, 3]
-    assert store.read_metadata(tmp_path / "data", "own/people")["told"]
+    assert StoredSet(tmp_path / "data", "own/people").metadata["told"]

@@ -14,12 +14,13 @@ import pytest
 
 from emollama_jax import checkpoint, cli, config
 from emollama_jax import prepare as faces
-from emollama_jax.data.builders import registry
-from emollama_jax.data.items import DONE, instruct_folder
+from emollama_jax.data.items import DONE
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import speaker
 from emollama_jax.train import sources
 from tests.helpers import official_trees
+from tests.helpers.prepared_sets import prepare
 from tests.helpers.toy_model import Toy
 
 CLASSES = ("anger", "happiness", "sadness")
@@ -127,18 +128,6 @@ def test_the_five_commands_lead_to_a_report(root, tmp_path, monkeypatch, capsys,
 # ---- train --data
 
 
-def prepare(name, source, data):
-    registry.prepare_set(
-        name,
-        source,
-        data,
-        fold=None,
-        missing_share=0.0,
-        processes=1,
-        progress=lambda done, total: None,
-    )
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """own/mine of pictures, own/clips, own/many of many long words, own/only of a test split."""
@@ -180,11 +169,10 @@ def test_several_sets_are_mixed_by_their_size(data):
         use(data, "own/mine", "own/mine")
 
 
-def test_conversations_are_read_where_there_are_some(data, monkeypatch):
-    done = instruct_folder(data, "own/clips", "train") / DONE
+def test_conversations_are_read_where_there_are_some(data):
+    done = Split(data, "own/clips", "train").instruct_folder / DONE
     done.parent.mkdir(parents=True)
     done.write_text("{}")
-    monkeypatch.setattr(registry, "open_split", lambda *_: [{"kind": "clip"}])
     cfg, told = use(data, "own/clips")
     assert cfg.data.sources[0].items == "both" and "and their conversations" in told[0]
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from emollama_jax import cli, config
 from emollama_jax.checkpoint import load_for_inference
-from emollama_jax.data.emotions import label_space
 from emollama_jax.data.items import category_question
+from emollama_jax.data.sets import label_space
 from emollama_jax.evaluate.of_run import evaluate_run
 from emollama_jax.evaluate.options import Asking
 from emollama_jax.evaluate.protocol import evaluate, read_predictions

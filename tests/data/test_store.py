@@ -9,27 +9,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from emollama_jax.data.builders import registry, store
+from emollama_jax.data.builders import own, store
+from emollama_jax.data.builders.stored import VERSION, StoredSet
 from emollama_jax.data.media import is_video, read_frames, read_image, read_video
-from emollama_jax.data.pipeline import open_source
+from emollama_jax.data.split import Split, prepared, space_of
 from emollama_jax.errors import UserError
 from tests.helpers import official_trees
-
-
-def prepare(name, source, data, *, fold=None, share=0.01, processes=1, steps=None):
-    def progress(done, total):
-        if steps is not None:
-            steps.append((done, total))
-
-    return registry.prepare_set(
-        name,
-        source,
-        data,
-        fold=fold,
-        missing_share=share,
-        processes=processes,
-        progress=progress,
-    )
+from tests.helpers.prepared_sets import prepare
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +30,7 @@ def test_pictures_are_stored_as_they_are(tmp_path):
     assert {name: split.num_examples for name, split in info.splits.items()} == {
         "train": 7, "test": 3,
     }  # fmt: skip
-    source = open_source(str(tmp_path), "raf_db", "train")
+    source = Split(tmp_path, "raf_db", "train").examples
     example = source[3]
     path = root / "Image" / "aligned" / "train_00004_aligned.jpg"
     assert example["media"] == path.read_bytes()
@@ -58,7 +44,7 @@ def test_pictures_are_stored_as_they_are(tmp_path):
 
 def test_frames_are_packed_byte_for_byte(dfew, tmp_path):
     prepare("dfew", dfew, tmp_path, fold=1)
-    example = open_source(str(tmp_path), "dfew/fold1", "test")[1]
+    example = Split(tmp_path, "dfew/fold1", "test").examples[1]
     home = dfew / "Clip" / "clip_224x224" / f"{int(example['id']):05d}"
     assert is_video(example["media"])
     frames = list(read_video(example["media"]))
@@ -73,16 +59,16 @@ def test_frames_are_packed_byte_for_byte(dfew, tmp_path):
 
 def test_folds_are_views_of_clips_stored_once(dfew, tmp_path):
     folder, _ = prepare("dfew", dfew, tmp_path, fold=1)
-    assert list(registry.prepared(tmp_path, "dfew")) == ["dfew/fold1"]
+    assert list(prepared(tmp_path, "dfew")) == ["dfew/fold1"]
     shards = {p: p.stat().st_mtime_ns for p in folder.glob("*array_record*")}
     prepare("dfew", dfew, tmp_path, fold=4)
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*array_record*")} == shards
-    assert list(registry.prepared(tmp_path, "dfew")) == ["dfew/fold1", "dfew/fold4"]
-    tests = [{e["id"] for e in open_source(str(tmp_path), f"dfew/fold{k}", "test")} for k in (1, 4)]
+    assert list(prepared(tmp_path, "dfew")) == ["dfew/fold1", "dfew/fold4"]
+    tests = [{e["id"] for e in Split(tmp_path, f"dfew/fold{k}", "test").examples} for k in (1, 4)]
     assert tests == [{"1", "6", "11"}, {"4", "9", "14"}]
-    train = open_source(str(tmp_path), "dfew/fold4", "train")
+    train = Split(tmp_path, "dfew/fold4", "train").examples
     assert len(train) == 12 and not tests[1] & {e["id"] for e in train}
-    assert registry.find(tmp_path, "dfew/fold1", "test").split == "clips"
+    assert Split(tmp_path, "dfew/fold1", "test").place == "dfew/clips"
 
 
 def test_a_further_fold_of_other_clips_keeps_the_first(tmp_path):
@@ -94,19 +80,19 @@ def test_a_further_fold_of_other_clips_keeps_the_first(tmp_path):
         lines = path.read_text().splitlines()
         official_trees.write_lines(path, [line for line in lines if line not in ("3,3", "6,6")])
     prepare("dfew", root, tmp_path, fold=1)
-    before = [e["id"] for e in open_source(str(tmp_path), "dfew/fold1", "train")]
+    before = [e["id"] for e in Split(tmp_path, "dfew/fold1", "train").examples]
     assert "3" not in before
     prepare("dfew", root, tmp_path, fold=2)
-    after = open_source(str(tmp_path), "dfew/fold1", "train")
+    after = Split(tmp_path, "dfew/fold1", "train").examples
     assert [e["id"] for e in after] == before
-    assert "3" in [e["id"] for e in open_source(str(tmp_path), "dfew/fold2", "train")]
+    assert "3" in [e["id"] for e in Split(tmp_path, "dfew/fold2", "train").examples]
 
 
 def test_affectnet_is_stored_once_and_asked_for_its_own_classes(tmp_path):
     root = official_trees.affectnet_lists(tmp_path / "src")
     prepare("affectnet8", root, tmp_path)
-    eight = open_source(str(tmp_path), "affectnet8", "test")
-    seven = open_source(str(tmp_path), "affectnet7", "test")
+    eight = Split(tmp_path, "affectnet8", "test").examples
+    seven = Split(tmp_path, "affectnet7", "test").examples
     assert (len(eight), len(seven)) == (8, 7)
     first = {n: json.loads(x[0]["items"])[0][0]["value"] for n, x in ((8, eight), (7, seven))}
     assert "contempt" in first[8] and "contempt" not in first[7]
@@ -119,14 +105,19 @@ def test_processes_write_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(store.SHARD, "image", 3)
     root = official_trees.ferplus(tmp_path / "src", train=7, valid=2, test=2)
     steps = []
+
+    def progress(done, total):
+        steps.append((done, total))
+
     folders = [
-        prepare("ferplus", root, tmp_path / f"{n}", processes=n, steps=steps)[0] for n in (1, 2)
+        prepare("ferplus", root, tmp_path / f"{n}", processes=n, progress=progress)[0]
+        for n in (1, 2)
     ]
     names = [sorted(p.name for p in folder.iterdir()) for folder in folders]
     assert names[0] == names[1]
     assert "ferplus-train.array_record-00002-of-00003" in names[0]
     for split in ("train", "validation", "test"):
-        one, two = (list(open_source(str(f.parents[1]), "ferplus", split)) for f in folders)
+        one, two = (list(Split(f.parents[1], "ferplus", split).examples) for f in folders)
         assert [e["id"] for e in one] == [e["id"] for e in two]
         assert [e["media"] for e in one] == [e["media"] for e in two]
     assert steps[-1] == (11, 11)
@@ -138,28 +129,28 @@ def test_a_stopped_preparation_goes_on(tmp_path, monkeypatch):
     made, stop = [], [True]
     make_example = store.make_example
 
-    def counting(item, kind, classes):
-        made.append(item.id)
+    def counting(entry, kind, classes):
+        made.append(entry.id)
         if len(made) == 5 and stop:
             stop.clear()
             raise KeyboardInterrupt
-        return make_example(item, kind, classes)
+        return make_example(entry, kind, classes)
 
     monkeypatch.setattr(store, "make_example", counting)
     with pytest.raises(KeyboardInterrupt):
         prepare("raf_db", root, tmp_path)
     with pytest.raises(UserError, match="raf_db is not prepared; run `emollama data prepare"):
-        open_source(str(tmp_path), "raf_db", "train")
+        Split(tmp_path, "raf_db", "train")
     prepare("raf_db", root, tmp_path)
     assert len(made) == 5 + 3  # two shards of two were whole; the rest is written
-    assert len(open_source(str(tmp_path), "raf_db", "train")) == 5
+    assert len(Split(tmp_path, "raf_db", "train").examples) == 5
     made.clear()
     folder, _ = prepare("raf_db", root, tmp_path)
-    assert made == [] and sorted(p.name for p in folder.parent.iterdir()) == [store.VERSION]
+    assert made == [] and sorted(p.name for p in folder.parent.iterdir()) == [VERSION]
     path = root / "EmoLabel" / "list_patition_label.txt"
     official_trees.write_lines(path, path.read_text().splitlines()[1:])
     prepare("raf_db", root, tmp_path)  # another list is another set
-    assert len(open_source(str(tmp_path), "raf_db", "train")) == 4
+    assert len(Split(tmp_path, "raf_db", "train").examples) == 4
 
 
 def test_missing_files_are_listed_and_too_many_stop(tmp_path):
@@ -170,10 +161,10 @@ def test_missing_files_are_listed_and_too_many_stop(tmp_path):
         prepare("raf_db", root, tmp_path)
     listed = (tmp_path / "raf_db" / "missing.txt").read_text().split()
     assert listed == [f"Image/aligned/train_{i:05d}_aligned.jpg" for i in (3, 9)]
-    _, found = prepare("raf_db", root, tmp_path, share=0.1)
-    assert found.missing == listed
-    assert len(open_source(str(tmp_path), "raf_db", "train")) == 18
-    assert store.read_metadata(tmp_path, "raf_db")["missing"] == 2
+    _, told = prepare("raf_db", root, tmp_path, missing_share=0.1)
+    assert told[-1] == f"2 files are missing and left out: {', '.join(listed)}"
+    assert len(Split(tmp_path, "raf_db", "train").examples) == 18
+    assert StoredSet(tmp_path, "raf_db").metadata["missing"] == 2
 
 
 def test_a_clip_folder_without_frames_is_missing(tmp_path):
@@ -186,11 +177,11 @@ def test_a_clip_folder_without_frames_is_missing(tmp_path):
 
 def test_own_data_has_its_own_classes(tmp_path):
     prepare("own/mine", official_trees.own_table(tmp_path / "src"), tmp_path)
-    assert registry.space_of(tmp_path, "own/mine").classes == ("anger", "happiness", "sadness")
-    example = open_source(str(tmp_path), "own/mine", "test")[0]
+    assert space_of(tmp_path, "own/mine").classes == ("anger", "happiness", "sadness")
+    example = Split(tmp_path, "own/mine", "test").examples[0]
     assert json.loads(example["items"])[0][1]["value"] == "anger"
     assert example["id"] == "pictures/2.jpg"
-    assert registry.space_of(tmp_path, "raf_db").classes == official_trees.RAF_DB
+    assert space_of(tmp_path, "raf_db").classes == official_trees.RAF_DB
 
 
 @pytest.mark.parametrize(
@@ -224,11 +215,11 @@ def test_opening_says_what_is_there(dfew, tmp_path):
         ("own/x", "train", "own/x is not prepared"),
     ):
         with pytest.raises(UserError, match=said):
-            open_source(str(tmp_path), name, split)
+            Split(tmp_path, name, split)
 
 
 def test_the_fingerprint_knows_labels_and_sizes(tmp_path):
-    _, found = prepare("own/t", official_trees.own_table(tmp_path / "src"), tmp_path)
+    found = own.list_own(official_trees.own_table(tmp_path / "src"), "own/t")
     before = store.fingerprint(found)
     items = found.splits["train"]
     other = dataclasses.replace(items[0], label=2)

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from emollama_jax import cli
-from emollama_jax.data.builders import registry
-from emollama_jax.data.duplicates import also_in
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.sets import label_space
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import beside, groups, metrics
 from emollama_jax.evaluate.copies import Copies, leave_out
 from emollama_jax.evaluate.protocol import Prediction, evaluate
 from emollama_jax.evaluate.result import Answers
-from emollama_jax.faces.priors import priors_folder
 from tests.helpers import official_trees
+from tests.helpers.prepared_sets import prepare
 
 SPACE = label_space("raf_db")
 CLASSES = SPACE.classes
@@ -143,16 +142,8 @@ def data(tmp_path_factory):
     test = sorted((root / "FER2013Test").glob("*.png"))
     for here, there in ((0, 3), (1, 3), (2, 5)):
         shutil.copy(train[there], test[here])
-    registry.prepare_set(
-        "ferplus",
-        root,
-        folder,
-        fold=None,
-        missing_share=0.0,
-        processes=1,
-        progress=lambda done, total: None,
-    )
-    home = priors_folder(folder, "ferplus", "test")
+    prepare("ferplus", root, folder)
+    home = Split(folder, "ferplus", "test").priors_folder
     home.mkdir(parents=True)
     arrays = {
         "boxes": np.zeros((8, 4), np.float32),
@@ -197,12 +188,12 @@ def score(file, *more, capsys):
 
 def test_every_copy_is_left_out_though_inspect_counts_contents(data):
     names = [name.removesuffix(".png") for name in names_of(data)]
-    assert also_in(data, "ferplus", "test", "train") == names[:3]
-    assert also_in(data, "ferplus", "test", "validation") == []
+    assert Split(data, "ferplus", "test").also_in("train") == names[:3]
+    assert Split(data, "ferplus", "test").also_in("validation") == []
     with pytest.raises(UserError, match="--without test: it is the tested split itself"):
-        also_in(data, "ferplus", "test", "test")
+        Split(data, "ferplus", "test").also_in("test")
     with pytest.raises(UserError, match="no split 'dev'"):
-        also_in(data, "ferplus", "test", "dev")
+        Split(data, "ferplus", "test").also_in("dev")
 
 
 def test_answers_in_a_file_are_counted_by_the_sets_priors(data, answered, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from emollama_jax.data.emotions import LABEL_SPACES
+from emollama_jax.data.sets import label_space
 from emollama_jax.evaluate import (
     charts,
     latex,
@@ -24,7 +25,7 @@ from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.published import published
 from emollama_jax.evaluate.result import Answers, Result, Settings
 
-SPACE = LABEL_SPACES["actionfaces"]
+SPACE = label_space("actionfaces/images")
 VOID = {"meta", "col"}
 
 

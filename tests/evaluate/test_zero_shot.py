@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from emollama_jax import cli
-from emollama_jax.data.builders import registry
 from emollama_jax.data.media import read_image
-from emollama_jax.evaluate import of_remote
+from emollama_jax.data.split import Split
 from emollama_jax.evaluate.protocol import read_predictions
 from emollama_jax.remote.request import jpeg
 from tests.helpers import llava_model
@@ -183,7 +182,7 @@ def test_clips_are_frames_in_order(tmp_path):
         "the video?"
     )
     found = read_predictions(tmp_path / "out" / "predictions.jsonl")
-    assert len(found) == len(registry.open_split(data, "dfew/fold1", "test"))
+    assert len(found) == len(Split(data, "dfew/fold1", "test").examples)
     assert {p.predicted for p in found} == {"happy"}
 
 
@@ -243,7 +242,7 @@ def test_names_of_models(data, tmp_path, capsys, model, said):
 def test_face_crop(data, tmp_path, monkeypatch):
     """The crop of the prior's box where there is a face, else the whole picture."""
     priors = [prior(1, found=n % 2 == 0) for n in range(TEST)]
-    monkeypatch.setattr(of_remote, "open_priors", lambda *where: priors)
+    monkeypatch.setattr(Split, "priors", priors)
     with Server(answer=lambda body: "fear").running() as server:
         more = ("--crop", "face", "--side", "64", "--limit", "2", "--concurrency", "1")
         run(openai(server), data, tmp_path, *more)
@@ -270,7 +269,7 @@ def test_hugging_face_model(data, tmp_path):
     found = read_predictions(tmp_path / "out" / "predictions.jsonl")
     network = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "llava")
-    examples = registry.open_split(data, "raf_db", "test")
+    examples = Split(data, "raf_db", "test").examples
     for prediction, example in zip(found, examples, strict=False):
         question = json.loads(example["items"])[0][0]["value"].removeprefix("<image>\n")
         picture = Image.open(io.BytesIO(jpeg(read_image(example["media"]))))

@@ -1,6 +1,7 @@
 """Face priors: computed once, resumable, read lazily, defined where there is no face."""
 
 import io
+import pathlib
 import pickle
 import types
 
@@ -9,12 +10,14 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from emollama_jax.data.builders import registry
+from emollama_jax.data.priors import Priors
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.faces import priors
 from emollama_jax.faces.reader import Reader, cut_out, local_mesh, read_faces
 from emollama_jax.models.facexformer import FaceXFormer
 from tests.helpers import official_trees
+from tests.helpers.prepared_sets import prepare as prepare_set
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def prepare(examples, folder, reader, progress=lambda done, total: None, **more)
 
 def test_stored_priors_are_those_of_each_example_alone(examples, tmp_path, reader):
     prepare(examples, tmp_path / "p", reader)
-    stored = priors.Priors(tmp_path / "p")
+    stored = Priors(tmp_path / "p")
     assert len(stored) == len(examples)
     picture = np.asarray(Image.open(io.BytesIO(examples[3]["media"])))
     seen = cut_out([picture], examples[3]["boxes"], np.ones(1, bool), reader=reader)
@@ -66,7 +69,7 @@ def test_stored_priors_are_those_of_each_example_alone(examples, tmp_path, reade
 
 def test_no_face_is_a_defined_result(examples, tmp_path, reader):
     prepare(examples, tmp_path / "p", reader)
-    prior = priors.Priors(tmp_path / "p")[5]
+    prior = Priors(tmp_path / "p")[5]
     assert not prior.found.any()
     assert not prior.landmarks.any()
     assert not prior.agr_probability.any()
@@ -89,12 +92,12 @@ def test_a_stopped_preparation_continues(examples, tmp_path, reader, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         prepare(examples, tmp_path / "p", reader, progress=stop)
     with pytest.raises(UserError, match="no face priors"):
-        priors.Priors(tmp_path / "p")
+        Priors(tmp_path / "p")
     read = []
     monkeypatch.setattr(priors, "read_image", lambda media: read.append(1) or _read(media))
     prepare(examples, tmp_path / "p", reader)
     assert len(read) == 2  # the third part alone
-    assert len(priors.Priors(tmp_path / "p")) == 6
+    assert len(Priors(tmp_path / "p")) == 6
 
 
 def test_unreadable_media_and_own_boxes_off_the_picture_are_marked_and_kept(
@@ -106,7 +109,7 @@ def test_unreadable_media_and_own_boxes_off_the_picture_are_marked_and_kept(
     assert (summary.examples, summary.frames) == (8, 7)
     assert (summary.without_face, summary.unreadable) == (2, 1)  # `examples` has one without a face
     assert summary.frames_done == 7 and summary.rate > 0
-    stored = priors.Priors(tmp_path / "p")
+    stored = Priors(tmp_path / "p")
     assert len(stored) == 8 and stored[4].found.all()
     assert len(stored[6].found) == 0 and not stored[7].found.any()
     lines = [record.getMessage() for record in caplog.records]
@@ -149,7 +152,7 @@ def test_a_clip_keeps_one_face_with_a_smooth_box(tmp_path, reader):
     priors.prepare_priors(
         examples, tmp_path / "p", reader=reader, detect=detect, progress=lambda done, total: None
     )
-    boxes = priors.Priors(tmp_path / "p")[0].boxes
+    boxes = Priors(tmp_path / "p")[0].boxes
     assert calls == [number]
     np.testing.assert_allclose(boxes[2:-2, 0], [8.4, 8.6] * 4, atol=1e-6)
     assert boxes[5, 2] == 40  # of the face, not of the bystander
@@ -173,23 +176,11 @@ def test_devices_share_a_batch(reader, tiny_config, rng):
 
 def test_priors_of_a_fold_are_a_view(tmp_path, reader):
     root = official_trees.dfew(tmp_path / "src", clips=6)
-    registry.prepare_set(
-        "dfew",
-        root,
-        tmp_path,
-        fold=2,
-        missing_share=0,
-        processes=1,
-        progress=lambda done, total: None,
-    )
-    prepare(
-        registry.open_stored(tmp_path, "dfew", "clips"),
-        priors.priors_folder(tmp_path, "dfew", "clips"),
-        reader,
-    )
-    data = registry.open_split(tmp_path, "dfew/fold2", "train")
-    found = pickle.loads(pickle.dumps(priors.open_priors(tmp_path, "dfew/fold2", "train")))
-    assert len(found) == len(data) == 5
+    prepare_set("dfew", root, tmp_path, fold=2)
+    split = Split(tmp_path, "dfew/fold2", "train")
+    prepare(split.stored.examples("clips"), pathlib.Path(split.priors_folder), reader)
+    found = pickle.loads(pickle.dumps(split)).priors
+    assert len(found) == len(split.examples) == 5
     assert all(len(prior.found) == official_trees.FRAMES for prior in found)
     with pytest.raises(IndexError):
         found[5]
@@ -201,17 +192,17 @@ def _read(media):
 
 def test_other_weights_make_stored_priors_void(examples, tmp_path, reader, tiny_config):
     prepare(examples, tmp_path / "p", reader)
-    before = priors.Priors(tmp_path / "p")[0].landmarks
+    before = Priors(tmp_path / "p")[0].landmarks
     other = Reader(
         FaceXFormer(tiny_config.model.face, rngs=nnx.Rngs(1)), margin=reader.margin, batch=4
     )
     prepare(examples, tmp_path / "p", other)
-    assert np.abs(priors.Priors(tmp_path / "p")[0].landmarks - before).max() > 1e-3
+    assert np.abs(Priors(tmp_path / "p")[0].landmarks - before).max() > 1e-3
 
 
 def test_priors_pickle_for_worker_processes(examples, tmp_path, reader):
     prepare(examples, tmp_path / "p", reader)
-    stored = priors.Priors(tmp_path / "p")
+    stored = Priors(tmp_path / "p")
     again = pickle.loads(pickle.dumps(stored))
     np.testing.assert_array_equal(again[1].boxes, stored[1].boxes)
     with pytest.raises(IndexError):

@@ -2,11 +2,10 @@
 
 import numpy as np
 
+from emollama_jax.data.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.tiny.actionfaces import courses
-from emollama_jax.tiny.actionfaces.action_units import (
-    ACTION_UNITS,
+from emollama_jax.tiny.actionfaces.expressions import (
     CLASS_SHARES,
-    EMOTIONS,
     sample_mix,
     sample_noise,
     sample_strength,

@@ -138,8 +138,7 @@ def evaluated(bpe: str, mesh: tuple[int, int, int], batch: int) -> dict[str, lis
     for number, example in enumerate(store.data["actionfaces/images"]):
         example["subject"] = number
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speaker, "open_source", store.open_data)
-        patch.setattr(speaker, "open_priors", store.open_priors)
+        patch.setattr(speaker, "Split", lambda folder, name, split: store.split(name, split))
         spread = make_mesh(cfg.mesh)
         return speaker.predict(
             cfg,

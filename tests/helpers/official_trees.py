@@ -11,11 +11,11 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from emollama_jax.data.action_units import EMOTIONS as DRAWN
 from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.tiny.actionfaces.examples import encode_picture, encode_video
 from emollama_jax.tiny.actionfaces.sample import sample_clip, sample_image
 
-DRAWN = LABEL_SPACES["actionfaces"].classes
 RAF_DB = LABEL_SPACES["raf_db"].classes
 FERPLUS = LABEL_SPACES["ferplus"].classes
 AFFECTNET = LABEL_SPACES["affectnet8"].classes

@@ -7,7 +7,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from emollama_jax.data.builders import registry
+from emollama_jax.data import sets
 
 
 def prepare_raf_db(folder: pathlib.Path, *, train: int, test: int) -> pathlib.Path:
@@ -23,7 +23,8 @@ def prepare_raf_db(folder: pathlib.Path, *, train: int, test: int) -> pathlib.Pa
             Image.fromarray(picture).save(tree / "Image" / "aligned" / f"{name}_aligned.jpg")
             lines.append(f"{name}.jpg {n % 7 + 1}")
     (tree / "EmoLabel" / "list_patition_label.txt").write_text("\n".join(lines) + "\n")
-    return _prepare("raf_db", tree, folder / "data")
+    prepare("raf_db", tree, folder / "data")
+    return folder / "data"
 
 
 def prepare_dfew(folder: pathlib.Path, *, folds: int = 2) -> pathlib.Path:
@@ -49,20 +50,16 @@ def prepare_dfew(folder: pathlib.Path, *, folds: int = 2) -> pathlib.Path:
             chosen = tested if split == "test" else set(range(1, 7)) - tested
             rows = [f"{n},{n}" for n in sorted(chosen)]
             (home / f"set_{fold}.csv").write_text("\n".join(["video_name,label", *rows]) + "\n")
-    return _prepare("dfew", tree, folder / "data")
+    prepare("dfew", tree, folder / "data")
+    return folder / "data"
 
 
-def _prepare(name: str, tree: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
-    registry.prepare_set(
-        name,
-        tree,
-        data,
-        fold=None,
-        missing_share=0.0,
-        processes=1,
-        progress=lambda done, total: None,
-    )
-    return data
+def prepare(
+    name: str, source: pathlib.Path, data: pathlib.Path, *, progress=None, **how
+) -> tuple[pathlib.Path, list[str]]:
+    """Prepares a set without face priors; returns its folder, and what was told."""
+    progress = progress or (lambda done, total: None)
+    return sets.prepare(name, data, sets.Preparation(source=source, **how), progress)
 
 
 def _mp4(frames: np.ndarray) -> bytes:

@@ -10,23 +10,16 @@ from PIL import Image
 
 from emollama_jax import config
 from emollama_jax.batch import Batch
-from emollama_jax.data.emotions import label_space
 from emollama_jax.data.pipeline import make_train_iterator
+from emollama_jax.data.priors import Prior
+from emollama_jax.data.sets import label_space
+from emollama_jax.data.split import InMemory
 from emollama_jax.data.templates import SYSTEM
 from emollama_jax.data.tokenizers import train_bpe
 
 FIELDS = [field.name for field in dataclasses.fields(Batch)]
-CLASSES = label_space("actionfaces").classes
+CLASSES = label_space("actionfaces/images").classes
 FRAMES = (5, 24)  # of the two kinds of clips: fewer and more than M = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Prior:
-    boxes: np.ndarray
-    found: np.ndarray
-    landmarks: np.ndarray
-    agr: np.ndarray
-    agr_probability: np.ndarray
 
 
 def picture(level: int, size: int = 40) -> np.ndarray:
@@ -75,6 +68,7 @@ def example(index: int, media: bytes, kind: str) -> dict:
     ]
     return {
         "id": f"{kind}-{index}",
+        "kind": kind,
         "media": media,
         "label": label,
         "items": json.dumps([category, free]),
@@ -104,11 +98,12 @@ class Store:
             "more": [prior(1, found=False) for _ in images[:4]],
         }
 
-    def open_data(self, folder: str, name: str, split: str) -> list:
-        return self.data[name]
+    def split(self, name: str, split: str = "train") -> InMemory:
+        return InMemory(name, split, self.data[name], self.priors[name])
 
-    def open_priors(self, folder: str, name: str, split: str) -> list:
-        return self.priors[name]
+    def splits(self, cfg: config.Config) -> list[InMemory]:
+        """Of a config's sources."""
+        return [self.split(source.name, source.split) for source in cfg.data.sources]
 
 
 def small_bpe() -> str:
@@ -151,9 +146,7 @@ def make_config(bpe: str, *overrides: str) -> config.Config:
 
 
 def iterator(cfg: config.Config, store: Store, **kwargs):
-    return make_train_iterator(
-        cfg, open_data=store.open_data, open_priors=store.open_priors, **kwargs
-    )
+    return make_train_iterator(cfg, store.splits(cfg), **kwargs)
 
 
 def assert_equal(first: Batch, second: Batch) -> None:

@@ -9,9 +9,8 @@ import threading
 import pytest
 
 from emollama_jax import cli
-from emollama_jax.data.builders import registry
-from emollama_jax.data.items import drawable, instruct_folder
-from emollama_jax.data.pipeline import make_train_iterator, open_source, open_training
+from emollama_jax.data.pipeline import make_train_iterator, open_sources
+from emollama_jax.data.split import Split, space_of
 from emollama_jax.data.tokenizers import load_tokenizer
 from emollama_jax.errors import UserError
 from tests.helpers.fake_gemini import FAULTS, Server, texts_of
@@ -61,7 +60,7 @@ def refused(capsys, data, server, *more, name="raf_db"):
 
 def output(data, name="raf_db", split="train"):
     """instruct.json and conversations.json."""
-    folder = instruct_folder(data, name, split)
+    folder = Split(data, name, split).instruct_folder
     entries = json.loads((folder / "conversations.json").read_text())
     return json.loads((folder / "instruct.json").read_text()), entries
 
@@ -84,11 +83,11 @@ def test_both_formats_and_what_training_reads(data, capsys):
     first = entries[1]
     assert first["conversations"][0]["value"].startswith("<image>\nWhat does the face look like")
     assert [turn["from"] for turn in first["conversations"]] == ["human", "gpt"] * 2
-    media = instruct_folder(data, "raf_db", "train") / "media" / first["image"]
-    original = open_source(str(data), "raf_db", "train")
+    media = Split(data, "raf_db", "train").instruct_folder / "media" / first["image"]
+    original = Split(data, "raf_db", "train").examples
     assert media.suffix == ".jpg"
     assert media.read_bytes() == original[0]["media"]
-    trained = open_training(str(data), "raf_db", "train")
+    trained = Split(data, "raf_db", "train").instructed().examples
     for index in range(TRAIN):
         category, conversation = json.loads(trained[index]["items"])
         assert [category] == json.loads(original[index]["items"])
@@ -129,9 +128,9 @@ def test_training_draws_conversations_alone_only_where_there_are_some(data):
     assert [e["id"] for e in entries if e["made_by"] != "category"] == [
         f"train_{n:05d}_conversation" for n in (1, 2, 3)
     ]
-    assert list(drawable(data, "raf_db", "train", "conversation", TRAIN)) == [1, 2, 3]
-    assert list(drawable(data, "raf_db", "train", "both", TRAIN)) == list(range(TRAIN))
-    aside = (instruct_folder(data, "raf_db", "train") / "set_aside.jsonl").read_text()
+    assert list(Split(data, "raf_db", "train").drawable("conversation")) == [1, 2, 3]
+    assert list(Split(data, "raf_db", "train").drawable("both")) == list(range(TRAIN))
+    aside = (Split(data, "raf_db", "train").instruct_folder / "set_aside.jsonl").read_text()
     assert json.loads(aside) == {
         "id": "train_00000",
         "why": "blocked: prompt, PROHIBITED_CONTENT",
@@ -145,7 +144,7 @@ def test_another_preparation_is_noticed(data, tmp_path_factory):
     other = prepare_raf_db(tmp_path_factory.mktemp("other"), train=TRAIN + 1, test=1)
     (data / "raf_db").symlink_to(other / "raf_db")
     with pytest.raises(UserError, match="made for another preparation"):
-        open_training(str(data), "raf_db", "train")
+        Split(data, "raf_db", "train").instructed()
 
 
 # ---- faults
@@ -184,7 +183,7 @@ def test_a_rejected_answer_is_told_why_then_set_aside(data, fault, reason):
     told = ["An earlier answer was rejected" in texts_of(body)[-1] for body in server.bodies]
     assert told == [False, True, True]
     assert reason in texts_of(server.bodies[-1])[-1]
-    aside = (instruct_folder(data, "raf_db", "train") / "set_aside.jsonl").read_text()
+    aside = (Split(data, "raf_db", "train").instruct_folder / "set_aside.jsonl").read_text()
     assert reason in json.loads(aside)["why"]
 
 
@@ -255,7 +254,7 @@ def test_dry_run_sends_nothing_and_needs_no_key(data, capsys, monkeypatch):
     written = int(re.search(r"about ([\d,]+) out", out)[1].replace(",", ""))
     cost = (tokens * 0.30 + written * 2.50) / 1e6
     assert f"cost           about ${cost:.2f} (prices: https://ai.google.dev" in out
-    assert not instruct_folder(data, "raf_db", "train").exists()
+    assert not Split(data, "raf_db", "train").instruct_folder.exists()
     prices = ["--input-price", "1000", "--output-price", "0", "--limit", "2"]
     cli.main(["data", "instruct", "raf_db", "--dir", str(data), "--dry-run", *prices])
     assert f"about ${tokens / TRAIN * 2 / 1000:.2f} (prices: as given)" in capsys.readouterr().out
@@ -311,7 +310,7 @@ def test_templates_stand_in_and_are_marked(data, capsys, monkeypatch):
     done, entries = output(data)
     assert done["made_by"] == "template"
     assert [entry["made_by"] for entry in entries] == ["category", "template"] * TRAIN
-    words = registry.space_of(data, "raf_db").canonical
+    words = space_of(data, "raf_db").canonical
     for number, entry in enumerate(entries[1::2]):
         assert words[number % 7] in entry["conversations"][1]["value"]
 
@@ -359,7 +358,7 @@ def test_clips_are_described_once_for_all_folds(tmp_path):
         run(data, gemini, *describe, name="dfew/fold1")
         first = len(gemini.requests)
         run(data, gemini, *describe, name="dfew/fold2")
-    assert first == len(open_source(str(data), "dfew/fold1", "train")) == 4
+    assert first == len(Split(data, "dfew/fold1", "train").examples) == 4
     # Clip 6 is in both folds.
     assert len(gemini.requests) == len(other.requests) == 6
     done, entries = output(data, "dfew/fold2")
@@ -374,7 +373,7 @@ def test_clips_are_described_once_for_all_folds(tmp_path):
 
 def test_clips_with_descriptions_from_a_file(tmp_path, capsys):
     data = prepare_dfew(tmp_path, folds=1)
-    clips = open_source(str(data), "dfew/fold1", "train")
+    clips = Split(data, "dfew/fold1", "train").examples
     lines = [{"id": clips[0]["id"], "description": "She nods and her brows rise."}]
     file = tmp_path / "described.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -441,7 +440,9 @@ def test_batches_hold_the_conversations(data, tmp_path):
         "data.rounds=2",
         "train.image_batch=4",
     )
-    batches = make_train_iterator(cfg, open_priors=lambda *where: [prior(1)] * TRAIN)
+    (split,) = open_sources(cfg)
+    split.priors = [prior(1)] * TRAIN
+    batches = make_train_iterator(cfg, [split])
     tokenizer = load_tokenizer(cfg.data.llm_tokenizer)
     batch = next(batches)
     assert set(batch.index.tolist()) == {0, 1}

@@ -10,15 +10,15 @@ from PIL import Image
 
 from emollama_jax import compile_cache
 from emollama_jax.data.elements import stack
-from emollama_jax.data.emotions import label_space
 from emollama_jax.data.media import read_image
-from emollama_jax.data.pipeline import open_source
 from emollama_jax.data.prompts import Turn
+from emollama_jax.data.sets import label_space
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.options import Asking
 from emollama_jax.evaluate.protocol import evaluate, read_predictions
 from emollama_jax.evaluate.speaker import Speaker, predict
-from emollama_jax.faces.priors import open_priors, prepare_priors, priors_folder
+from emollama_jax.faces.priors import prepare_priors
 from emollama_jax.faces.reader import Reader, cut_out, read_faces
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.serve.answer import Answerer, Conversation, probabilities
@@ -175,8 +175,8 @@ def prepared(cfg, model):
     builder.prepare(cfg.data.dir, config_name="images", sizes=SIZES, processes=1)
     name = "actionfaces/images"
     prepare_priors(
-        open_source(cfg.data.dir, name, "test"),
-        priors_folder(cfg.data.dir, name, "test"),
+        Split(cfg.data.dir, name, "test").examples,
+        Split(cfg.data.dir, name, "test").priors_folder,
         reader=Reader(model.face, margin=cfg.data.face_margin, batch=4),
         detect=detector([]),
         progress=lambda done, total: None,
@@ -194,7 +194,7 @@ def test_both_ways_of_answering(cfg, model, prepared, tmp_path):
     assert {item.parsed for item in scored} == {"score"}
     assert all(item.predicted is not None for item in scored)
     assert [item.label for item in scored] == [item.label for item in written]
-    priors = open_priors(cfg.data.dir, prepared.name, "test")
+    priors = Split(cfg.data.dir, prepared.name, "test").priors
     assert len(priors) == 3
     assert evaluate(scored, label_space(prepared.name)).n == 3
 

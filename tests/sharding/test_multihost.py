@@ -332,10 +332,8 @@ def test_every_host_takes_the_same_evaluation_steps(bpe):
         batches = list(
             make_eval_batches(
                 cfg,
-                cfg.data.sources[0],
+                store.splits(cfg)[0],
                 batch=8,
-                open_priors=store.open_priors,
-                open_data=store.open_data,
                 host_index=host,
                 host_count=4,
             )

@@ -5,21 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from emollama_jax.data.action_units import ACTION_UNITS, AU, EMOTIONS, MIXES, NEUTRAL
 from emollama_jax.errors import UserError
-from emollama_jax.tiny.actionfaces.action_units import (
-    ACTION_UNITS,
-    AU,
-    CLASS_SHARES,
-    DISPLACEMENTS,
-    EMOTIONS,
-    MIXES,
-    NEUTRAL,
-    NOISE,
-    OPTIONAL,
-)
 from emollama_jax.tiny.actionfaces.attributes import ATTRIBUTES, attributes
 from emollama_jax.tiny.actionfaces.camera import Scene
 from emollama_jax.tiny.actionfaces.draw import render
+from emollama_jax.tiny.actionfaces.expressions import CLASS_SHARES, DISPLACEMENTS, NOISE, OPTIONAL
 from emollama_jax.tiny.actionfaces.geometry import (
     MEAN_FACE,
     View,

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emollama_jax.data.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.data.items import category_item
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.tiny import builder
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.tiny.actionfaces.examples import encode_video
 from emollama_jax.tiny.actionfaces.sample import sample_clip, sample_image
 
@@ -40,7 +41,7 @@ def prepared(tmp_path_factory):
 
 def test_pictures_survive_the_round_trip(prepared):
     folder, _ = prepared
-    source = builder.open_split(folder, "images", "test")
+    source = Split(folder, "actionfaces/images", "test").examples
     assert [example["id"] for example in source] == [f"test-{index:06d}" for index in range(3)]
     with pytest.raises(IndexError, match="example 3 of a split of 3"):
         source[3]
@@ -63,7 +64,10 @@ def test_pictures_survive_the_round_trip(prepared):
 
 def test_clips_are_real_videos(prepared):
     folder, _ = prepared
-    example, drawn = builder.open_split(folder, "clips", "train")[1], sample_clip("train", 1)
+    example, drawn = (
+        Split(folder, "actionfaces/clips", "train").examples[1],
+        sample_clip("train", 1),
+    )
     count = len(drawn.frames)
     with av.open(io.BytesIO(example["media"])) as file:
         stream = file.streams.video[0]
@@ -86,7 +90,7 @@ def test_the_video_codec_is_deterministic():
 
 def test_a_split_is_random_access_and_picklable(prepared):
     folder, _ = prepared
-    source = builder.open_split(folder, "images", "train")
+    source = Split(folder, "actionfaces/images", "train").examples
     copy = pickle.loads(pickle.dumps(source))
     assert [copy[i]["id"] for i in (6, 0)] == ["train-000006", "train-000000"]
 
@@ -125,20 +129,20 @@ def test_what_is_prepared_is_reused_and_what_is_half_done_redone(prepared, tmp_p
     (place / "dataset_info.json").unlink()  # as if it had been stopped
     prepare(sizes=SIZES["images"])
     assert calls
-    before = builder.open_split(tmp_path, "images", "train")[0]["media"]
-    assert before == builder.open_split(folder, "images", "train")[0]["media"]
+    before = Split(tmp_path, "actionfaces/images", "train").examples[0]["media"]
+    assert before == Split(folder, "actionfaces/images", "train").examples[0]["media"]
 
     calls.clear()
     prepare(sizes=SIZES["images"], seed=1)  # other settings are another data set
     assert calls
-    assert before != builder.open_split(tmp_path, "images", "train")[0]["media"]
+    assert before != Split(tmp_path, "actionfaces/images", "train").examples[0]["media"]
 
 
 def test_errors_name_what_is_wrong(tmp_path, prepared):
     with pytest.raises(UserError, match=r"actionfaces/clips is not prepared; run `emollama data"):
-        builder.open_split(tmp_path, "clips", "train")
+        Split(tmp_path, "actionfaces/clips", "train")
     with pytest.raises(UserError, match=r"no split 'dev'; choose one of"):
-        builder.open_split(prepared[0], "images", "dev")
+        Split(prepared[0], "actionfaces/images", "dev")
     for wrong, message in (
         ({"config_name": "films"}, "unknown config 'films'; choose one of images, clips"),
         ({"config_name": "images", "sizes": {"dev": 3}}, "unknown split 'dev'"),

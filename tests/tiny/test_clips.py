@@ -4,15 +4,10 @@ import re
 
 import numpy as np
 
+from emollama_jax.data.action_units import ACTION_UNITS, AU, EMOTIONS, NEUTRAL
+from emollama_jax.data.describe import conversation, describe
 from emollama_jax.data.items import category_item
 from emollama_jax.tiny.actionfaces import courses
-from emollama_jax.tiny.actionfaces.action_units import (
-    ACTION_UNITS,
-    AU,
-    EMOTIONS,
-    NEUTRAL,
-)
-from emollama_jax.tiny.actionfaces.describe import conversation, describe
 from emollama_jax.tiny.actionfaces.identity import make_identity
 from emollama_jax.tiny.actionfaces.sample import sample_clip
 from tests.helpers.drawn_labels import (

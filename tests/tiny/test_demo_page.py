@@ -11,7 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from emollama_jax import config, packed
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.sets import label_space
+from emollama_jax.data.split import InMemory
 from emollama_jax.evaluate import groups, protocol, report
 from emollama_jax.evaluate.result import Answers
 from emollama_jax.tiny import demo, demo_page, demo_photographs
@@ -56,8 +57,8 @@ def items(predictions, monkeypatch):
     texts[2] = "The lips are pressed."
     prior = types.SimpleNamespace(found=[False])
     monkeypatch.setattr(demo, "describe", lambda *_, batch: texts)
-    monkeypatch.setattr(demo, "open_source", lambda *_: [{"media": picture.getvalue()}] * 7)
-    monkeypatch.setattr(demo, "open_priors", lambda *_: [prior] * 7)
+    split = InMemory("actionfaces/images", "test", [{"media": picture.getvalue()}] * 7, [prior] * 7)
+    monkeypatch.setattr(demo, "Split", lambda *_: split)
     answers = Answers.of("generate", predictions, SPACE)
     return demo._exhibits(config.load("tiny"), None, demo.QUICK, answers)
 

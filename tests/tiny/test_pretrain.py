@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN
+from emollama_jax.data.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.models.layers import Linear
 from emollama_jax.models.rngs import abstract
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.tiny.actionfaces.sample import sample_image
 from emollama_jax.tiny.towers import fit as fit_module
 from emollama_jax.tiny.towers import learners, text

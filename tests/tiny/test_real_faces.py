@@ -7,41 +7,33 @@ import numpy as np
 import pytest
 
 from emollama_jax.data import taught
-from emollama_jax.data.builders import registry
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.sets import label_space
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.tiny.towers import real_faces
 from emollama_jax.tiny.towers.pictures import CLASSES
 from tests.helpers import official_trees
+from tests.helpers.prepared_sets import prepare
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """FERPlus of eight faces a split; the votes of each are 6 for its class and 3 for the next."""
     folder = tmp_path_factory.mktemp("ferplus")
-    registry.prepare_set(
-        "ferplus",
-        official_trees.ferplus(folder / "tree", train=8, valid=8, test=8),
-        folder / "data",
-        fold=None,
-        missing_share=0.0,
-        processes=1,
-        progress=lambda done, total: None,
-    )
+    tree = official_trees.ferplus(folder / "tree", train=8, valid=8, test=8)
+    prepare("ferplus", tree, folder / "data")
     return folder / "data"
 
 
 @pytest.fixture
-def read(data, tmp_path, monkeypatch):
+def read(data, tmp_path):
     def read(*, found=(True,) * 8, split="train", folder="faces"):
         box = np.array([[0, 0, 48, 48]], np.float32)
-        priors = [SimpleNamespace(found=np.array([seen]), boxes=box) for seen in found]
-        monkeypatch.setattr(real_faces, "open_priors", lambda *_: priors)
+        opened = Split(data, "ferplus", split)
+        opened.priors = [SimpleNamespace(found=np.array([seen]), boxes=box) for seen in found]
         return real_faces.real_pictures(
             tmp_path / folder,
-            data_dir=str(data),
-            name="ferplus",
-            split=split,
+            opened,
             frame_size=96,
             face_size=48,
             margin=0.5,
@@ -53,7 +45,7 @@ def read(data, tmp_path, monkeypatch):
 
 
 def test_votes_are_stored_and_become_a_soft_target(data, read):
-    example = registry.open_split(str(data), "ferplus", "train")[2]
+    example = Split(data, "ferplus", "train").examples[2]
     assert example["votes"].tolist() == [0, 0, 6, 3, 0, 0, 0, 0]
     pictures = read()
     np.testing.assert_allclose(pictures.votes[2], np.array([0, 0, 2, 1, 0, 0, 0, 0]) / 3)
@@ -79,7 +71,7 @@ def test_a_finished_folder_is_only_opened(read, monkeypatch):
 
 
 def test_a_teachers_labels_are_read_and_unsure_ones_masked(data, read):
-    examples = registry.open_split(str(data), "ferplus", "validation")
+    examples = Split(data, "ferplus", "validation").examples
     landmarks = np.full((8, 68, 2), 0.25, np.float32)
     age, male = np.full(8, 34.0, np.float32), np.full(8, 0.9, np.float32)
     male[1], male[2] = 0.6, 0.1
@@ -93,9 +85,10 @@ def test_a_teachers_labels_are_read_and_unsure_ones_masked(data, read):
         male=male,
         agr=taught.classes_of(age, male),
     )
-    path = taught.labels_path(str(data), "ferplus", "validation")
+    split = Split(data, "ferplus", "validation")
+    path = taught.labels_path(split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    of = {"data": registry.fingerprint(str(data), "ferplus"), "teacher": "t"}
+    of = {"data": split.stored.fingerprint, "teacher": "t"}
     taught.write_labels(path, labels, of)
     try:
         pictures = read(split="validation", folder="labelled")

@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 
 from emollama_jax.data import taught
-from emollama_jax.data.builders import registry
+from emollama_jax.data.action_units import ACTION_UNITS
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import prepare_priors, priors_folder
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS
+from emollama_jax.faces.priors import prepare_priors
 from emollama_jax.tiny.actionfaces.geometry import View, place
 from emollama_jax.tiny.actionfaces.identity import identities_of, make_identity
 from emollama_jax.tiny.towers.augment import MIRROR
 from tests.helpers import face_api_networks, official_trees
+from tests.helpers.prepared_sets import prepare
 from tools.face_teacher import label, networks, package
 from tools.face_teacher.__main__ import main
 from tools.face_teacher.pose import head_pose
@@ -151,16 +152,15 @@ def prepared(tmp_path_factory):
     table.write_text("\n".join(lines) + "\n")
     (tree / "FER2013Train" / "fer0000003.png").write_bytes(b"no picture")
     data = folder / "data"
-    registry.prepare_set(
-        "ferplus", tree, data, fold=None, missing_share=0.0, processes=1, progress=ignore
-    )
+    prepare("ferplus", tree, data)
+    split = Split(data, "ferplus", "train")
     prepare_priors(
-        registry.open_stored(data, "ferplus", "train"),
-        pathlib.Path(priors_folder(data, "ferplus", "train")),
+        split.examples,
+        pathlib.Path(split.priors_folder),
         reader=NoReader(),
         detect=lambda pictures: [],
         progress=ignore,
-        fingerprint=registry.fingerprint(data, "ferplus"),
+        fingerprint=split.stored.fingerprint,
     )
     return data
 
@@ -170,7 +170,7 @@ def ignore(done, total):
 
 
 def write(data, teacher, progress=ignore, fingerprint="toy"):
-    source = label.open_source(data, "ferplus", "train")
+    source = label.open_pictures(Split(data, "ferplus", "train"))
     summary = label.label_split(
         source, teacher=teacher, fingerprint=fingerprint, progress=progress, threads=1
     )
@@ -187,11 +187,11 @@ def fresh(prepared):
 def test_labels_are_those_of_each_face(fresh, teacher):
     path, summary = write(fresh, teacher)
     assert (summary.examples, summary.without_face, summary.new) == (9, 1, 9)
-    found = taught.read_labels(fresh, "ferplus", "train")
+    found = taught.read_labels(Split(fresh, "ferplus", "train"))
     assert found.id.tolist() == [f"fer{i:07d}" for i in range(9)]
     assert found.found.tolist() == [i != 3 for i in range(9)]
     assert np.isnan(found.landmarks[3]).all() and found.agr[3].tolist() == [-1, -1, -1]
-    examples = registry.open_split(fresh, "ferplus", "train")
+    examples = Split(fresh, "ferplus", "train").examples
     for row, box in ((0, None), (2, (8, 4, 40, 44)), (8, None)):
         picture = np.array(Image.open(io.BytesIO(examples[row]["media"])).convert("RGB"))
         alone = label.read_faces([face_of(picture, box)], teacher)
@@ -212,7 +212,7 @@ def test_a_stopped_command_resumes(fresh, teacher, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write(fresh, teacher, progress=stop)
     with pytest.raises(UserError, match="no labels of a teacher; run `python -m tools"):
-        taught.read_labels(fresh, "ferplus", "train")
+        taught.read_labels(Split(fresh, "ferplus", "train"))
     path, summary = write(fresh, teacher)
     assert 0 < summary.new < 9
     assert path.read_bytes() == whole
@@ -223,10 +223,12 @@ def test_a_stopped_command_resumes(fresh, teacher, monkeypatch):
 def test_labels_of_another_preparation_are_refused(fresh, teacher):
     path, _ = write(fresh, teacher)
     taught.write_labels(
-        path, taught.read_labels(fresh, "ferplus", "train"), {"data": "other", "teacher": "toy"}
+        path,
+        taught.read_labels(Split(fresh, "ferplus", "train")),
+        {"data": "other", "teacher": "toy"},
     )
     with pytest.raises(UserError, match="of another preparation of ferplus; run `python -m"):
-        taught.read_labels(fresh, "ferplus", "train")
+        taught.read_labels(Split(fresh, "ferplus", "train"))
     assert write(fresh, teacher)[1].new == 9
 
 

@@ -1,7 +1,6 @@
 """Imported weights, trained, exported: `transformers` and `peft` compute our logits with them."""
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,11 +41,10 @@ def run(tmp_path_factory):
     cfg = dataclasses.replace(cfg, weights=imported)
     store = Store()
     with pytest.MonkeyPatch.context() as patch:
-        make = functools.partial(make_train_iterator, open_data=store.open_data)
         patch.setattr(
             loop,
             "make_train_iterator",
-            lambda cfg, **how: make(cfg, **how | {"open_priors": store.open_priors}),
+            lambda cfg, **how: make_train_iterator(cfg, store.splits(cfg), **how),
         )
         assert loop.fit(cfg, folder / "run", console=quiet()).step == 3
     return folder / "run"

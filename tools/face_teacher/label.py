@@ -14,8 +14,7 @@ import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +22,22 @@ import numpy as np
 
 from emollama_jax.ahead import ahead
 from emollama_jax.data import taught
-from emollama_jax.data.builders import registry
+from emollama_jax.data.builders.stored import Example
 from emollama_jax.data.face_crop import Crop, crop_box
 from emollama_jax.data.media import read_image
+from emollama_jax.data.priors import Prior, Priors
+from emollama_jax.data.sets import Report
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import Priors, priors_folder
-from emollama_jax.faces.reader import Prior
-from emollama_jax.tiny import builder
+from emollama_jax.paths import parts_folder
+from emollama_jax.terms import LANDMARKS
 from emollama_jax.tiny.towers.augment import MIRROR
 from tools.face_teacher import networks
 from tools.face_teacher.package import Weights
 from tools.face_teacher.pose import head_pose
 
 MEASURED = (
-    ("landmarks", (68, 2)),
+    ("landmarks", (LANDMARKS, 2)),
     ("spread", ()),
     ("pose", (3,)),
     ("age", ()),
@@ -149,55 +150,46 @@ class Summary:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A prepared split of pictures."""
+class Pictures:
+    """A stored split of pictures."""
 
-    examples: Sequence[Mapping[str, Any]]
+    examples: Sequence[Example]
     priors: Sequence[Prior]
     fingerprint: str  # of the stored set
     path: pathlib.Path  # of its labels
 
 
-def open_source(data_dir: pathlib.Path, name: str, split: str) -> Source:
+def open_pictures(split: Split) -> Pictures:
     """Opens the stored split behind a split.
 
-    Args:
-        data_dir: where sets are prepared.
-        name: of the set.
-        split: of it.
-
     Raises:
-        UserError: not prepared, without face priors, drawn, or a set of clips.
+        UserError: without face priors, or a set of clips.
     """
-    where = registry.find(data_dir, name, split)
-    if where.name.partition("/")[0] == builder.NAME:
-        raise UserError(f"{name}: drawn faces carry labels of their own: name a real set")
-    examples = registry.open_stored(data_dir, where.name, where.split)
-    if (kind := examples[0]["kind"]) != "image":
-        raise UserError(f"{name}: a set of {kind}s, wanted one of pictures, e.g. ferplus")
-    priors = Priors(priors_folder(data_dir, where.name, where.split))
+    name, examples = split.name, split.stored.examples(split.stored_split)
+    if split.kind != "image":
+        raise UserError(f"{name}: a set of {split.kind}s, wanted one of pictures, e.g. ferplus")
+    priors = Priors(split.priors_folder)
     if len(priors) != len(examples):
         raise UserError(
-            f"{name}, split {split}: {len(examples)} examples, but face priors of {len(priors)}: "
-            f"run `emollama data prepare {name}` again"
+            f"{name}, split {split.split}: {len(examples)} examples, but face priors of "
+            f"{len(priors)}: run `emollama data prepare {name}` again"
         )
-    fingerprint = registry.fingerprint(data_dir, where.name)
-    path = pathlib.Path(taught.labels_path(data_dir, where.name, where.split))
-    return Source(examples, priors, fingerprint, path)
+    path = pathlib.Path(taught.labels_path(split))
+    return Pictures(examples, priors, split.stored.fingerprint, path)
 
 
 def label_split(
-    source: Source,
+    source: Pictures,
     *,
     teacher: Teacher,
     fingerprint: str,
-    progress: Callable[[int, int], None],
+    progress: Report,
     threads: int,
 ) -> Summary:
     """Labels a prepared split once; resumes where it was stopped.
 
     Args:
-        source: of `open_source`.
+        source: of `open_pictures`.
         teacher: who reads.
         fingerprint: of the teacher; another makes stored labels void.
         progress: called with (done, all) examples.
@@ -208,11 +200,7 @@ def label_split(
     if path.exists() and (stored := taught.read_columns(path))["of"] == json.dumps(of):
         progress(total, total)
         return Summary(total, int((~stored["found"]).sum()), 0)
-    parts = path.with_suffix(".parts")
-    if not (parts / "of.json").exists() or json.loads((parts / "of.json").read_text()) != of:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        (parts / "of.json").write_text(json.dumps(of))
+    parts = parts_folder(path.with_suffix(".parts"), of)
     files, new = [], 0
     read = functools.partial(_read, source, teacher)
     for start in range(0, total, PART):
@@ -233,7 +221,7 @@ def label_split(
     return Summary(total, int((~labels.found).sum()), new)
 
 
-def _read(source: Source, teacher: Teacher, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+def _read(source: Pictures, teacher: Teacher, numbers: Sequence[int]) -> dict[str, np.ndarray]:
     """The columns of `taught.Labels` for up to BATCH examples."""
     ids, faces = [], {}
     for row, number in enumerate(numbers):

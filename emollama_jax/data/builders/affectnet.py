@@ -11,8 +11,9 @@ import pathlib
 
 import numpy as np
 
-from emollama_jax.data.builders import listing, store
-from emollama_jax.data.emotions import LabelSpace, label_space
+from emollama_jax.data.builders import listing
+from emollama_jax.data.builders.official import OfficialSet
+from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace
 from emollama_jax.data.media import PICTURES
 from emollama_jax.errors import UserError
 
@@ -27,17 +28,11 @@ NUMBERS = ("face_x", "face_y", "face_width", "face_height", "expression")
 DROPPED = {8: "none", 9: "uncertain", 10: "no face"}
 
 
-class AffectNet(store.Builder):
-    """AffectNet, eight classes."""
-
-    name = "affectnet"
-
-
-def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
+def list_tree(source: pathlib.Path, fold: int | None) -> listing.Listing:
     """Lists a tree; `fold` is None."""
     del fold
-    space, tree = label_space("affectnet8"), listing.Tree()
-    space = dataclasses.replace(space, title="AffectNet")
+    space = dataclasses.replace(LABEL_SPACES["affectnet8"], title="AffectNet")
+    tree = listing.Tree()
     markers = [OLDER, *(f"{folder}/{NEWER}" for folder in FOLDERS.values())]
     root = listing.find_root(source, tree, markers, title=space.title)
     older = tree.find(root, OLDER) is not None
@@ -52,7 +47,7 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
 
 
 def _older(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing.Listing:
-    splits: dict[str, list[listing.Row]] = {}
+    splits: dict[str, list[listing.Entry]] = {}
     dropped: dict[str, int] = {}
     for split, name in LISTS.items():
         path = tree.find(root, f"{OLDER}/{name}.csv")
@@ -71,7 +66,7 @@ def _older(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing
                 dropped[reason] = dropped.get(reason, 0) + 1
                 continue
             box = (x, y, x + width, y + height) if width > 0 and height > 0 else None
-            splits[split].append(listing.Row(name, int(label), box))
+            splits[split].append(listing.Entry(name, int(label), box))
     images = tree.find(root, "Manually_Annotated_Images") or root / "Manually_Annotated_Images"
     found = listing.list_splits(
         "affectnet",
@@ -85,7 +80,7 @@ def _older(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing
 
 
 def _newer(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing.Listing:
-    splits: dict[str, list[listing.Row]] = {}
+    splits: dict[str, list[listing.Entry]] = {}
     dropped: dict[str, int] = {}
     for split, folder in FOLDERS.items():
         notes = tree.find(root, f"{folder}/{NEWER}")
@@ -104,7 +99,7 @@ def _newer(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing
             if reason:
                 dropped[reason] = dropped.get(reason, 0) + 1
                 continue
-            splits[split].append(listing.Row(f"{folder}/{name[: -len('_exp.npy')]}", int(label)))
+            splits[split].append(listing.Entry(f"{folder}/{name[: -len('_exp.npy')]}", int(label)))
 
     def find(i: str) -> pathlib.Path | None:
         folder, _, name = i.partition("/")
@@ -122,3 +117,9 @@ def _reason(label: float, width: float, where: str) -> str | None:
     if label in DROPPED:
         return f"expression {label:g} ({DROPPED[int(label)]})"
     return "face_width below 0" if width < 0 else None
+
+
+SEVEN, EIGHT = (
+    OfficialSet(name, LABEL_SPACES[name], list_tree, place="affectnet")
+    for name in ("affectnet7", "affectnet8")
+)

@@ -12,8 +12,9 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from emollama_jax.data.builders import listing, store
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.builders import listing
+from emollama_jax.data.builders.official import OfficialSet
+from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.media import VIDEOS
 from emollama_jax.errors import UserError
 
@@ -26,25 +27,20 @@ CLIPS = {  # in `Clip`, in the order in which they are preferred → how a clip 
     "clip_224x224_16f": "Clip/clip_224x224_16f/* (5 digits)",
 }
 FOLDS = 5
+SPACE = LABEL_SPACES["dfew"]
 
 
-class Dfew(store.Builder):
-    """DFEW."""
-
-    name = "dfew"
-
-
-def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
+def list_tree(source: pathlib.Path, fold: int | None) -> listing.Listing:
     """Lists a tree.
 
     Args:
         source: its root, or a folder above.
         fold: 1 … 5, or None for all folds that it has lists of.
     """
-    space, tree = label_space("dfew"), listing.Tree()
+    tree = listing.Tree()
     flat = [f"{FLAT}/single_trainset_{k}.csv" for k in range(1, FOLDS + 1)]
     wanted = f"{LISTS}, or {flat[0]} …"
-    root = listing.find_root(source, tree, [LISTS, *flat], title=space.title, wanted=wanted)
+    root = listing.find_root(source, tree, [LISTS, *flat], title=SPACE.title, wanted=wanted)
 
     def find_lists(split: str, fold: int) -> list[pathlib.Path]:
         lists = tree.find(root, LISTS)
@@ -58,7 +54,7 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         found.append(tree.find(root, f"{FLAT}/single_{split}set_{fold}.csv"))
         return [path for path in found if path is not None]
 
-    def rows(split: str, fold: int) -> list[listing.Row]:
+    def rows(split: str, fold: int) -> list[listing.Entry]:
         first, *others = find_lists(split, fold)
         found = _rows(first)
         for other in others:
@@ -70,15 +66,15 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
         fold,
         FOLDS,
         lambda k: all(find_lists(split, k) for split in ("train", "test")),
-        title=space.title,
+        title=SPACE.title,
         source=source,
     )
     folds = {k: {split: rows(split, k) for split in ("train", "test")} for k in numbers}
-    return listing.list_folds("dfew", space, folds, _layouts(root, tree))
+    return listing.list_folds("dfew", SPACE, folds, _layouts(root, tree))
 
 
-def _rows(path: pathlib.Path) -> list[listing.Row]:
-    space, rows = label_space("dfew"), []
+def _rows(path: pathlib.Path) -> list[listing.Entry]:
+    rows = []
     for number, cells in listing.read_columns(path, COLUMNS, row=ROW):
         where = f"{path}, line {number}"
         written, label = cells["video_name"], cells["label"]
@@ -96,7 +92,7 @@ def _rows(path: pathlib.Path) -> list[listing.Row]:
                 "with padded ids have zero-based labels; take the official one"
             )
         try:
-            rows.append(listing.Row(name, space.index(label)))
+            rows.append(listing.Entry(name, SPACE.index(label)))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return rows
@@ -140,3 +136,6 @@ def _entries(tree: listing.Tree, folder: pathlib.Path) -> Iterable[pathlib.Path]
         yield folder / name
         if not name.partition(".")[0].isdigit():
             yield from (folder / name / inner for inner in tree.names(folder / name).values())
+
+
+FAMILY = OfficialSet("dfew", SPACE, list_tree, FOLDS)

@@ -8,8 +8,9 @@ the class with the most votes of the eight, the first of equal ones. The other f
 import pathlib
 import re
 
-from emollama_jax.data.builders import listing, store
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.builders import listing
+from emollama_jax.data.builders.official import OfficialSet
+from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.media import PICTURES
 from emollama_jax.errors import UserError
 
@@ -17,31 +18,26 @@ SPLITS = {"train": "FER2013Train", "validation": "FER2013Valid", "test": "FER201
 TRAP = "fer2013new.csv"
 COLUMNS = 12
 CLASSES = 8
+SPACE = LABEL_SPACES["ferplus"]
 
 
-class FerPlus(store.Builder):
-    """FERPlus."""
-
-    name = "ferplus"
-
-
-def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
+def list_tree(source: pathlib.Path, fold: int | None) -> listing.Listing:
     """Lists a tree; `fold` is None."""
     del fold
-    space, tree = label_space("ferplus"), listing.Tree()
+    tree = listing.Tree()
     lists = [f"{folder}/label.csv" for folder in SPLITS.values()]
     try:
-        root = listing.find_root(source, tree, lists, title=space.title)
+        root = listing.find_root(source, tree, lists, title=SPACE.title)
     except UserError:
         if source.name.lower() == TRAP or any(source.rglob(TRAP)):
             raise UserError(_trap(source)) from None
         raise
-    splits: dict[str, list[listing.Row]] = {}
+    splits: dict[str, list[listing.Entry]] = {}
     homes, dropped = {}, 0
     for split, folder in SPLITS.items():
         path = tree.find(root, f"{folder}/label.csv")
         if path is None:
-            raise UserError(f"{root}: {folder}/label.csv is missing: {space.title} has three")
+            raise UserError(f"{root}: {folder}/label.csv is missing: {SPACE.title} has three")
         splits[split] = []
         for number, cells in listing.read_cells(path):
             where = f"{path}, line {number}"
@@ -55,7 +51,7 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
             homes[row.id] = path.parent
     found = listing.list_splits(
         "ferplus",
-        space,
+        SPACE,
         "image",
         splits,
         {"FER2013*/*.png": lambda i: tree.find_any(homes[i], i, PICTURES)},
@@ -64,7 +60,7 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
     return found
 
 
-def _row(cells: list[str], where: str) -> listing.Row | None:
+def _row(cells: list[str], where: str) -> listing.Entry | None:
     wanted = "name, box, eight vote counts, unknown, NF"
     if len(cells) != COLUMNS:
         raise UserError(f"{where}: {len(cells)} columns, wanted {COLUMNS}: {wanted}")
@@ -80,7 +76,7 @@ def _row(cells: list[str], where: str) -> listing.Row | None:
     x1, y1, x2, y2 = map(float, box)
     stem = pathlib.PurePosixPath(cells[0]).stem
     label = votes.index(best)
-    return listing.Row(stem, label, (x1, y1, x2, y2), votes=tuple(votes[:CLASSES]))
+    return listing.Entry(stem, label, (x1, y1, x2, y2), votes=tuple(votes[:CLASSES]))
 
 
 def _trap(path: pathlib.Path) -> str:
@@ -88,3 +84,6 @@ def _trap(path: pathlib.Path) -> str:
         f"{path}: {TRAP} is not FERPlus's label.csv, its votes disagree on 1,602 rows: make "
         "FER2013Train, FER2013Valid and FER2013Test with label.csv and the pictures in them"
     )
+
+
+FAMILY = OfficialSet("ferplus", SPACE, list_tree)

@@ -7,28 +7,24 @@ that name. A line's label and the emotion in its path must agree.
 import pathlib
 import re
 
-from emollama_jax.data.builders import listing, store
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.builders import listing
+from emollama_jax.data.builders.official import OfficialSet
+from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.media import VIDEOS
 from emollama_jax.errors import UserError
 
 LISTS = {"train": "train_All.csv", "test": "test_All.csv"}
 _LINE = r"(.+/[^/]+/[^/\s,]+)(?:\s+|\s*,\s*)([^\s,]+)"  # scenes may hold a space
 SETUP, CLIPS = "4_setups/All_scenes", "2_ClipsforFaceCrop"
+SPACE = LABEL_SPACES["ferv39k"]
 
 
-class Ferv39k(store.Builder):
-    """FERV39k."""
-
-    name = "ferv39k"
-
-
-def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
+def list_tree(source: pathlib.Path, fold: int | None) -> listing.Listing:
     """Lists a tree; `fold` is None."""
     del fold
-    space, tree = label_space("ferv39k"), listing.Tree()
-    root = listing.find_root(source, tree, [SETUP], title=space.title)
-    splits: dict[str, list[listing.Row]] = {}
+    tree = listing.Tree()
+    root = listing.find_root(source, tree, [SETUP], title=SPACE.title)
+    splits: dict[str, list[listing.Entry]] = {}
     for split, name in LISTS.items():
         path = tree.find(root, f"{SETUP}/{name}")
         if path is None:
@@ -42,15 +38,15 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
                     f"{where}: {line!r}, wanted e.g. 'Action/Sad/0010 Sad', two columns"
                 )
             clip, written = match[1].strip("/ "), match[2]
-            label = listing.named_label(space, written, where)
+            label = listing.named_label(SPACE, written, where)
             emotion = clip.split("/")[-2]
-            if listing.named_label(space, emotion, where) != label:
+            if listing.named_label(SPACE, emotion, where) != label:
                 raise UserError(f"{where}: {clip} lies under {emotion} and is labelled {written}")
-            splits[split].append(listing.Row(clip, label))
+            splits[split].append(listing.Entry(clip, label))
     clips = tree.find(root, CLIPS) or root / CLIPS
     return listing.list_splits(
         "ferv39k",
-        space,
+        SPACE,
         "clip",
         splits,
         {
@@ -58,3 +54,6 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
             f"{CLIPS}/*.mp4": lambda i: tree.find_any(clips, i, VIDEOS),
         },
     )
+
+
+FAMILY = OfficialSet("ferv39k", SPACE, list_tree)

@@ -11,14 +11,13 @@ import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 from emollama_jax import tables
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.media import FRAME_ENDINGS
 from emollama_jax.errors import UserError
+from emollama_jax.terms import Kind
 
-Kind = Literal["image", "clip"]
 Finder = Callable[[str], pathlib.Path | None]  # an id → its file or folder of frames
 
 FALLBACK = ("gb18030",)  # where a list is not UTF-8: some of MAFW's are in GBK
@@ -27,27 +26,16 @@ DEPTH = 2  # folders below --source in which a set may begin
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
-    """One example before its media are read."""
+class Entry:
+    """An example as a list has it, and where its media are once they are found."""
 
     id: str
     label: int  # in the set's native order
-    media: pathlib.Path  # a file, or a folder of frames
     box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels
     subject: int = -1  # the person's number; -1 where unknown
-    content: bytes | None = None  # an encoded picture that lies in no file of its own
     votes: tuple[float, ...] = ()  # of the raters for each class, where the set has them
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of a list."""
-
-    id: str
-    label: int
-    box: tuple[float, float, float, float] | None = None
-    subject: int = -1
-    votes: tuple[float, ...] = ()
+    media: pathlib.Path = pathlib.Path()  # a file, or a folder of frames
+    content: bytes | None = None  # an encoded picture that lies in no file of its own
 
 
 @dataclasses.dataclass
@@ -56,7 +44,7 @@ class Listing:
 
     kind: Kind
     classes: tuple[str, ...]
-    splits: dict[str, list[Item]]  # as they are stored
+    splits: dict[str, list[Entry]]  # as they are stored
     # Name of a set → its split → (stored split, positions in it; None for all in order).
     views: dict[str, dict[str, tuple[str, list[int] | None]]]
     missing: list[str] = dataclasses.field(default_factory=list)  # files that lists name
@@ -64,6 +52,15 @@ class Listing:
     notes: list[str] = dataclasses.field(default_factory=list)  # what to look at
     told: list[str] = dataclasses.field(default_factory=list)  # how it was read, what was skipped
     layout: str = ""  # where the media were taken from
+
+    def lines(self) -> list[str]:
+        """What the user should know of the tree, a line each."""
+        layout = [f"media: {self.layout}"] if self.layout != "*" else []
+        dropped = [f"dropped {rows} rows: {reason}" for reason, rows in self.dropped.items()]
+        if self.missing:
+            absent = f"{len(self.missing)} files are missing and left out: {brief(self.missing)}"
+            dropped.append(absent)
+        return [*layout, *self.told, *dropped, *self.notes]
 
 
 # ---- text files
@@ -237,7 +234,7 @@ def find_root(
 # ---- listings
 
 
-def check_labels(rows: Iterable[Row], classes: Sequence[str], *, title: str) -> None:
+def check_labels(rows: Iterable[Entry], classes: Sequence[str], *, title: str) -> None:
     """Refuses an id that two lines label differently.
 
     Raises:
@@ -250,7 +247,7 @@ def check_labels(rows: Iterable[Row], classes: Sequence[str], *, title: str) -> 
             raise UserError(f"{title}: {row.id} is labelled {both}: one of its lists is wrong")
 
 
-def repeated(name: str, splits: Mapping[str, Sequence[Row]]) -> list[str]:
+def repeated(name: str, splits: Mapping[str, Sequence[Entry]]) -> list[str]:
     """Notes about ids that stand twice in a split, or in two splits."""
     notes = []
     for split, rows in splits.items():
@@ -287,15 +284,11 @@ def best_layout(
     return best
 
 
-def _item(row: Row, media: pathlib.Path) -> Item:
-    return Item(row.id, row.label, media, row.box, row.subject, votes=row.votes)
-
-
 def list_splits(
     name: str,
     space: LabelSpace,
     kind: Kind,
-    splits: Mapping[str, Sequence[Row]],
+    splits: Mapping[str, Sequence[Entry]],
     layouts: Mapping[str, Finder],
 ) -> Listing:
     """A set whose splits are stored as they are listed."""
@@ -303,7 +296,7 @@ def list_splits(
     check_labels(rows, space.classes, title=space.title)
     layout, media, missing = best_layout(layouts, (row.id for row in rows))
     stored = {
-        split: [_item(r, media[r.id]) for r in rows if r.id in media]
+        split: [dataclasses.replace(r, media=media[r.id]) for r in rows if r.id in media]
         for split, rows in splits.items()
     }
     return Listing(
@@ -320,7 +313,7 @@ def list_splits(
 def list_folds(
     name: str,
     space: LabelSpace,
-    folds: Mapping[int, Mapping[str, Sequence[Row]]],
+    folds: Mapping[int, Mapping[str, Sequence[Entry]]],
     layouts: Mapping[str, Finder],
 ) -> Listing:
     """A set whose folds are views of clips that are stored once, as the split "clips"."""
@@ -340,7 +333,7 @@ def list_folds(
     return Listing(
         kind="clip",
         classes=space.classes,
-        splits={"clips": [Item(i, unique[i].label, media[i]) for i in order]},
+        splits={"clips": [dataclasses.replace(unique[i], media=media[i]) for i in order]},
         views=views,
         missing=[f"{layout.replace('*', i)}" for i in missing],
         notes=notes,

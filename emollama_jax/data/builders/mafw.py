@@ -9,30 +9,26 @@ agree, since lists with shuffled ids circulate. Clips are `data/clips/*.mp4`, or
 import os
 import pathlib
 
-from emollama_jax.data.builders import listing, store
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.builders import listing
+from emollama_jax.data.builders.official import OfficialSet
+from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.media import VIDEOS
 from emollama_jax.errors import UserError
 
 FOLDS = 5
 PLAIN, CAPTIONED = "no_caption", "with_caption"
+SPACE = LABEL_SPACES["mafw"]
 
 
-class Mafw(store.Builder):
-    """MAFW."""
-
-    name = "mafw"
-
-
-def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
+def list_tree(source: pathlib.Path, fold: int | None) -> listing.Listing:
     """Lists a tree.
 
     Args:
         source: its root, or a folder above.
         fold: 1 … 5, or None for all folds that it has lists of.
     """
-    space, tree = label_space("mafw"), listing.Tree()
-    root = listing.find_root(source, tree, ["data/clips", "data/frames"], title=space.title)
+    tree = listing.Tree()
+    root = listing.find_root(source, tree, ["data/clips", "data/frames"], title=SPACE.title)
     single = _single(source, root)
 
     def find_list(style: str, split: str, fold: int) -> pathlib.Path | None:
@@ -41,12 +37,12 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
     def either(split: str, fold: int) -> pathlib.Path | None:
         return find_list(PLAIN, split, fold) or find_list(CAPTIONED, split, fold)
 
-    folds: dict[int, dict[str, list[listing.Row]]] = {}
+    folds: dict[int, dict[str, list[listing.Entry]]] = {}
     for k in listing.wanted_folds(
         fold,
         FOLDS,
         lambda k: all(either(split, k) for split in ("train", "test")),
-        title=space.title,
+        title=SPACE.title,
         source=source,
     ):
         folds[k] = {}
@@ -60,7 +56,7 @@ def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
     data = tree.find(root, "data") or root / "data"
     return listing.list_folds(
         "mafw",
-        space,
+        SPACE,
         folds,
         {
             "data/clips/*.mp4": lambda i: tree.find_any(data, f"clips/{i}", VIDEOS),
@@ -80,8 +76,8 @@ def _single(source: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
     raise UserError(f"{source}: no split lists of MAFW (wanted …/single/{PLAIN}/set_1/train.txt)")
 
 
-def _rows(path: pathlib.Path) -> list[listing.Row]:
-    space, rows = label_space("mafw"), []
+def _rows(path: pathlib.Path) -> list[listing.Entry]:
+    rows = []
     captioned = path.parent.parent.name.lower() == CAPTIONED
     wanted, example = (4, "00025.mp4⇥anger⇥…⇥…") if captioned else (2, "00025.mp4 anger")
     for number, line in listing.read_lines(path):
@@ -91,12 +87,12 @@ def _rows(path: pathlib.Path) -> list[listing.Row]:
             raise UserError(
                 f"{where}: {len(cells)} columns, wanted {wanted}, e.g. {example!r}: {line[:80]!r}"
             )
-        label = listing.named_label(space, cells[1].strip(), where)
-        rows.append(listing.Row(pathlib.PurePosixPath(cells[0].strip()).stem, label))
+        label = listing.named_label(SPACE, cells[1].strip(), where)
+        rows.append(listing.Entry(pathlib.PurePosixPath(cells[0].strip()).stem, label))
     return rows
 
 
-def _compare(path: pathlib.Path, rows: list[listing.Row], captioned: pathlib.Path) -> None:
+def _compare(path: pathlib.Path, rows: list[listing.Entry], captioned: pathlib.Path) -> None:
     """Refuses lists with and without captions that label a clip differently."""
     labels = {row.id: row.label for row in rows}
     wrong = [r.id for r in _rows(captioned) if labels.get(r.id, r.label) != r.label]
@@ -105,3 +101,6 @@ def _compare(path: pathlib.Path, rows: list[listing.Row], captioned: pathlib.Pat
             f"{path}: {len(wrong)} clips are labelled otherwise in {captioned} "
             f"({listing.brief(wrong)}): one of the two has shuffled ids; take the official lists"
         )
+
+
+FAMILY = OfficialSet("mafw", SPACE, list_tree, FOLDS)

@@ -10,42 +10,65 @@ are refused: which number is which class is nowhere written. What is no example 
 
 import dataclasses
 import pathlib
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-import tensorflow_datasets as tfds
-from absl import logging
+from etils import epath
 
-from emollama_jax.data.builders import listing, own_table, store
+from emollama_jax.data.builders import listing, own_table
 from emollama_jax.data.builders.divide import divide
-from emollama_jax.data.builders.own_table import SPLITS, TABLES, Example, label_of
+from emollama_jax.data.builders.own_table import SPLITS, TABLES, UserExample, label_of
 from emollama_jax.data.emotions import SYNONYMS, LabelSpace
 from emollama_jax.data.media import FRAME_ENDINGS, PICTURES, VIDEOS, is_video, read_image
+from emollama_jax.data.sets import Preparation, Report
 from emollama_jax.errors import UserError
+from emollama_jax.terms import Kind
 
-NAME = "own"
 MOVING = (".gif", ".apng", ".webp", ".avif")  # pictures or clips: their content says which
 # Every installation reads these; of others a file is tried.
 PLAIN = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", *MOVING[:3])
 LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini")  # beside names that begin with . or __
 
 
-class Own(store.Builder):
-    """A user's own data; the config is its name."""
+@dataclasses.dataclass(frozen=True)
+class OwnSets:
+    """Every set of a user, under the name that the user gives it."""
 
-    name = NAME
+    names: ClassVar[tuple[str, ...]] = ("own/NAME",)
+    folds: ClassVar[int] = 0
+    drawn: ClassVar[bool] = False
 
-    def __init__(self, *, config_name: str, **kwargs: Any):
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # TFDS warns of configs that no class lists
-        try:
-            super().__init__(config=tfds.core.BuilderConfig(name=config_name), **kwargs)
-        finally:
-            logging.set_verbosity(verbosity)
+    def accepts(self, config: str) -> bool:
+        return re.fullmatch(r"\w[\w-]*", config) is not None
+
+    def stored(self, name: str) -> str:
+        return name
+
+    def label_space(self, name: str, metadata: Mapping[str, Any] | None) -> LabelSpace:
+        if metadata is None:
+            raise UserError(
+                f"{name} is not prepared, and nothing else tells its classes; run `emollama data "
+                f"prepare {name} --source DIR`"
+            )
+        return _space(name, tuple(metadata["classes"]))
+
+    def prepare(
+        self, name: str, data_dir: epath.PathLike, how: Preparation, progress: Report
+    ) -> tuple[pathlib.Path, list[str]]:
+        from emollama_jax.data.builders import store  # TFDS
+
+        assert how.source is not None
+        found = list_own(how.source, name)
+        folder = store.prepare(data_dir, name, found, how, name, progress)
+        return folder, found.lines()
 
 
-def read(source: pathlib.Path, name: str) -> listing.Listing:
+FAMILY = OwnSets()
+
+
+def list_own(source: pathlib.Path, name: str) -> listing.Listing:
     """Lists a folder or a table.
 
     Args:
@@ -55,14 +78,12 @@ def read(source: pathlib.Path, name: str) -> listing.Listing:
     Raises:
         UserError: no examples, a label that is a number, pictures mixed with clips.
     """
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder; --source names your data")
     if source.is_dir():
         skipped = _Skipped()
         examples = list(_from_folders(source, skipped))
         told = skipped.lines()
     elif source.suffix.lower() in TABLES:
-        examples, told = own_table.read(source)
+        examples, told = own_table.read_table(source)
     else:
         raise UserError(f"{source}: wanted a folder, or a table {', '.join(TABLES)}")
     if not examples:
@@ -76,28 +97,24 @@ def read(source: pathlib.Path, name: str) -> listing.Listing:
             f"{source}: none of its {len(media)} files is there, e.g. {examples[0].path}: paths "
             f"are relative to {root}"
         )
-    kind: listing.Kind = "image" if contents else _kind(source, media)
+    kind: Kind = "image" if contents else _kind(source, media)
     if kind == "image" and not contents:
         examples, lost = _readable(examples, media)
         told += lost
     examples, divided = _with_splits(examples)
     classes = tuple(sorted({e.label for e in examples}))
     people = {s: n for n, s in enumerate(sorted({e.subject for e in examples} - {""}))}
-    splits: dict[str, list[listing.Row]] = {}
+    splits: dict[str, list[listing.Entry]] = {}
     for e in sorted(examples, key=lambda e: ("train", "validation", "test").index(str(e.split))):
-        row = listing.Row(e.path, classes.index(e.label), subject=people.get(e.subject, -1))
-        splits.setdefault(str(e.split), []).append(row)
-    found = listing.list_splits(name, space(name, classes), kind, splits, {"*": media.get})
-    if contents:
-        for split, items in found.splits.items():
-            found.splits[split] = [
-                dataclasses.replace(item, content=contents[item.id]) for item in items
-            ]
+        subject = people.get(e.subject, -1)
+        entry = listing.Entry(e.path, classes.index(e.label), subject=subject, content=e.content)
+        splits.setdefault(str(e.split), []).append(entry)
+    found = listing.list_splits(name, _space(name, classes), kind, splits, {"*": media.get})
     found.told = [*told, *divided, *_alike(classes)]
     return found
 
 
-def space(name: str, classes: tuple[str, ...]) -> LabelSpace:
+def _space(name: str, classes: tuple[str, ...]) -> LabelSpace:
     """The classes of a user's data; nothing of it is published."""
     return LabelSpace(title=name, classes=classes, written=classes, splits={}, support={})
 
@@ -142,7 +159,7 @@ def _hidden(path: pathlib.Path) -> bool:
     return path.name.startswith((".", "__")) or path.name.lower() in LITTER
 
 
-def _from_folders(source: pathlib.Path, skipped: _Skipped) -> Iterator[Example]:
+def _from_folders(source: pathlib.Path, skipped: _Skipped) -> Iterator[UserExample]:
     homes = []
     for path in sorted(source.iterdir()):
         if path.is_dir() and not _hidden(path):
@@ -178,7 +195,7 @@ def _from_folders(source: pathlib.Path, skipped: _Skipped) -> Iterator[Example]:
 
 def _of_class(
     kind: pathlib.Path, split: str | None, source: pathlib.Path, skipped: _Skipped
-) -> Iterator[Example]:
+) -> Iterator[UserExample]:
     label, count = label_of(kind.name, str(kind)), 0
     for path in sorted(kind.iterdir()):
         if _hidden(path) or not (path.is_dir() or path.suffix.lower() in PICTURES + VIDEOS):
@@ -194,7 +211,7 @@ def _of_class(
                 if inner.suffix.lower() not in FRAME_ENDINGS:
                     skipped.add(inner, source)
         count += 1
-        yield Example(path.relative_to(source).as_posix(), label, split, str(path))
+        yield UserExample(path.relative_to(source).as_posix(), label, split, str(path))
     if not count:
         skipped.empty.append(kind.relative_to(source).as_posix())
 
@@ -214,13 +231,13 @@ def _media(root: pathlib.Path, path: str, tree: listing.Tree) -> pathlib.Path | 
     return found if usable else None
 
 
-def _kind(source: pathlib.Path, media: dict[str, pathlib.Path | None]) -> listing.Kind:
+def _kind(source: pathlib.Path, media: dict[str, pathlib.Path | None]) -> Kind:
     """Pictures or clips: by the ending, or by the content where the ending says nothing."""
-    first: dict[listing.Kind, str] = {}
+    first: dict[Kind, str] = {}
     for path, file in media.items():
         ending = pathlib.PurePosixPath(path).suffix.lower()
         if ending in VIDEOS:
-            kind: listing.Kind = "clip"
+            kind: Kind = "clip"
         elif ending in PICTURES and ending not in MOVING:
             kind = "image"
         elif file is None:
@@ -240,8 +257,8 @@ def _kind(source: pathlib.Path, media: dict[str, pathlib.Path | None]) -> listin
 
 
 def _readable(
-    examples: Sequence[Example], media: dict[str, pathlib.Path | None]
-) -> tuple[list[Example], list[str]]:
+    examples: Sequence[UserExample], media: dict[str, pathlib.Path | None]
+) -> tuple[list[UserExample], list[str]]:
     """Without pictures that this installation cannot read, whose ending is not an everyday one."""
     rare: dict[str, list[pathlib.Path]] = defaultdict(list)
     for file in media.values():
@@ -274,7 +291,7 @@ def _trouble(file: pathlib.Path) -> str:
 # ---- splits and classes
 
 
-def _with_splits(examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
+def _with_splits(examples: Sequence[UserExample]) -> tuple[list[UserExample], list[str]]:
     """The examples with their splits, divided here where the data name none."""
     if all(e.split is not None for e in examples):
         return list(examples), []

@@ -57,7 +57,7 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class UserExample:
     """One example of a user's data."""
 
     path: str  # relative to the data, or a name where the table itself holds the picture
@@ -68,7 +68,7 @@ class Example:
     content: bytes | None = None  # an encoded picture
 
 
-def read(path: pathlib.Path) -> tuple[list[Example], list[str]]:
+def read_table(path: pathlib.Path) -> tuple[list[UserExample], list[str]]:
     """The examples of a table, and how it was read.
 
     Raises:
@@ -115,7 +115,7 @@ def label_of(written: Any, where: str) -> str:
 # ---- columns
 
 
-def _columns(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[Example], list[str]]:
+def _columns(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[UserExample], list[str]]:
     taken = choose(rows)
     examples = []
     for where, row in rows:
@@ -124,7 +124,7 @@ def _columns(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[Example],
         if isinstance(path, list) and len(path) == 1:
             path = path[0]
         examples.append(
-            Example(
+            UserExample(
                 path=path_of(path, where),
                 label=label_of("" if cell["label"] is None else cell["label"], where),
                 split=split_of(cell["split"], where) if "split" in cell else None,
@@ -203,14 +203,14 @@ def split_of(written: Any, where: str) -> str:
 # ---- FER2013
 
 
-def _pixels(rows: Iterable[tuple[str, dict[str, Any]]]) -> tuple[list[Example], list[str]]:
+def _pixels(rows: Iterable[tuple[str, dict[str, Any]]]) -> tuple[list[UserExample], list[str]]:
     examples, taken = [], {}
     for number, (where, row) in enumerate(rows):
         if not taken:
             taken = choose([(where, row)], needed=("label",))
             taken["pixels"] = next(name for name in row if plain(name) == "pixels")
         examples.append(
-            Example(
+            UserExample(
                 path=f"fer{number:07d}",  # as FERPlus calls them
                 label=_fer_label(row[taken["label"]], where),
                 split=split_of(row[taken["split"]], where) if "split" in taken else None,
@@ -252,7 +252,7 @@ def _picture(written: Any, where: str) -> bytes:
 _WORDS = {*SYNONYMS, *(name for space in LABEL_SPACES.values() for name in space.classes)}
 
 
-def _llava(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[Example], list[str]]:
+def _llava(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[UserExample], list[str]]:
     """One example for each medium: a class word is its label, all else is conversation."""
     found: dict[str, tuple[str, str]] = {}  # path → label, where
     first: dict[str, str] = {}  # path → where
@@ -284,7 +284,7 @@ def _llava(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[Example], l
                 "give the label as the answer to one question, or as a key 'label'"
             )
     subset = [
-        Example(path=path, label=label, split=None, where=where)
+        UserExample(path=path, label=label, split=None, where=where)
         for path, (label, where) in found.items()
     ]
     told = [f"LLaVA's JSON: labels from the answers (items: {len(rows)}, files: {len(subset)})"]

@@ -14,8 +14,9 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from emollama_jax.data.builders import listing, store
-from emollama_jax.data.emotions import SYNONYMS, LabelSpace, label_space
+from emollama_jax.data.builders import listing
+from emollama_jax.data.builders.official import OfficialSet
+from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS
 from emollama_jax.data.media import PICTURES
 from emollama_jax.errors import UserError
 
@@ -25,29 +26,22 @@ KAGGLE = "DATASET"
 WANTED = f"{LIST}, or Kaggle's {KAGGLE}/train/1 …"
 COLUMNS = ("image", "label")
 SPLITS = ("train", "test")
+SPACE = LABEL_SPACES["raf_db"]
 
 
-class RafDb(store.Builder):
-    """RAF-DB."""
-
-    name = "raf_db"
-
-
-def read(source: pathlib.Path, fold: int | None) -> listing.Listing:
+def list_tree(source: pathlib.Path, fold: int | None) -> listing.Listing:
     """Lists a tree; `fold` is None."""
     del fold
-    space, tree = label_space("raf_db"), listing.Tree()
-    folders = [f"{split}/{n}" for split in SPLITS for n in _folder_names(space)]
+    tree = listing.Tree()
+    folders = [f"{split}/{n}" for split in SPLITS for n in _folder_names()]
     markers = [LIST, *(f"{KAGGLE}/{folder}" for folder in folders), *folders]
-    root = listing.find_root(source, tree, markers, title=space.title, wanted=WANTED)
+    root = listing.find_root(source, tree, markers, title=SPACE.title, wanted=WANTED)
     path = tree.find(root, LIST)
-    return _kaggle(root, tree, space) if path is None else _official(root, path, tree, space)
+    return _kaggle(root, tree) if path is None else _official(root, path, tree)
 
 
-def _official(
-    root: pathlib.Path, path: pathlib.Path, tree: listing.Tree, space: LabelSpace
-) -> listing.Listing:
-    splits: dict[str, list[listing.Row]] = {split: [] for split in SPLITS}
+def _official(root: pathlib.Path, path: pathlib.Path, tree: listing.Tree) -> listing.Listing:
+    splits: dict[str, list[listing.Entry]] = {split: [] for split in SPLITS}
     for number, line in listing.read_lines(path):
         where = f"{path}, line {number}"
         columns = line.split()
@@ -59,11 +53,11 @@ def _official(
         split = stem.partition("_")[0].lower()
         if split not in splits:
             raise UserError(f"{where}: {line!r}, wanted e.g. {EXAMPLE!r} or 'test_…'")
-        splits[split].append(listing.Row(stem, _label(space, columns[1], where)))
+        splits[split].append(listing.Entry(stem, _label(columns[1], where)))
     images = tree.find(root, "Image") or root / "Image"
     return listing.list_splits(
         "raf_db",
-        space,
+        SPACE,
         "image",
         splits,
         {
@@ -75,9 +69,9 @@ def _official(
     )
 
 
-def _label(space: LabelSpace, written: str, where: str) -> int:
+def _label(written: str, where: str) -> int:
     try:
-        return space.index(written)
+        return SPACE.index(written)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -85,36 +79,36 @@ def _label(space: LabelSpace, written: str, where: str) -> int:
 # ---- Kaggle's folders
 
 
-def _folder_names(space: LabelSpace) -> dict[str, int]:
+def _folder_names() -> dict[str, int]:
     """What a class's folder may be called → the class."""
-    words = {word: space.classes.index(common) for word, common in SYNONYMS.items()
-             if common in space.classes}  # fmt: skip
-    words |= {name: c for c, name in enumerate(space.classes)}
-    return {written: c for c, written in enumerate(space.written)} | words
+    words = {word: SPACE.classes.index(common) for word, common in SYNONYMS.items()
+             if common in SPACE.classes}  # fmt: skip
+    words |= {name: c for c, name in enumerate(SPACE.classes)}
+    return {written: c for c, written in enumerate(SPACE.written)} | words
 
 
-def _kaggle(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listing.Listing:
+def _kaggle(root: pathlib.Path, tree: listing.Tree) -> listing.Listing:
     home = tree.find(root, KAGGLE) or root
-    names = _folder_names(space)
-    splits: dict[str, list[listing.Row]] = {}
+    names = _folder_names()
+    splits: dict[str, list[listing.Entry]] = {}
     media: dict[str, pathlib.Path] = {}
     told, unlisted, missing = [], [], []
     for split in SPLITS:
         folder = tree.find(home, split)
         if folder is None:
-            raise UserError(f"{home}: {split} is missing: {space.title} has train and test")
+            raise UserError(f"{home}: {split} is missing: {SPACE.title} has train and test")
         rows = splits[split] = []
         for label, path in _pictures(folder, tree, names):
             stem = path.stem.removesuffix("_aligned")
             if not re.fullmatch(rf"{split}_\d+", stem, re.IGNORECASE):
                 raise UserError(
-                    f"{path}: no picture of {space.title}'s {split}, whose names are "
+                    f"{path}: no picture of {SPACE.title}'s {split}, whose names are "
                     f"{split}_00001_aligned.jpg …: prepare other pictures as own/NAME"
                 )
             if (other := media.setdefault(stem, path)) != path:
                 raise UserError(f"{other} and {path} are one picture with two labels")
-            rows.append(listing.Row(stem, label))
-        listed = _listed(root, home, split, tree, space)
+            rows.append(listing.Entry(stem, label))
+        listed = _listed(root, home, split, tree)
         if listed is None:
             told.append(
                 f"{split}_labels.csv is missing: the labels of {split} are those of its folders, "
@@ -124,15 +118,15 @@ def _kaggle(root: pathlib.Path, tree: listing.Tree, space: LabelSpace) -> listin
         for row in rows:
             if listed.get(row.id, row.label) != row.label:
                 raise UserError(
-                    f"{media[row.id]}: in the folder of {space.classes[row.label]}, but "
-                    f"{split}_labels.csv says {space.classes[listed[row.id]]}: one of the two is "
+                    f"{media[row.id]}: in the folder of {SPACE.classes[row.label]}, but "
+                    f"{split}_labels.csv says {SPACE.classes[listed[row.id]]}: one of the two is "
                     "wrong"
                 )
         unlisted += [row.id for row in rows if row.id not in listed]
         missing += [f"{KAGGLE}/{split}/*/{i}_aligned.jpg" for i in listed if i not in media]
         told.append(f"labels of {split} agree with {split}_labels.csv")
     layout = f"{KAGGLE}/{{train,test}}/*" if home != root else "{train,test}/*"
-    found = listing.list_splits("raf_db", space, "image", splits, {layout: media.get})
+    found = listing.list_splits("raf_db", SPACE, "image", splits, {layout: media.get})
     found.told, found.missing = told, missing
     if unlisted:
         found.notes.append(f"{len(unlisted)} in no list: {listing.brief(unlisted)}")
@@ -155,7 +149,7 @@ def _pictures(
 
 
 def _listed(
-    root: pathlib.Path, home: pathlib.Path, split: str, tree: listing.Tree, space: LabelSpace
+    root: pathlib.Path, home: pathlib.Path, split: str, tree: listing.Tree
 ) -> dict[str, int] | None:
     """Picture → class, as `<split>_labels.csv` has them; None if there is none."""
     name = f"{split}_labels.csv"
@@ -169,7 +163,10 @@ def _listed(
     for number, cells in listing.read_columns(path, COLUMNS, row="a picture and its label"):
         where = f"{path}, line {number}"
         stem = pathlib.PurePosixPath(cells["image"]).stem.removesuffix("_aligned")
-        label = _label(space, cells["label"], where)
+        label = _label(cells["label"], where)
         if labels.setdefault(stem, label) != label:
             raise UserError(f"{where}: {stem} stands twice, with two labels")
     return labels
+
+
+FAMILY = OfficialSet("raf_db", SPACE, list_tree)

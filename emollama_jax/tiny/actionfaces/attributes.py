@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from emollama_jax.data.action_units import AU
 from emollama_jax.data.face_labels import ATTRIBUTES
-from emollama_jax.tiny.actionfaces.action_units import AU
 from emollama_jax.tiny.actionfaces.camera import Scene
 from emollama_jax.tiny.actionfaces.identity import Identity
 

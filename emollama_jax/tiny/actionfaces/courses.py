@@ -11,15 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emollama_jax.tiny.actionfaces.action_units import (
-    ACTION_UNITS,
-    AU,
-    EMOTIONS,
-    NEUTRAL,
-    person_gains,
-    sample_mix,
-    sample_noise,
-)
+from emollama_jax.data.action_units import ACTION_UNITS, AU, EMOTIONS, NEUTRAL
+from emollama_jax.tiny.actionfaces.expressions import person_gains, sample_mix, sample_noise
 from emollama_jax.tiny.actionfaces.identity import Identity
 
 FPS = 12.0

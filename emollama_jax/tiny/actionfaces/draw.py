@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from emollama_jax.data.action_units import AU
 from emollama_jax.tiny.actionfaces import hair
-from emollama_jax.tiny.actionfaces.action_units import AU
 from emollama_jax.tiny.actionfaces.camera import Scene, background, photograph
 from emollama_jax.tiny.actionfaces.canvas import Canvas, mix, offset
 from emollama_jax.tiny.actionfaces.geometry import FacePoints, convex_hull, curve

@@ -11,9 +11,9 @@ import av
 import numpy as np
 from PIL import Image
 
+from emollama_jax.data.action_units import EMOTIONS
+from emollama_jax.data.describe import conversation
 from emollama_jax.data.items import category_item
-from emollama_jax.tiny.actionfaces.action_units import EMOTIONS
-from emollama_jax.tiny.actionfaces.describe import conversation
 from emollama_jax.tiny.actionfaces.sample import sample_clip, sample_image
 
 Task = tuple[str, str, range, int, int]  # config name, split, indices, seed, size

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from emollama_jax.tiny.actionfaces.action_units import AU, DISPLACEMENTS
+from emollama_jax.data.action_units import AU
+from emollama_jax.tiny.actionfaces.expressions import DISPLACEMENTS
 from emollama_jax.tiny.actionfaces.identity import Identity
 
 _PERSPECTIVE = 0.06

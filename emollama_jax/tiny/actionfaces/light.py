@@ -8,7 +8,7 @@ last axis of three.
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from emollama_jax.tiny.actionfaces.action_units import AU
+from emollama_jax.data.action_units import AU
 from emollama_jax.tiny.actionfaces.canvas import Canvas, offset
 from emollama_jax.tiny.actionfaces.geometry import FacePoints, curve
 from emollama_jax.tiny.actionfaces.identity import Identity

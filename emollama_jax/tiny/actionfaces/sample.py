@@ -4,20 +4,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from emollama_jax.data.action_units import ACTION_UNITS, EMOTIONS
+from emollama_jax.data.describe import describe
 from emollama_jax.errors import UserError
-from emollama_jax.tiny.actionfaces.action_units import (
-    ACTION_UNITS,
+from emollama_jax.tiny.actionfaces.attributes import attributes
+from emollama_jax.tiny.actionfaces.camera import sample_scene
+from emollama_jax.tiny.actionfaces.courses import FPS, sample_course
+from emollama_jax.tiny.actionfaces.draw import render
+from emollama_jax.tiny.actionfaces.expressions import (
     CLASS_SHARES,
-    EMOTIONS,
     sample_mix,
     sample_noise,
     sample_strength,
 )
-from emollama_jax.tiny.actionfaces.attributes import attributes
-from emollama_jax.tiny.actionfaces.camera import sample_scene
-from emollama_jax.tiny.actionfaces.courses import FPS, sample_course
-from emollama_jax.tiny.actionfaces.describe import describe
-from emollama_jax.tiny.actionfaces.draw import render
 from emollama_jax.tiny.actionfaces.geometry import View, face_box, place
 from emollama_jax.tiny.actionfaces.identity import Identity, identities_of, make_identity
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from emollama_jax.tiny.actionfaces.action_units import EMOTIONS
+from emollama_jax.data.action_units import EMOTIONS
 from emollama_jax.tiny.actionfaces.sample import ClipSample, Sample
 
 _CAPTION = 14  # pixels below each picture

@@ -20,9 +20,9 @@ from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.layers import LayerNorm, Linear
 from emollama_jax.models.llama import Llama
 from emollama_jax.models.visual_tokens import merge
+from emollama_jax.terms import LANDMARKS
 from emollama_jax.tiny.towers.pictures import CLASSES
 
-LANDMARKS = 68
 TAUGHT = 0.7  # of the emotion's loss, where a teacher answers beside the votes
 
 

@@ -12,13 +12,13 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from emollama_jax.data.emotions import label_space
+from emollama_jax.data.action_units import EMOTIONS
+from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.face_crop import crop_face, to_crop
 from emollama_jax.data.media import to_model_frame
-from emollama_jax.tiny.actionfaces.action_units import EMOTIONS
 from emollama_jax.tiny.actionfaces.sample import sample_clip, sample_image
 
-CLASSES = label_space("ferplus").classes  # every set's votes are told in these
+CLASSES = LABEL_SPACES["ferplus"].classes  # every set's votes are told in these
 CHUNK = 250  # pictures, or clips divided by 10, that one task draws
 
 

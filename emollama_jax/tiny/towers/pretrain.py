@@ -29,9 +29,9 @@ import numpy as np
 from flax import nnx
 
 from emollama_jax.config import Config
-from emollama_jax.data.builders import registry
+from emollama_jax.data.action_units import ACTION_UNITS
+from emollama_jax.data.split import prepared
 from emollama_jax.models import parameters
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS
 from emollama_jax.tiny.towers.augment import CORE, Strength, augment, light, mix
 from emollama_jax.tiny.towers.fit import fit, predict, progress_lines, save_leaves
 from emollama_jax.tiny.towers.learners import FaceLearner, VisionLearner
@@ -215,11 +215,7 @@ def _face(config: Config, plan: Plan, out: pathlib.Path, console: Any):
 
 def _held_out(config: Config, plan: Plan, out: pathlib.Path, console: Any):
     """(name, faces) of the real sets that have a validation split."""
-    names = [
-        name
-        for name in plan.real
-        if "validation" in registry.prepared(plan.data, name).get(name, ())
-    ]
+    names = [name for name in plan.real if "validation" in prepared(plan.data, name).get(name, ())]
     return zip(names, real_sets(config, plan, out, console, "validation"), strict=True)
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from emollama_jax.data import taught
-from emollama_jax.data.builders import registry
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.face_crop import crop_face, to_crop
 from emollama_jax.data.media import read_image
+from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.faces.priors import open_priors
+from emollama_jax.terms import LANDMARKS
 from emollama_jax.tiny.towers.pictures import CLASSES, Pictures, open_pictures, save_pictures
 
 CHUNK = 2048  # pictures decoded before they are written
@@ -28,10 +28,8 @@ UNSURE = 0.2  # probability of male from which to 1 minus it the gender counts a
 
 def real_pictures(
     folder: pathlib.Path,
+    split: Split,
     *,
-    data_dir: str,
-    name: str,
-    split: str,
     frame_size: int,
     face_size: int,
     margin: float,
@@ -42,9 +40,7 @@ def real_pictures(
 
     Args:
         folder: where the arrays go.
-        data_dir: where sets are prepared.
-        name: of the set, e.g. "ferplus" or "own/mine"; pictures, not clips.
-        split: of the set.
+        split: of pictures, not clips.
         frame_size: S of the vision tower.
         face_size: Sf of FaceXFormer.
         margin: of the face crop.
@@ -52,18 +48,16 @@ def real_pictures(
         progress: called with (done, all) pictures.
 
     Raises:
-        UserError: the set is not prepared, is one of clips, or shares no class with `CLASSES`.
+        UserError: the set is one of clips, or shares no class with `CLASSES`.
     """
     if (folder / "done").exists():
         return open_pictures(folder)
-    examples = registry.open_split(data_dir, name, split)
-    priors = open_priors(data_dir, name, split)
-    targets = class_targets(registry.space_of(data_dir, name))
-    known = teacher_labels(data_dir, name, split)
+    examples, priors = split.examples, split.priors
+    targets, known = class_targets(split.space), teacher_labels(split)
     chunks, rows = [], []
     for number, prior in enumerate(priors):
         if len(prior.found) > 1:
-            raise UserError(f"{name}: pretraining reads pictures, and this is a set of clips")
+            raise UserError(f"{split.name}: pretraining reads pictures, and this is a set of clips")
         if len(prior.found) and prior.found[0]:
             example = examples[number]
             picture = read_image(example["media"])
@@ -83,18 +77,17 @@ def real_pictures(
 
 
 def teacher_labels(
-    data_dir: str, name: str, split: str
+    split: Split,
 ) -> Callable[[int, Sequence[int]], tuple[np.ndarray, np.ndarray]]:
     """What the teacher's file says of an example, by its number and its picture's (height, width).
 
     Landmarks in pixels, nan where its two looks at the face disagree; the AGR classes, -1 where
     unknown. Without a file all is unknown.
     """
-    where = registry.find(data_dir, name, split)
-    if not taught.labels_path(data_dir, where.name, where.split).exists():
-        nowhere, unknown = np.full((68, 2), np.nan, np.float32), np.full(3, -1, np.int32)
+    if not taught.labels_path(split).exists():
+        nowhere, unknown = np.full((LANDMARKS, 2), np.nan, np.float32), np.full(3, -1, np.int32)
         return lambda number, size: (nowhere, unknown)
-    labels = taught.read_labels(data_dir, name, split)
+    labels = taught.read_labels(split)
     sure = (labels.spread <= SPREAD)[:, None, None]  # nan is not
     landmarks = np.where(sure, labels.landmarks, np.nan)
     agr = labels.agr.copy()

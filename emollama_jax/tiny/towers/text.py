@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 
 from emollama_jax.config import Config, TokenizerConfig
+from emollama_jax.data.action_units import EMOTIONS
 from emollama_jax.data.chat import Chat
+from emollama_jax.data.describe import conversation
 from emollama_jax.data.items import category_item
 from emollama_jax.data.media import segment_indices
 from emollama_jax.data.prompts import (
@@ -23,9 +25,8 @@ from emollama_jax.data.prompts import (
 )
 from emollama_jax.data.templates import TEMPLATES
 from emollama_jax.data.tokenizers import load_tokenizer, train_bpe
-from emollama_jax.tiny.actionfaces.action_units import CLASS_SHARES, EMOTIONS
 from emollama_jax.tiny.actionfaces.courses import sample_course
-from emollama_jax.tiny.actionfaces.describe import conversation
+from emollama_jax.tiny.actionfaces.expressions import CLASS_SHARES
 from emollama_jax.tiny.actionfaces.identity import identities_of, make_identity
 from emollama_jax.tiny.towers.fit import fit, progress_lines
 from emollama_jax.tiny.towers.learners import TextLearner, blur

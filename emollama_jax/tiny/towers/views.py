@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from emollama_jax.config import Config
-from emollama_jax.data.builders import registry
-from emollama_jax.tiny.actionfaces.action_units import ACTION_UNITS
+from emollama_jax.data.action_units import ACTION_UNITS
+from emollama_jax.data.split import Split, prepared
 from emollama_jax.tiny.towers.pictures import CLASSES, Pictures, draw_pictures
 from emollama_jax.tiny.towers.real_faces import real_pictures
 
@@ -72,7 +72,7 @@ def real_sets(config: Config, plan: Plan, out: pathlib.Path, console: Any, split
     """The real sets' faces; one without validation examples is not held out."""
     found = []
     for name in plan.real:
-        if split != "train" and split not in registry.prepared(plan.data, name).get(name, ()):
+        if split != "train" and split not in prepared(plan.data, name).get(name, ()):
             continue
 
         def progress(done: int, total: int, name: str = name) -> None:
@@ -81,9 +81,7 @@ def real_sets(config: Config, plan: Plan, out: pathlib.Path, console: Any, split
         found.append(
             real_pictures(
                 out / "pictures" / f"{name.replace('/', '-')}-{split}",
-                data_dir=plan.data,
-                name=name,
-                split=split,
+                Split(plan.data, name, split),
                 frame_size=config.model.vision.image_size,
                 face_size=config.model.face.swin.image_size,
                 margin=config.data.face_margin,

@@ -6,14 +6,12 @@ reasons. The vocabulary is small (under 150 words) with a few phrasings of every
 tiny language model can learn it.
 """
 
-from typing import Literal
-
 import numpy as np
 
+from emollama_jax.data.action_units import AU, EMOTIONS, MIXES, NEUTRAL
 from emollama_jax.data.items import MEDIUM
-from emollama_jax.tiny.actionfaces.action_units import AU, EMOTIONS, MIXES, NEUTRAL
+from emollama_jax.terms import Kind
 
-Kind = Literal["image", "clip"]
 Conversation = list[dict[str, str]]
 
 # From here on an action unit is mentioned; unrelated activity stays below.

@@ -1,72 +1,18 @@
-"""Facial action units (FACS): which of them an emotion mixes, and how far each moves the face.
+"""Expressions: the action units that a drawn face shows, and how far each moves it.
 
-Intensities are 0..1 and are deviations from the person's resting face. `DISPLACEMENTS` holds, per
-action unit, the movement of the 68 iBUG points at intensity 1 in face units (1 = half a face's
-width; x right, y down, z to the viewer). The eyelids' closing in AU43/45 depends on how far the
-eye is open and is applied in `geometry.py`. The mixes follow EMFACS with two exceptions that the
-drawing needs: surprise and fear use 26 (jaw drop) as the published sets show it, and 25 (lips
-part) accompanies a mix without defining it.
+`DISPLACEMENTS` holds, per action unit, the movement of the 68 iBUG points at intensity 1 in face
+units (1 = half a face's width; x right, y down, z to the viewer). The eyelids' closing in AU43/45
+depends on how far the eye is open and is applied in `geometry.py`.
 """
 
 from types import MappingProxyType
 
 import numpy as np
 
+from emollama_jax.data.action_units import ACTION_UNITS, AU, EMOTIONS, MIXES
+from emollama_jax.terms import LANDMARKS
 from emollama_jax.tiny.actionfaces.identity import Identity
 
-EMOTIONS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
-NEUTRAL = EMOTIONS.index("neutral")
-
-ACTION_UNITS = (
-    "AU1",
-    "AU2",
-    "AU4",
-    "AU5",
-    "AU6",
-    "AU7",
-    "AU9",
-    "AU12",
-    "AU15",
-    "AU16",
-    "AU20",
-    "AU23",
-    "AU25",
-    "AU26",
-    "AU45",
-)
-ACTION_UNIT_NAMES = MappingProxyType(
-    {
-        "AU1": "inner brow raiser",
-        "AU2": "outer brow raiser",
-        "AU4": "brow lowerer",
-        "AU5": "upper lid raiser",
-        "AU6": "cheek raiser",
-        "AU7": "lid tightener",
-        "AU9": "nose wrinkler",
-        "AU12": "lip corner puller",
-        "AU15": "lip corner depressor",
-        "AU16": "lower lip depressor",
-        "AU20": "lip stretcher",
-        "AU23": "lip tightener",
-        "AU25": "lips part",
-        "AU26": "jaw drop",
-        "AU45": "blink",
-    }
-)
-AU = MappingProxyType({int(name[2:]): position for position, name in enumerate(ACTION_UNITS)})
-
-# Number of each action unit in an emotion's full mix.
-MIXES = MappingProxyType(
-    {
-        "surprise": (1, 2, 5, 26),
-        "fear": (1, 2, 4, 5, 20, 26),
-        "disgust": (9, 15, 16),
-        "happiness": (6, 12),
-        "sadness": (1, 4, 15),
-        "anger": (4, 5, 7, 23),
-        "neutral": (),
-    }
-)
 # Action units of which a partial expression may miss one; what is left is no other emotion's mix.
 OPTIONAL = MappingProxyType(
     {
@@ -101,7 +47,7 @@ def _displacements() -> np.ndarray:
             *(*range(54, 47, -1), *range(59, 54, -1), *range(64, 59, -1), 67, 66, 65),  # lips
         ]
     )
-    table = np.zeros((len(ACTION_UNITS), 68, 3), np.float32)
+    table = np.zeros((len(ACTION_UNITS), LANDMARKS, 3), np.float32)
 
     def move(unit: int, points: dict[int, tuple[float, float]]) -> None:
         for point, (x, y) in points.items():

@@ -1,0 +1,6 @@
+"""What every part of the package means by a word or a number, in one place and without imports."""
+
+from typing import Literal
+
+Kind = Literal["image", "clip"]  # of an example
+LANDMARKS = 68  # points of a face, in iBUG's order
