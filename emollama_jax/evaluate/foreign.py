@@ -2,7 +2,7 @@
 
 The truth and the answer of an item each stand in a named column. Both are words: numbers are
 refused, since several number orders circulate for the same set. A truth has to be a class word or
-its synonym; an answer may be anything that `parse` reads as a ranked list, and in JSON
+its synonym; an answer may be anything that `parse_answer` reads as a ranked list, and in JSON
 also scores, records and lists.
 
 Without a named set the classes are the seven basic emotions; with contempt, or all of MAFW's
@@ -22,7 +22,7 @@ from typing import Any
 from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, label_space, stem
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.options import PredictionFiles
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.parse.vocabulary import vocabulary
 from emollama_jax.evaluate.protocol import Prediction, read_predictions
 from emollama_jax.tables import Rows, read_rows
@@ -75,7 +75,7 @@ def read_foreign(
                 f"{path}, line {line}: truth {truth!r} is no class of {space.title} (wanted one of "
                 f"{', '.join(space.classes)}; name other classes with --classes)"
             )
-        parsed = parse(cell, space, form=form)
+        parsed = parse_answer(cell, space, form=form)
         found.append(
             Prediction(
                 id=str(row[columns.id_column]) if columns.id_column else f"line {line}",

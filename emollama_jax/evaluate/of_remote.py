@@ -28,7 +28,7 @@ from emollama_jax.evaluate.asked import Asked
 from emollama_jax.evaluate.copies import find_copies
 from emollama_jax.evaluate.groups import read_seen
 from emollama_jax.evaluate.options import ZeroShot
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.protocol import Prediction, subject_of
 from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.result import Answers, Result, Settings
@@ -124,7 +124,7 @@ def _prediction(
     options: ZeroShot, asked: Asked, example: Mapping[str, Any], entry: Entry
 ) -> Prediction:
     text = entry.value or ""
-    parsed = parse(text, asked.space)
+    parsed = parse_answer(text, asked.space)
     return Prediction(
         id=example["id"],
         source=f"{options.data}:{options.split}",

@@ -28,7 +28,7 @@ from emollama_jax.data.prompts import answer_ids
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.asked import Asked, Reworded, map_classes
 from emollama_jax.evaluate.options import Answering, Asking
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.protocol import Prediction, subject_of
 from emollama_jax.faces.priors import open_priors
 from emollama_jax.generate.decode import decode, make_ending, texts
@@ -215,7 +215,7 @@ class _BatchAnswerer:
 
     def _written(self, prompt: Prompt) -> list[dict[str, Any]]:
         texts = self.speaker.write(prompt, max_new_tokens=ANSWER_TOKENS)
-        parsed = [parse(text, self._asked.space) for text in texts]
+        parsed = [parse_answer(text, self._asked.space) for text in texts]
         return [
             {"predicted": p.label, "parsed": p.how, "text": text, "scores": None}
             for text, p in zip(texts, parsed, strict=True)

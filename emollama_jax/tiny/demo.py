@@ -32,7 +32,7 @@ from emollama_jax.data.pipeline import open_source
 from emollama_jax.evaluate import report
 from emollama_jax.evaluate.groups import read_seen
 from emollama_jax.evaluate.options import Answering, Asking
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.protocol import Prediction, evaluate, write_predictions
 from emollama_jax.evaluate.result import Answers
 from emollama_jax.evaluate.speaker import describe, predict
@@ -351,7 +351,7 @@ def _exhibits(cfg: Config, model: EmoLlama, size: Size, answers: Answers) -> lis
                 landmarks=landmarks,
                 label=predictions[i].label,
                 # What this very answer names: the numbers above are of another question.
-                predicted=parse(text, label_space(name)).label,
+                predicted=parse_answer(text, label_space(name)).label,
                 question=question,
                 text=text,
             )

@@ -19,7 +19,7 @@ from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.builders.registry import space_of
 from emollama_jax.data.items import standard_question
 from emollama_jax.data.media import read_image
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.runs import PACKAGE
 from emollama_jax.serve.answer import Answerer
 
@@ -83,7 +83,7 @@ def ask(console: Console) -> list[Photograph]:
         picture = read_image(path)
         boxes = [[round(float(x), 1) for x in box] for box in media.boxes]
         answer = "".join(answerer.ask(media, question))
-        named = parse(answer, space).label if media.found else None
+        named = parse_answer(answer, space).label if media.found else None
         console.print(
             f"{path.name} ({picture.shape[1]}×{picture.shape[0]}): {len(boxes)} faces {boxes}, "
             f"{seconds:.1f} s: {answer}",

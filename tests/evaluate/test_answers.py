@@ -9,7 +9,7 @@ import pytest
 
 from emollama_jax.data.emotions import LABEL_SPACES, label_space
 from emollama_jax.evaluate.foreign import named_classes
-from emollama_jax.evaluate.parse import Parsed, parse
+from emollama_jax.evaluate.parse import Parsed, parse_answer
 from emollama_jax.evaluate.parse.reasoning import final_answer
 from emollama_jax.evaluate.parse.vocabulary import vocabulary
 
@@ -57,8 +57,8 @@ def test_the_documented_table_is_what_happens(root):
     section = text.split("### How an answer is read\n")[1].split("\n\nWithout")[0]
     assert len(rows) == section.count("\n|") - 2 > 30  # every row but the head was parsed
     for answer, label, how in rows:
-        assert parse(answer, RAF_DB) == Parsed(label, how), answer
-        assert parse(answer, RAF_DB, form="ranked").label == label, answer
+        assert parse_answer(answer, RAF_DB) == Parsed(label, how), answer
+        assert parse_answer(answer, RAF_DB, form="ranked").label == label, answer
     assert {how for *_, how in rows} == {
         *("exact", "word", "synonym", "score"),
         *("ambiguous", "none", "foreign", "refusal", "unfinished"),
@@ -74,7 +74,7 @@ def test_written_answers_in_the_style_of_many_models(cases):
     items = [json.loads(line) for line in lines]
     assert len(items) > 300
     for item in items:
-        label = parse(item["answer"], RAF_DB).label
+        label = parse_answer(item["answer"], RAF_DB).label
         wanted = [item["label"]] if item.get("read", True) else [item["label"], None]
         assert label in wanted, item
 
@@ -99,7 +99,7 @@ def test_generated_answers_are_never_read_wrong(cases, name):
             true, other, third = rng.sample(sorted(FORMS), 3)
             answer = fill(wrap.replace("{}", phrasing), FORMS[true], FORMS[other], FORMS[third])
             for form in ("text", "ranked"):
-                label = parse(answer, space, form=form).label
+                label = parse_answer(answer, space, form=form).label
                 assert label in (classes[true], None), (answer, label)
                 right, total = right + (label is not None), total + 1
     assert total > 1800
@@ -113,7 +113,7 @@ def test_the_rejected_emotion_is_not_taken_where_the_true_one_is_an_unknown_word
     for phrasing in phrasings:
         other, third = rng.sample(sorted(set(FORMS) - {"neutral"}), 2)
         answer = fill(phrasing, UNKNOWN, FORMS[other], FORMS[third])
-        if parse(answer, RAF_DB).label is not None:
+        if parse_answer(answer, RAF_DB).label is not None:
             wrong.append(answer)
     assert len(wrong) <= 0.03 * len(phrasings), wrong
 
@@ -130,10 +130,10 @@ def test_every_form_of_a_word_is_read():
         ("an impassive face", "neutral"),
         ("without any expression", "neutral"),
     ):
-        assert parse(answer, RAF_DB).label == label, answer
-    assert parse("He sneers contemptuously.", MAFW).label == "contempt"
-    assert parse("un-happy, non-neutral", RAF_DB).label is None
-    assert parse("\ue000 happy \ue003\ue001", RAF_DB).label == "happiness"  # private signs
+        assert parse_answer(answer, RAF_DB).label == label, answer
+    assert parse_answer("He sneers contemptuously.", MAFW).label == "contempt"
+    assert parse_answer("un-happy, non-neutral", RAF_DB).label is None
+    assert parse_answer("\ue000 happy \ue003\ue001", RAF_DB).label == "happiness"  # private signs
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_every_form_of_a_word_is_read():
 )
 def test_endless_answers_are_read_in_seconds(text):
     start = time.process_time()
-    assert parse(text, RAF_DB, form="ranked").label in (None, "happiness")
+    assert parse_answer(text, RAF_DB, form="ranked").label in (None, "happiness")
     assert time.process_time() - start < 8
 
 
@@ -257,7 +257,7 @@ def test_reasoning_is_removed_to_its_end(text, answer):
     ],
 )
 def test_scores_and_records(text, label, how):
-    found = parse(text, RAF_DB)
+    found = parse_answer(text, RAF_DB)
     assert found.label == label
     assert not how or found.how == how
 
@@ -274,11 +274,11 @@ def test_trees_of_json_are_read_as_their_text_is():
         ([[-1.5, False], [-0.2, True]], None),
         ({}, None),
     ):
-        assert parse(tree, RAF_DB).label == label, tree
-        assert parse(json.dumps(tree), RAF_DB).label == label, tree
+        assert parse_answer(tree, RAF_DB).label == label, tree
+        assert parse_answer(json.dumps(tree), RAF_DB).label == label, tree
     ranked = ["sad", "angry"]
-    assert parse(ranked, RAF_DB).label == "sadness"
-    assert parse(ranked, RAF_DB, form="samples") == Parsed(None, "ambiguous")
+    assert parse_answer(ranked, RAF_DB).label == "sadness"
+    assert parse_answer(ranked, RAF_DB, form="samples") == Parsed(None, "ambiguous")
 
 
 # ---- words that are one class or two
@@ -291,13 +291,13 @@ def test_a_word_goes_to_the_class_that_it_is_a_form_of():
     assert words["joyful"] == "joy" and words["happy"] == words["glad"] == "happiness"
     two = vocabulary(named_classes("joy,amusement"))
     assert two["joyful"] == "joy" and "happy" not in two  # which of the two, nobody knows
-    assert parse("calm, not neutral", space) == Parsed("calm", "word")
+    assert parse_answer("calm, not neutral", space) == Parsed("calm", "word")
 
 
 @pytest.mark.parametrize("text", ["Emotion: happy -> sad", "happiness → sadness", "fear => anger."])
 def test_an_arrow_between_two_classes_is_ambiguous(text):
-    assert parse(text, label_space("raf_db")) == Parsed(None, "ambiguous")
-    assert parse("smile -> happiness", label_space("raf_db")).label == "happiness"
+    assert parse_answer(text, label_space("raf_db")) == Parsed(None, "ambiguous")
+    assert parse_answer("smile -> happiness", label_space("raf_db")).label == "happiness"
 
 
 @pytest.mark.parametrize(
@@ -312,4 +312,4 @@ def test_an_arrow_between_two_classes_is_ambiguous(text):
     ],
 )
 def test_a_part_of_the_face_is_not_the_answer(text, label):
-    assert parse(text, label_space("actionfaces/images")).label == label
+    assert parse_answer(text, label_space("actionfaces/images")).label == label

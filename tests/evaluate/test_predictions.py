@@ -15,7 +15,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.evaluate import foreign
 from emollama_jax.evaluate.of_file import evaluate_files
 from emollama_jax.evaluate.options import PredictionFiles
-from emollama_jax.evaluate.parse import parse
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.protocol import Prediction, evaluate, write_predictions
 from tests.evaluate.test_metrics import GPT4V_FERPLUS, GPT4V_RAFDB, items
 
@@ -109,7 +109,7 @@ def test_it_starts_without_jax(file):
     ],
 )
 def test_ranked_lists_and_free_text(answer, label, how):
-    found = parse(answer, RAF_DB, form="ranked")
+    found = parse_answer(answer, RAF_DB, form="ranked")
     assert (found.label, found.how) == (label, how)
 
 

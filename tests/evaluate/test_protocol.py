@@ -9,7 +9,7 @@ from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS
 from emollama_jax.data.items import category_question
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import asked, folds, protocol
-from emollama_jax.evaluate.parse import Parsed, parse
+from emollama_jax.evaluate.parse import Parsed, parse_answer
 from emollama_jax.evaluate.result import Answers, Result, Settings
 from emollama_jax.evaluate.speaker import best_label
 
@@ -39,7 +39,7 @@ RAF_DB, DFEW, MAFW = (LABEL_SPACES[name] for name in ("raf_db", "dfew", "mafw"))
     ],
 )
 def test_answers(answer, label, how):
-    assert parse(answer, RAF_DB) == Parsed(label, how)
+    assert parse_answer(answer, RAF_DB) == Parsed(label, how)
 
 
 @pytest.mark.parametrize(
@@ -72,24 +72,24 @@ def test_answers(answer, label, how):
     ],
 )
 def test_negated_mentions_name_nothing(answer, label):
-    assert parse(answer, RAF_DB).label == label
+    assert parse_answer(answer, RAF_DB).label == label
 
 
 @pytest.mark.parametrize("name", LABEL_SPACES)
 def test_every_class_is_read_by_its_name_its_common_name_and_its_synonyms(name):
     space = LABEL_SPACES[name]
     for label, common in zip(space.classes, space.canonical, strict=True):
-        assert parse(label.upper(), space).label == label
-        assert parse(f"It is {common}.", space).label == label
+        assert parse_answer(label.upper(), space).label == label
+        assert parse_answer(f"It is {common}.", space).label == label
         for word in (word for word, emotion in SYNONYMS.items() if emotion == common):
-            assert parse(f"a {word} face", space).label == label
+            assert parse_answer(f"a {word} face", space).label == label
 
 
 def test_a_set_reads_its_own_words():
-    assert parse("happiness", DFEW) == Parsed("happy", "synonym")
-    assert parse("sad", DFEW) == Parsed("sad", "exact")
-    assert parse("worried", MAFW) == Parsed("anxiety", "synonym")
-    assert parse("worried", RAF_DB).label is None
+    assert parse_answer("happiness", DFEW) == Parsed("happy", "synonym")
+    assert parse_answer("sad", DFEW) == Parsed("sad", "exact")
+    assert parse_answer("worried", MAFW) == Parsed("anxiety", "synonym")
+    assert parse_answer("worried", RAF_DB).label is None
 
 
 def test_best_label():

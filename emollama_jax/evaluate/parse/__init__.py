@@ -1,4 +1,4 @@
-"""From an answer to the class that it names: `parse`, and nothing else is called from outside.
+"""From an answer to the class that it names: `parse_answer`; nothing else is called from outside.
 
 `reasoning.py` takes the reasoning away, `structured.py` reads data, `sentences.py` weighs what
 plain English asserts with the patterns of `phrases.py`, and `reader.py` asks them in turn.
@@ -11,10 +11,10 @@ from emollama_jax.evaluate.parse.reader import AnswerReader, Parsed, Reading
 
 Form = Literal["text", "ranked", "samples"]
 
-__all__ = ["Form", "Parsed", "Reading", "parse"]
+__all__ = ["Form", "Parsed", "Reading", "parse_answer"]
 
 
-def parse(answer: Any, space: LabelSpace, *, form: Form = "text") -> Parsed:
+def parse_answer(answer: Any, space: LabelSpace, *, form: Form = "text") -> Parsed:
     """Reads the class that an answer names.
 
     Reasoning goes first; what was cut off in it is `unfinished`. What is left is read as the first
