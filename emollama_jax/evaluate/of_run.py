@@ -1,7 +1,7 @@
 """The `Result` of a trained run on one prepared split, or on every fold of a set."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -119,8 +119,8 @@ def evaluate_run(
         run: where the model came from, to be traced; None: untraced.
 
     Returns:
-        The result, whose headline are written answers, if there are any; its trace and pictures
-        are there on the first host only.
+        The result, whose headline are written answers, if there are any; hashes of what it was
+        made of, and pictures, are there on the first host only.
 
     Raises:
         UserError: no or unfitting data; no split of the name that `how.without` gives.
@@ -139,9 +139,9 @@ def evaluate_run(
     ]
     names = ("predictions.jsonl", *(f"predictions-{way}.jsonl" for way in how.ways[1:]))
     files = dict(zip(names, found.values(), strict=True))
-    trace, mistakes = {}, []
+    trace, mistakes = {file: predictions_hash(items) for file, items in files.items()}, []
     if leads():
-        trace = _trace(opened, files, run)
+        trace |= _origin(opened, run)
         trace["question"] = asked.question(data[0]["id"], source.kind)
         mistakes = _pictures(cfg, opened, how, answers[0].predictions)
     return Result(
@@ -157,11 +157,9 @@ def evaluate_run(
     )
 
 
-def _trace(
-    split: Split, files: Mapping[str, Sequence[Prediction]], run: str | None
-) -> dict[str, str]:
-    """Hashes of the predictions, the checkpoint, the data and the face priors."""
-    trace = {file: predictions_hash(items) for file, items in files.items()}
+def _origin(split: Split, run: str | None) -> dict[str, str]:
+    """Hashes of the checkpoint, the data and the face priors."""
+    trace = {}
     about, priors = f"{split.name}, {split.split}", split.priors
     if run is not None:
         found = find(run)
