@@ -1,7 +1,7 @@
 """The `Result` of a trained run on one prepared split, or on every fold of a set."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -121,8 +121,8 @@ def evaluate_run(
         run: where the model came from, to be traced; None: untraced.
 
     Returns:
-        The result, whose headline are written answers, if there are any; its trace and pictures
-        are there on the first host only.
+        The result, whose headline are written answers, if there are any; hashes of what it was
+        made of, and pictures, are there on the first host only.
 
     Raises:
         UserError: no or unfitting data; no split of the name that `how.without` gives.
@@ -141,9 +141,9 @@ def evaluate_run(
     ]
     names = ("predictions.jsonl", *(f"predictions-{way}.jsonl" for way in how.ways[1:]))
     files = dict(zip(names, found.values(), strict=True))
-    trace, mistakes = {}, []
+    trace, mistakes = {file: predictions_hash(items) for file, items in files.items()}, []
     if leads():
-        trace = _trace(cfg, source, data, files, run)
+        trace |= _origin(cfg, source, data, run)
         trace["question"] = asked.question(data[0]["id"], source.kind)
         mistakes = _pictures(cfg, source, how, answers[0].predictions)
     return Result(
@@ -159,15 +159,11 @@ def evaluate_run(
     )
 
 
-def _trace(
-    cfg: Config,
-    source: SourceConfig,
-    data: Sequence[Any],
-    files: Mapping[str, Sequence[Prediction]],
-    run: str | None,
+def _origin(
+    cfg: Config, source: SourceConfig, data: Sequence[Any], run: str | None
 ) -> dict[str, str]:
-    """Hashes of the predictions, the checkpoint, the data and the face priors."""
-    trace = {file: predictions_hash(items) for file, items in files.items()}
+    """Hashes of the checkpoint, the data and the face priors."""
+    trace = {}
     about = f"{source.name}, {source.split}"
     if run is not None:
         found = find(run)
