@@ -256,8 +256,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path):
         "classes without examples: angry",
     ):
         assert line in told
-    _, found = prepare("own/t", tmp_path, tmp_path.with_name("data"))
-    assert found.told == told
+    assert prepare("own/t", tmp_path, tmp_path.with_name("data"))[1] == told
     assert list(inspect.inspect(tmp_path.with_name("data"), "own/t").notes) == told
 
 
