@@ -100,6 +100,7 @@ DATA = """
 import json, sys
 import numpy as np
 from emollama_jax import config
+from emollama_jax.data.split import Split
 from emollama_jax.data.tokenizers import load_tokenizer
 
 name = "actionfaces/images"

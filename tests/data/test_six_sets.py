@@ -13,7 +13,7 @@ from rich.console import Console
 from emollama_jax import cli, config
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.items import category_question
-from emollama_jax.data.sets import label_space
+from emollama_jax.data.sets import Preparation, label_space
 from emollama_jax.evaluate.of_run import evaluate_run
 from emollama_jax.evaluate.options import Asking
 from emollama_jax.evaluate.protocol import evaluate, read_predictions
@@ -67,9 +67,8 @@ def run(tmp_path_factory):
             cfg,
             face,
             name,
-            source=tree,
+            Preparation(source=tree),
             splits=("train", "test"),
-            processes=1,
             console=QUIET,
         )
         if name != "ferplus":
@@ -165,9 +164,8 @@ def test_every_fold_with_the_run_that_did_not_see_it(run, capsys, tmp_path):
     """The same weights five times, each as a run that was trained on its own fold's list."""
     cfg = config.load("tiny", [f"data.dir={run.parent / 'data'}"])
     tree = run.parent / "dfew-fold1"
-    prepare_source(
-        cfg, load_face(cfg), "dfew", source=tree, splits=("test",), processes=1, console=QUIET
-    )
+    how = Preparation(source=tree)
+    prepare_source(cfg, load_face(cfg), "dfew", how, splits=("test",), console=QUIET)
     for fold in range(1, 6):
         copy = tmp_path / f"run{fold}"
         shutil.copytree(run, copy)
