@@ -26,7 +26,7 @@ from emollama_jax.cli_words import (
 )
 from emollama_jax.data import sets
 from emollama_jax.errors import UserError
-from emollama_jax.instruct.options import Options as InstructOptions
+from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.preflight import at_least, check_picture, check_writable
 from emollama_jax.runs import refuse_packed
 

@@ -1,41 +1,27 @@
 """The verbs that measure: a run, anybody's predictions in a file, other models asked zero-shot."""
 
-import pathlib
-from typing import Annotated, Literal
+import json
+import sys
+from typing import Annotated
 
 import tyro
 
 from emollama_jax import compile_cache
-from emollama_jax.cli_words import Overrides, Run, new_console
+from emollama_jax.cli_words import new_console
 from emollama_jax.data import sets
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate.options import ZeroShot
+from emollama_jax.evaluate.options import Asking, Output, PredictionFiles, Tested, ZeroShot
 from emollama_jax.preflight import at_least, check_writable
 
 Inline = tyro.conf.OmitArgPrefixes
+FLAT = tyro.conf.arg(name="")  # as if the fields were the verb's own arguments
 
 
 def evaluate(
-    run: Run = "",
-    overrides: Overrides = (),
-    source: str | None = None,
-    split: str = "test",
-    fold: str | None = None,
-    dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
-    answering: Literal["both", "generate", "score"] = "both",
-    asked: str | None = None,
-    order: Literal["native", "shuffled"] = "native",
-    seed: int = 0,
-    batch: int = 32,
-    pictures: bool = False,
-    without: str | None = None,
-    predictions: tuple[pathlib.Path, ...] = (),
-    truth_column: str = "label",
-    prediction_column: str = "predicted",
-    id_column: str | None = None,
-    classes: str | None = None,
-    json: bool = False,
-    out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
+    what: Annotated[Tested, FLAT],
+    how: Annotated[Asking, FLAT],
+    files: Annotated[PredictionFiles, FLAT],
+    output: Annotated[Output, FLAT],
 ) -> None:
     """WAR, UAR, per-class recall and confusion matrix of a trained run on a prepared split, or of
     anyone's predictions in a file (--predictions), for which no model is needed.
@@ -43,90 +29,65 @@ def evaluate(
     WAR is the share of right answers; UAR, the mean of the classes' recalls, weighs rare classes
     as much as frequent ones. The model is spread over devices as it was in training; to change
     that: mesh.fsdp=-1. On several hosts, the same command runs on each, as for training.
-
-    Args:
-        run: folder of `emollama train`, or one checkpoint in it; gs:// too; or package, the one
-            that the package carries. With --fold all, {fold} in it is replaced by the number: one
-            run for each fold.
-        overrides: changes of the sections mesh, distributed and generate.
-        source: data set, e.g. raf_db, dfew; actionfaces/images by default. With --predictions: the
-            set whose classes count; what the file says by default.
-        split: split of the data set.
-        fold: fold of dfew and mafw: 1 … 5, or all: the mean over the five.
-        dir: data folder; the run's by default, data for --predictions. What is prepared there
-            tells the age, gender and race that the face network sees: errors by group.
-        answering: the written answer, parsed; the likeliest label word; or both.
-        asked: set whose label words the question lists, e.g. the one that was trained on.
-        order: order of the options in the question; shuffled measures position bias.
-        seed: seed of shuffled options.
-        batch: examples at a time.
-        pictures: show mistakes of a set under a research licence in the report.
-        without: another split, e.g. train: a second number, without the items that also stand in
-            it by their name or their content.
-        predictions: a CSV, JSON or JSON lines file; or five, one for each fold of --source.
-        truth_column: column of the true label.
-        prediction_column: column of the answer: a label, a ranked list (its first counts), or free
-            text.
-        id_column: column of the item's name, each once, by which the prepared set knows it; items
-            are named by their line by default.
-        classes: label words with commas, for sets that are not known here.
-        json: print WAR, UAR, n, unparsed, recall and errors by group as JSON, as shares.
-        out: folder of predictions.jsonl, evaluation.json, table.tex and report.html; RUN/eval by
-            default, runs/package/eval for package, nothing for --predictions.
     """
-    if out is not None:
-        check_writable(out)
-    if predictions:
-        from emollama_jax.evaluate.beside import Place
-        from emollama_jax.evaluate.of_file import report_files
-
-        columns = (truth_column, prediction_column, id_column)
-        place = Place(split=split, dir=dir, without=without)
-        print(
-            report_files(predictions, columns, source, classes, out=out, as_json=json, place=place)
-        )
+    if output.out is not None:
+        check_writable(output.out)
+    if files.predictions:
+        _evaluate_files(what, how, files, output)
         return
-    if not run:
+    if not what.run:
         raise UserError("name a run (emollama eval RUN), or a file: --predictions FILE")
-    at_least(1, batch=batch)
-    source = source or "actionfaces/images"
-    for name in (source, *((asked,) if asked else ())):
+    at_least(1, batch=how.batch)
+    for name in filter(None, (what.name, how.asked)):
         sets.family_of(name)
-    if dir is not None:
-        sets.check_prepared(dir, [source])
-    if "{fold}" not in run:
+    if what.dir is not None:
+        sets.check_prepared(what.dir, [what.name])
+    if "{fold}" not in what.run:
         from emollama_jax.runs import find
 
-        find(run)
+        find(what.run)
     compile_cache.start()
     from emollama_jax import config
     from emollama_jax.sharding import distributed
 
-    distributed.start(config.how_to_run(overrides), saves_on_notice=False)
-    from emollama_jax.evaluate.command import How, evaluate_source
+    distributed.start(config.how_to_run(what.overrides), saves_on_notice=False)
+    from emollama_jax.evaluate.of_run import evaluate_runs
 
-    said = evaluate_source(
-        run,
-        overrides,
-        source,
-        split,
-        fold=fold,
-        folder=dir,
-        how=How(
-            answering=answering,
-            batch=batch,
-            asked=asked,
-            order=order,
-            seed=seed,
-            pictures=pictures,
-            without=without,
-        ),
-        out=out,
-        as_json=json,
-        console=new_console(),
-    )
-    if distributed.leads():
-        print(said)
+    result, home = evaluate_runs(what, how, output.out, new_console())
+    if not distributed.leads():
+        return
+    if not output.json:
+        print(result.lines(home))
+        return
+    if result.warning and result.mean is None:
+        print(result.warning, file=sys.stderr)
+    _print_json(result.summary() | {"report": f"{home}/report.html"})
+
+
+def _evaluate_files(what: Tested, how: Asking, files: PredictionFiles, output: Output) -> None:
+    from emollama_jax.evaluate import of_file
+    from emollama_jax.evaluate.beside import Place
+    from emollama_jax.evaluate.publish import publish
+    from emollama_jax.paths import as_path
+
+    place = Place(split=what.split, dir=what.dir, without=how.without)
+    result = of_file.evaluate_files(files, what.source, place)
+    if output.out is not None:
+        out = as_path(output.out)
+        of_file.check_kept(result, out, files.predictions)
+        publish(result, out)
+    if not output.json:
+        print(of_file.lines(result))
+        return
+    if result.warning:
+        print(result.warning, file=sys.stderr)
+    if result.groups.why and place.named:
+        print(f"no errors by group: {result.groups.why}", file=sys.stderr)
+    _print_json(result.summary())
+
+
+def _print_json(tree: dict) -> None:
+    print(json.dumps(tree, ensure_ascii=False, allow_nan=False))
 
 
 def zero_shot(options: Inline[ZeroShot]) -> None:
@@ -146,6 +107,7 @@ def zero_shot(options: Inline[ZeroShot]) -> None:
     if options.out is not None:
         check_writable(options.out)
     sets.check_prepared(options.dir, [options.data])
-    from emollama_jax.evaluate.of_remote import run
+    from emollama_jax.evaluate.of_remote import evaluate_remote, out_folder
 
-    print(run(options, new_console()))
+    home = out_folder(options)
+    print(evaluate_remote(options, home, new_console()).lines(home))

@@ -19,9 +19,8 @@ import numpy as np
 from emollama_jax.data.emotions import SYNONYMS, LabelSpace
 from emollama_jax.data.items import category_question
 from emollama_jax.evaluate import metrics
+from emollama_jax.evaluate.options import Order
 from emollama_jax.evaluate.protocol import Prediction
-
-Order = Literal["native", "shuffled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Asked:
     space: LabelSpace
     order: Order = "native"
     seed: int = 0  # of shuffled options
+    native: bool = False  # whether these are the questions that the set is prepared with
 
     def options(self, item: str) -> tuple[str, ...]:
         """The options of an item's question, in their order."""

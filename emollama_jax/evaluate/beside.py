@@ -7,11 +7,12 @@ where the set's names have them.
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from emollama_jax.data.sets import check_prepared
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import groups
+from emollama_jax.evaluate.copies import Copies, find_copies
 from emollama_jax.evaluate.protocol import Prediction
 
 FOLDER = "data"  # of prepared sets, as everywhere
@@ -31,27 +32,19 @@ class Place:
         return self.dir is not None or self.without is not None
 
 
-ANYWHERE = Place()
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """What the prepared set says of predicted items, by the predictions' own names."""
-
-    seen: groups.Seen
-    left_out: tuple[str, Collection[str]] | None  # a split and the items that also stand in it
-
-
-def known(
+def look_up(
     predictions: Sequence[Prediction], source: str | None, place: Place, *, named: bool
-) -> Known:
-    """Looks the items up.
+) -> tuple[groups.Seen, Copies | None]:
+    """What the prepared set says of predicted items, by the predictions' own names.
 
     Args:
-        predictions: of a file.
+        predictions: records of a file.
         source: the set; None: the one that a file of `emollama eval` names.
-        place: of the prepared set.
+        place: where the prepared set lies.
         named: whether a column names the items.
+
+    Returns:
+        What the face network says of them, and which of them also stand in `place.without`.
 
     Raises:
         UserError: items that cannot be looked up, where `place.without` asks for it.
@@ -74,19 +67,17 @@ def known(
     except UserError as error:
         if place.without is not None:
             raise UserError(f"--without {place.without}: {error}") from None
-        return Known(groups.Seen({}, why=str(error)), None)
+        return groups.Seen({}, why=str(error)), None
     seen = groups.read_seen(folder, name, split)
     if not seen.why:
         seen = dataclasses.replace(
             seen, groups={mine: seen.groups[theirs] for mine, theirs in names.items()}
         )
-    if place.without is None:
-        return Known(seen, None)
-    from emollama_jax.data.split import Split
-
-    twice = set(Split(folder, name, split).also_in(place.without))
-    items = [mine for mine, theirs in names.items() if theirs in twice]
-    return Known(seen, (place.without, items))
+    copies = find_copies(folder, name, split, place.without)
+    if copies is not None:
+        twice = set(copies.items)
+        copies = Copies(copies.split, [mine for mine, theirs in names.items() if theirs in twice])
+    return seen, copies
 
 
 def match(mine: Sequence[str], theirs: Sequence[str], *, where: str) -> Mapping[str, str]:

@@ -77,14 +77,7 @@ def curve(
     parts.append(
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">optimizer step</text>'
     )
-    for step, text in marks:
-        px = at(step, 0)[0]
-        right = px > _WIDTH * 0.75
-        parts.append(f'<path class="mark" d="M{px:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
-        parts.append(
-            f'<text class="marked" x="{px + (-7 if right else 7):.1f}" y="{_TOP + 12}" '
-            f'text-anchor="{"end" if right else "start"}">{escape(text)}</text>'
-        )
+    parts += [_mark(at(step, 0)[0], text) for step, text in marks]
     parts += [line(y, "raw"), line(smooth, "smooth")]
     last = int(np.flatnonzero(finite)[-1])
     px, py = at(x[last], smooth[last])
@@ -93,6 +86,16 @@ def curve(
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )
+
+
+def _mark(x: float, text: str) -> str:
+    """A vertical line with its text, which is to its left at the right edge."""
+    right = x > _WIDTH * 0.75
+    return (
+        f'<path class="mark" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
+        f'<text class="marked" x="{x + (-7 if right else 7):.1f}" y="{_TOP + 12}" '
+        f'text-anchor="{"end" if right else "start"}">{escape(text)}</text>'
     )
 
 

@@ -15,8 +15,9 @@ from etils import epath
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.face_labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import metrics, report
+from emollama_jax.evaluate import metrics
 from emollama_jax.evaluate.protocol import Prediction
+from emollama_jax.evaluate.report import Table, percent, spread
 
 ATTRIBUTES = ("age", "gender", "race")
 UNKNOWN = "unknown"
@@ -69,6 +70,42 @@ class ByGroup:
     classes: int = 0
     why: str = ""
 
+    def to_dict(self) -> dict[str, Any] | None:
+        """Plain values for JSON: attribute → group → numbers; None where there are none."""
+        if self.why:
+            return None
+        tree: dict[str, Any] = {}
+        for group in self.groups:
+            numbers = dataclasses.asdict(group)
+            attribute, name = numbers.pop("attribute"), numbers.pop("name")
+            shown = {_KEYS.get(key, key): value for key, value in numbers.items()}
+            tree.setdefault(attribute, {})[name] = metrics.plain(shown)
+        return tree
+
+    def table(self, title: str) -> Table:
+        """The numbers as a table of the page."""
+        if self.why:
+            return Table(title=_TITLE, note="", head=("none",), rows=[(self.why,)])
+        rows = [
+            (
+                f"{group.attribute}: {group.name}",
+                f"{group.n:,}",
+                f"{group.classes} of {self.classes}",
+                percent(group.war),
+                spread(group.war_interval),
+                percent(group.uar),
+                spread(group.uar_interval),
+            )
+            for group in self.groups
+        ]
+        attributes = {group.attribute for group in self.groups}
+        note = _NOTE + ("" if "race" in attributes else " It is sure of the race of none.")
+        head = (
+            *("as the face network sees it", "items", "classes"),
+            *("WAR, %", "95 %", "UAR, %", "95 %"),
+        )
+        return Table(title=f"{_TITLE}: {title}", note=note, head=head, rows=rows)
+
 
 def read_seen(
     data_dir: epath.PathLike, name: str, split: str, *, race_labels: RaceLabels = "measured"
@@ -120,7 +157,7 @@ def by_group(predictions: Sequence[Prediction], seen: Seen, space: LabelSpace) -
     number = {name: n for n, name in enumerate(space.classes)}
     labels = np.array([number[item.label] for item in predictions])
     answers = np.array([number.get(item.predicted, metrics.UNPARSED) for item in predictions])
-    all_classes = len(np.unique(labels))
+    occur = len(np.unique(labels))
     found = []
     for place, attribute in enumerate(ATTRIBUTES):
         mine = np.array([seen.groups[item.id][place] for item in predictions])
@@ -130,44 +167,9 @@ def by_group(predictions: Sequence[Prediction], seen: Seen, space: LabelSpace) -
         for name in names:
             chosen = mine == name
             if chosen.any() or name == UNKNOWN:
-                group = _group(labels[chosen], answers[chosen], len(number), all_classes)
-                found.append(Group(attribute=attribute, name=name, **group))
-    return ByGroup(tuple(found), all_classes)
-
-
-def tree(found: ByGroup) -> dict[str, Any] | None:
-    """Plain values for JSON: attribute → group → numbers; None where there are none."""
-    if found.why:
-        return None
-    plain: dict[str, Any] = {}
-    for group in found.groups:
-        numbers = dataclasses.asdict(group)
-        attribute, name = numbers.pop("attribute"), numbers.pop("name")
-        shown = {_KEYS.get(key, key): value for key, value in numbers.items()}
-        plain.setdefault(attribute, {})[name] = _plain(shown)
-    return plain
-
-
-def table(title: str, found: ByGroup) -> report.Table:
-    """The numbers as a table of the page."""
-    if found.why:
-        return report.Table(title=_TITLE, note="", head=("none",), rows=[(found.why,)])
-    rows = [
-        (
-            f"{group.attribute}: {group.name}",
-            f"{group.n:,}",
-            f"{group.classes} of {found.classes}",
-            report.percent(group.war),
-            report.spread(group.war_interval),
-            report.percent(group.uar),
-            report.spread(group.uar_interval),
-        )
-        for group in found.groups
-    ]
-    attributes = {group.attribute for group in found.groups}
-    note = _NOTE + ("" if "race" in attributes else " It is sure of the race of none.")
-    head = ("as the face network sees it", "items", "classes", "WAR, %", "95 %", "UAR, %", "95 %")
-    return report.Table(title=f"{_TITLE}: {title}", note=note, head=head, rows=rows)
+                items = (labels[chosen], answers[chosen])
+                found.append(_group(attribute, name, *items, classes=len(number), occur=occur))
+    return ByGroup(tuple(found), occur)
 
 
 _TITLE = "Errors by group"
@@ -200,30 +202,27 @@ def _names(attribute: str, race_labels: RaceLabels) -> tuple[str, ...]:
 
 
 def _group(
-    labels: np.ndarray, answers: np.ndarray, classes: int, all_classes: int
-) -> dict[str, Any]:
+    attribute: str, name: str, labels: np.ndarray, answers: np.ndarray, *, classes: int, occur: int
+) -> Group:
+    """The numbers of some items; `occur` of the `classes` do in the whole set."""
     nowhere = metrics.Interval(float("nan"), float("nan"))
     war, uar, uar_interval = float("nan"), float("nan"), nowhere
-    occur, right = len(np.unique(labels)), int((labels == answers).sum())
+    here, right = len(np.unique(labels)), int((labels == answers).sum())
     if len(labels):
         confusion = metrics.confusion_matrix(labels, answers, classes=classes)
         war = metrics.war(confusion)
-        if occur == all_classes:
+        if here == occur:
             uar = metrics.uar(confusion)
             uar_interval = metrics.bootstrap(
                 labels, answers, classes=classes, samples=SAMPLES, seed=SEED, level=LEVEL
             )["uar"]
-    return {
-        "n": len(labels),
-        "classes": occur,
-        "war": war,
-        "war_interval": metrics.wilson(right, len(labels), level=LEVEL),
-        "uar": uar,
-        "uar_interval": uar_interval,
-    }
-
-
-def _plain(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {key: _plain(value) for key, value in node.items()}
-    return None if isinstance(node, float) and node != node else node
+    return Group(
+        attribute=attribute,
+        name=name,
+        n=len(labels),
+        classes=here,
+        war=war,
+        war_interval=metrics.wilson(right, len(labels), level=LEVEL),
+        uar=uar,
+        uar_interval=uar_interval,
+    )

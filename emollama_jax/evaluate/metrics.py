@@ -10,7 +10,8 @@ Arrays of NumPy and JAX are taken alike; what comes back is NumPy arrays and pla
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -267,6 +268,17 @@ def positions(true: ArrayLike, answered: ArrayLike, *, places: int) -> Positions
         recall = right / stood
     bias = float(np.abs(shares[0] - shares[1]).sum() / 2)
     return Positions(answered=shares[0], true=shares[1], recall=recall, bias=bias)
+
+
+def plain(tree: Any) -> Any:
+    """Numbers as JSON takes them: arrays and tuples become lists, what has no value (nan) None."""
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, np.ndarray):
+        return plain(tree.tolist())
+    if isinstance(tree, tuple | list):
+        return [plain(value) for value in tree]
+    return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
 def _war(confusion: np.ndarray) -> np.ndarray:

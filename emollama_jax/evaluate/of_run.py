@@ -1,228 +1,259 @@
-"""Evaluates a model on a prepared split, both ways of answering.
+"""The `Result` of a trained run on one prepared split, or on every fold of a set."""
 
-- "generate": the model writes an answer to the category question, and the parser reads it;
-- "score": the class whose word has the highest log-likelihood after the same prompt.
+import dataclasses
+from collections.abc import Sequence
 
-On several hosts each looks at its own rows of every batch; all take the same steps, and all have
-all predictions at the end.
-"""
-
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
-
-import jax
-import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float
+from rich.console import Console
 
-from emollama_jax.batch import Batch
-from emollama_jax.checkpoint import ONE_DEVICE
+from emollama_jax import config
+from emollama_jax.checkpoint import load_for_inference, read_config
 from emollama_jax.config import Config, SourceConfig
-from emollama_jax.data.chat import open_chat
-from emollama_jax.data.elements import Encoder, Shown, stack
+from emollama_jax.data.elements import Encoder
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.pipeline import make_eval_batches
-from emollama_jax.data.prompts import answer_ids
+from emollama_jax.data.sets import parse
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate.asked import Asked, Reworded, map_classes
-from emollama_jax.evaluate.parse.answers import best_label, parse_answer
-from emollama_jax.evaluate.protocol import Prediction
-from emollama_jax.generate.decode import decode, make_ending, texts
-from emollama_jax.generate.label_scores import Labels, pad_labels, score
-from emollama_jax.generate.prompt import Prompt, embed
-from emollama_jax.generate.sampling import sampling
+from emollama_jax.evaluate import folds, groups
+from emollama_jax.evaluate.asked import Asked, map_classes, unanswerable
+from emollama_jax.evaluate.copies import find_copies
+from emollama_jax.evaluate.options import Asking, Tested
+from emollama_jax.evaluate.protocol import SEGMENTS, Prediction, folds_of, protocol_of
+from emollama_jax.evaluate.publish import publish, worst
+from emollama_jax.evaluate.report import Exhibit, Table
+from emollama_jax.evaluate.result import Answers, Result, Settings
+from emollama_jax.evaluate.speaker import asked_in, predict
+from emollama_jax.evaluate.trace import (
+    config_text,
+    data_hash,
+    folder_hash,
+    predictions_hash,
+    priors_hash,
+    versions,
+)
 from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.models.llama_by_token import laid_out
-from emollama_jax.sharding.distributed import gather, place_batch, share, whole
-from emollama_jax.sharding.mesh import batch_shards, flags_for, make_mesh
+from emollama_jax.runs import PACKAGE, find
+from emollama_jax.sharding.distributed import leads
+from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.status import Bars
 
-Answering = Literal["generate", "score"]
-ANSWER_TOKENS = 8  # of a class name, its end included; more would be an answer of another kind
-
-
-class Speaker:
-    """A model that answers batches of prompts; split once, for calls without end."""
-
-    def __init__(self, cfg: Config, model: EmoLlama):
-        self.chat = open_chat(cfg)
-        self._model, self._llama = nnx.split(model), nnx.split(model.llama)
-        self._how = sampling(cfg.generate)
-        self._ending = make_ending(self.chat.stop, self.chat.pad)
-        self._flags = flags_for(jax.devices()[0], cfg.xla_flags)
-
-    def read(self, batch: Batch) -> Prompt:
-        """Looks at the frames and reads the question."""
-        return embed.under(self._flags)(*self._model, batch)
-
-    def write(self, prompt: Prompt, *, max_new_tokens: int) -> list[str]:
-        """The model's own words."""
-        fixed = (self._how, self._ending)
-        answer = decode.under(self._flags)
-        ids = answer(*self._writer, prompt, *fixed, max_new_tokens=max_new_tokens)
-        return texts(whole(ids), self.chat.tokenizer.decode)
-
-    @functools.cached_property
-    def _writer(self) -> tuple[nnx.GraphDef, nnx.State]:
-        """The decoder for many tokens."""
-        return nnx.split(laid_out(nnx.merge(*self._llama)))
-
-    def rate(self, prompt: Prompt, labels: Labels) -> Float[np.ndarray, "b c"]:
-        """The log-likelihood of each label."""
-        return whole(score.under(self._flags)(*self._llama, prompt, labels))
+TITLES = {"generate": "written answers", "score": "label scoring"}
+VERBS = {"generate": "writing", "score": "scoring the label words"}
+VERBS["both"] = " and by ".join(VERBS.values())
+PACKAGES = ("emollama-jax", "jax", "flax")
+STRIP = 8  # frames of a clip that a picture of a mistake shows
 
 
-def predict(
-    cfg: Config,
-    model: EmoLlama,
-    source: SourceConfig,
-    *,
-    answerings: Sequence[Answering],
-    batch: int,
-    shown: Shown = "all",
-    asked: Asked | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-    mesh: Mesh | None = None,
-) -> dict[Answering, list[Prediction]]:
-    """One prediction for every example of a split, for each way of answering.
+def evaluate_runs(
+    what: Tested, how: Asking, out: str | None, console: Console
+) -> tuple[Result, str]:
+    """Evaluates a run, or one run for each fold, on a set, and publishes every result.
+
+    On several hosts the first one writes.
 
     Args:
-        cfg: of the model's run.
-        model: trained.
-        source: the data set and split.
-        answerings: how; frames are looked at once for all ways.
-        batch: examples at a time.
-        shown: "all" frames of a clip, its "middle" frame alone, or a "blank" picture.
-        asked: what the question lists, mapped back by name; None: the set's own classes as they
-            are stored.
-        progress: called with the number of examples done.
-        mesh: that the model is spread over; None for one device.
+        what: run, changes of its config, set, split and fold.
+        how: how it is asked.
+        out: folder of the results; None: RUN/eval, or runs/package/eval.
+        console: where progress goes.
+
+    Returns:
+        The result, or that of all folds, and the folder where it lies.
 
     Raises:
-        UserError: a batch that the mesh does not divide.
+        UserError: no such fold, a run that saw what is tested, no or unfitting data.
     """
-    if mesh is None:
-        mesh = make_mesh(ONE_DEVICE, devices=jax.local_devices())
-    if batch % batch_shards(mesh):
-        raise UserError(
-            f"--batch is {batch}, wanted a multiple of {batch_shards(mesh)}: mesh.data × mesh.fsdp"
+    names = folds.names(what.name, what.fold, without=how.without)
+    which = "all" if len(names) > 1 else str(names[0][0])
+    writable = f"runs/{PACKAGE}" if what.run == PACKAGE else what.run.rstrip("/")
+    home = out or f"{writable.replace('{fold}', which)}/eval"
+    paths = [what.run.replace("{fold}", str(number)) for number, _ in names]
+    configs = [config.override(read_config(path), what.overrides) for path in paths]
+    for cfg, (_, name) in zip(configs, names, strict=True):  # before any model is loaded
+        check_unseen(cfg, name, what.split)
+    console = console if leads() else Console(quiet=True)
+    results, loaded = [], ""
+    for path, cfg, (number, name) in zip(paths, configs, names, strict=True):
+        if path != loaded:
+            _, model = load_for_inference(path, mesh=cfg.mesh)
+            loaded = path
+        if what.dir is not None:
+            cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dir=what.dir))
+        result = evaluate_run(
+            cfg, model, name, what.split, how, console=console, mesh=make_mesh(cfg.mesh), run=path
         )
-    part = share(mesh)
-    mine = part.rows(batch)
-    speaker = Speaker(cfg, model)
-    split = Split(cfg.data.dir, source.name, source.split)
-    tested = split.space
-    space = asked.space if asked else tested
-    means = map_classes(space, tested)
-    labels = pad_labels([answer_ids(name, chat=speaker.chat) for name in space.classes])
-    ways = {
-        "generate": lambda prompt: _written(speaker, prompt, space),
-        "score": lambda prompt: _scored(speaker, prompt, labels, space),
-    }
-
-    if asked:
-        split = split.with_examples(Reworded(split.examples, asked))
-    found: dict[Answering, dict[int, Prediction]] = {way: {} for way in answerings}  # by place
-    steps = make_eval_batches(
-        cfg,
-        split,
-        batch=batch,
-        shown=shown,
-        host_index=part.index,
-        host_count=part.count,
-    )
-    done = 0
-    with jax.set_mesh(mesh):
-        for step, rows in enumerate(steps):
-            prompt = speaker.read(place_batch(rows.batch, mesh))
-            first = step * batch + part.index * len(mine)  # place of this host's first example
-            for way, predictions in found.items():
-                answers = ways[way](prompt)
-                # The answers to the last batch's padding are left over.
-                for row, example in enumerate(rows.examples):
-                    subject = int(example["subject"])
-                    predictions[first + row] = Prediction(
-                        id=example["id"],
-                        source=f"{source.name}:{source.split}",
-                        label=tested.classes[int(example["label"])],
-                        subject=str(subject) if subject >= 0 else None,
-                        options=asked.options(example["id"]) if asked else None,
-                        **_mapped(answers[mine[row]], means),
-                    )
-            done += len(rows.examples) * part.count
-            progress(done)
-        hosts = gather(found)
-    return {
-        way: [
-            at[1] for at in sorted({k: v for host in hosts for k, v in host[way].items()}.items())
-        ]
-        for way in answerings
-    }
+        if leads():
+            publish(result, f"{home}/fold{number}" if len(names) > 1 else home)
+        results.append(result)
+    if len(results) == 1:
+        return results[0], home
+    title = f"{folds.title_of(what.name)}, {what.split}"
+    command = _command(what.name, what.split, how) + " --fold all"
+    result = folds.join(results, what.name, what=title, command=command)
+    if leads():
+        publish(result, home)
+    return result, home
 
 
-def describe(
+def evaluate_run(
     cfg: Config,
     model: EmoLlama,
-    source: SourceConfig,
-    indices: Sequence[int],
-    question: str,
+    name: str,
+    split: str,
+    how: Asking,
     *,
-    batch: int,
-) -> list[str]:
-    """The model's free answers to a question about chosen examples of a split.
+    console: Console,
+    mesh: Mesh | None = None,
+    run: str | None = None,
+) -> Result:
+    """The result of a model on a prepared split.
 
     Args:
-        cfg: of the model's run.
+        cfg: config of the model's run.
         model: trained.
-        source: the data set and split.
-        indices: of the examples, at most `batch`.
-        question: the same for all.
-        batch: rows that are read together; as many as in `predict`, and the towers are not compiled
-            again.
+        name: data set and builder config, e.g. "actionfaces/clips".
+        split: split of it.
+        how: how it is asked.
+        console: where progress goes.
+        mesh: mesh that the model is spread over; None for one device.
+        run: where the model came from, to be traced; None: untraced.
+
+    Returns:
+        The result, whose headline are written answers, if there are any; hashes of what it was
+        made of, and pictures, are there on the first host only.
+
+    Raises:
+        UserError: no or unfitting data; no split of the name that `how.without` gives.
     """
-    encoder = Encoder(cfg)
-    split = Split(cfg.data.dir, source.name, source.split)
+    copies = find_copies(cfg.data.dir, name, split, how.without)
+    opened = Split(cfg.data.dir, name, split)
+    data, space, asked = opened.examples, opened.space, asked_in(cfg, name, how)
+    source = SourceConfig(name=name, split=split, kind=opened.kind, weight=1.0)
+    with Bars(console) as bars:
+        progress = bars.bar(f"{name}, {split}", len(data))
+        found = predict(cfg, model, source, how, progress=progress, mesh=mesh)
+    seen = groups.read_seen(cfg.data.dir, name, split, race_labels=cfg.model.face.race_labels)
+    answers = [
+        Answers.of(TITLES[way], items, space, seen=seen, copies=copies)
+        for way, items in found.items()
+    ]
+    names = ("predictions.jsonl", *(f"predictions-{way}.jsonl" for way in how.ways[1:]))
+    files = dict(zip(names, found.values(), strict=True))
+    trace, mistakes = {file: predictions_hash(items) for file, items in files.items()}, []
+    if leads():
+        trace |= _origin(opened, run)
+        trace["question"] = asked.question(data[0]["id"], source.kind)
+        mistakes = _pictures(cfg, opened, how, answers[0].predictions)
+    return Result(
+        title=f"{name}, {split}",
+        lede=f"{len(data):,} examples; the model answers by {VERBS[how.answering]}.",
+        source=name,
+        answers=answers,
+        predictions=files,
+        settings=Settings(_command(name, split, how), config_text(cfg), versions(*PACKAGES)),
+        trace=trace,
+        notes=[_protocol(cfg, source), *_mapping(asked, space, answers[0])],
+        mistakes=mistakes,
+    )
+
+
+def _origin(split: Split, run: str | None) -> dict[str, str]:
+    """Hashes of the checkpoint, the data and the face priors."""
+    trace = {}
+    about, priors = f"{split.name}, {split.split}", split.priors
+    if run is not None:
+        found = find(run)
+        trace[f"checkpoint {PACKAGE if run == PACKAGE else found}"] = folder_hash(found)
+    trace[f"data, {about}"] = data_hash(split.examples, split.space)
+    trace[f"face priors, {about}"] = priors_hash(priors[i] for i in range(len(priors)))
+    return trace
+
+
+def check_unseen(cfg: Config, name: str, split: str) -> None:
+    """Refuses a number about examples that the run was trained on.
+
+    Raises:
+        UserError: the run's sources hold the tested split, or another fold of the set, whose
+            training list holds most of this fold's test items.
+    """
+    builder, view = parse(name)
+    for source in cfg.data.sources:
+        other, trained = parse(source.name)
+        if source.name == name and source.split == split:
+            raise UserError(f"{name}: the run was trained on its split {split!r}; test another")
+        if folds_of(name) > 1 and other == builder and trained != view:
+            raise UserError(
+                f"{name}: the run was trained on {source.name}, whose training list holds test "
+                f"items of {view}: test it on {source.name}, or name one run a fold, RUN{{fold}}"
+            )
+
+
+def _command(name: str, split: str, how: Asking) -> str:
+    words = f"emollama eval RUN --source {name} --split {split} --answering {how.answering}"
+    if how.asked is not None:
+        words += f" --asked {how.asked}"
+    if how.without is not None:
+        words += f" --without {how.without}"
+    return words + (f" --order shuffled --seed {how.seed}" if how.order == "shuffled" else "")
+
+
+def _protocol(cfg: Config, source: SourceConfig) -> Table:
+    """The set's protocol beside what this run did."""
+    protocol = protocol_of(source.name)
     rows = []
-    for index in indices:
-        media, prior = split.examples[index]["media"], split.priors[index]
-        look = encoder.look(media, kind=source.kind, prior=prior)
-        rows.append(encoder.prompt_row(look, kind=source.kind, question=question, index=index))
-    speaker = Speaker(cfg, model)
-    padded = rows + rows[-1:] * (batch - len(rows))
-    mesh = make_mesh(ONE_DEVICE, devices=jax.local_devices())
-    with jax.set_mesh(mesh):
-        prompt = speaker.read(place_batch(stack(padded)[0], mesh))
-        texts = speaker.write(prompt, max_new_tokens=cfg.generate.max_new_tokens)
-    return texts[: len(rows)]
+    if protocol is not None:
+        rows = [("frames", protocol.frames), ("face", protocol.crop)]
+    if source.kind == "clip":
+        data = cfg.data
+        done = f"{data.clip_frames} frames, sampling={data.sampling}"
+        usual = data.sampling == "segments" and data.clip_frames == SEGMENTS
+        rows.append(("this run", done + ("" if usual else ": differs from the protocol")))
+    margin = f"the box and {cfg.data.face_margin:g} of its side"
+    rows.append(("face crop of this run", margin))
+    return Table(title="Protocol", note="", head=("", ""), rows=rows)
 
 
-def _mapped(answer: dict[str, Any], means: Mapping[str, str | None]) -> dict[str, Any]:
-    """An answer in the tested set's words; one that it has no class for is foreign."""
-    named = answer["predicted"]
-    if named is None or means[named] is not None:
-        return answer | {"predicted": means.get(named)}
-    return answer | {"predicted": None, "parsed": "foreign"}
-
-
-def _written(speaker: Speaker, prompt: Prompt, space: LabelSpace) -> list[dict[str, Any]]:
-    answers = speaker.write(prompt, max_new_tokens=ANSWER_TOKENS)
-    parsed = [parse_answer(text, space) for text in answers]
-    return [
-        {"predicted": p.label, "parsed": p.how, "text": text, "scores": None}
-        for text, p in zip(answers, parsed, strict=True)
+def _mapping(asked: Asked, space: LabelSpace, tested: Answers) -> list[Table]:
+    """What the question's words mean in the tested set, and what does not map."""
+    if asked.space.classes == space.classes:
+        return []
+    support = dict(zip(space.classes, tested.evaluation.per_class.support.tolist(), strict=True))
+    means = map_classes(asked.space, space)
+    foreign = "– (an answer of this kind counts as wrong)"
+    rows = [(word, name or foreign) for word, name in means.items()]
+    rows += [
+        (f"– (cannot be answered: {support[name]:,} items count as wrong)", name)
+        for name in unanswerable(asked.space, space)
     ]
+    note = f"The question lists the words of {asked.space.title}; they are mapped by meaning."
+    head = (f"asked, {asked.space.title}", f"tested, {space.title}")
+    return [Table(title="Labels across sets", note=note, head=head, rows=rows)]
 
 
-def _scored(
-    speaker: Speaker, prompt: Prompt, labels: Labels, space: LabelSpace
-) -> list[dict[str, Any]]:
-    rows = [
-        dict(zip(space.classes, map(float, row), strict=True))
-        for row in speaker.rate(prompt, labels)
-    ]
-    return [
-        {"predicted": best_label(row).label, "parsed": "score", "text": None, "scores": row}
-        for row in rows
-    ]
+def _pictures(
+    cfg: Config, split: Split, how: Asking, predictions: Sequence[Prediction]
+) -> list[Exhibit]:
+    """The worst mistakes as the model saw them; none of a licensed set, unless asked for."""
+    protocol = protocol_of(split.name)
+    if not (how.pictures or (protocol is not None and protocol.open)):
+        return []
+    encoder, data, priors = Encoder(cfg), split.examples, split.priors
+    found = []
+    for number in worst(predictions):
+        item = predictions[number]
+        try:
+            look = encoder.look(data[number]["media"], kind=split.kind, prior=priors[number])
+        except UserError:
+            continue  # unreadable media were answered blind; there is nothing to show
+        frames = list(look.frames[:: max(1, -(-len(look.frames) // STRIP))])
+        found.append(
+            Exhibit(
+                id=item.id,
+                frames=frames,
+                landmarks=[None] * len(frames),
+                label=item.label,
+                predicted=item.predicted,
+                text=item.text or "",
+            )
+        )
+    return found

@@ -1,13 +1,101 @@
-"""What `emollama zero-shot` takes."""
+"""What the verbs that evaluate take: `emollama eval` and `emollama zero-shot`."""
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from emollama_jax.errors import UserError
+from emollama_jax.preflight import at_least
 from emollama_jax.remote.options import LIMITS, Limits
+
+Answering = Literal["generate", "score"]
+Order = Literal["native", "shuffled"]  # of the options in a question
+DirectoryArg = tyro.conf.arg(metavar="DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tested:
+    """A run, and the prepared split that it is tested on."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
+    """folder of `emollama train`, or one checkpoint in it; gs:// too; or package, the one
+    that the package carries. With --fold all, {fold} in it is replaced by the number: one
+    run for each fold."""
+    overrides: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY=VALUE …]")
+    ] = ()
+    """changes of the sections mesh, distributed and generate."""
+    source: str | None = None
+    """data set, e.g. raf_db, dfew; actionfaces/images by default. With --predictions: the
+    set whose classes count; what the file says by default."""
+    split: str = "test"
+    """split of the data set."""
+    fold: str | None = None
+    """fold of dfew and mafw: 1 … 5, or all: the mean over the five."""
+    dir: Annotated[str | None, DirectoryArg] = None
+    """data folder; the run's by default, data for --predictions. What is prepared there
+    tells the age, gender and race that the face network sees: errors by group."""
+
+    @property
+    def name(self) -> str:
+        """The set that a run is tested on."""
+        return self.source or "actionfaces/images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How a run is asked, and what is shown of it."""
+
+    answering: Literal["both", "generate", "score"] = "both"
+    """the written answer, parsed; the likeliest label word; or both."""
+    asked: str | None = None
+    """set whose label words the question lists, e.g. the one that was trained on."""
+    order: Order = "native"
+    """order of the options in the question; shuffled measures position bias."""
+    seed: int = 0
+    """seed of shuffled options."""
+    batch: int = 32
+    """examples at a time."""
+    pictures: bool = False
+    """show mistakes of a set under a research licence in the report."""
+    without: str | None = None
+    """another split, e.g. train: a second number, without the items that also stand in
+    it by their name or their content."""
+
+    @property
+    def ways(self) -> tuple[Answering, ...]:
+        """The ways of answering, the headline first."""
+        return ("generate", "score") if self.answering == "both" else (self.answering,)
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionFiles:
+    """Anyone's predictions, and how to read them."""
+
+    predictions: tuple[pathlib.Path, ...] = ()
+    """a CSV, JSON or JSON lines file; or five, one for each fold of --source."""
+    truth_column: str = "label"
+    """column of the true label."""
+    prediction_column: str = "predicted"
+    """column of the answer: a label, a ranked list (its first counts), or free
+    text."""
+    id_column: str | None = None
+    """column of the item's name, each once, by which the prepared set knows it; items
+    are named by their line by default."""
+    classes: str | None = None
+    """label words with commas, for sets that are not known here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where the numbers go."""
+
+    json: bool = False
+    """print WAR, UAR, n, unparsed, recall and errors by group as JSON, as shares."""
+    out: Annotated[str | None, DirectoryArg] = None
+    """folder of predictions.jsonl, evaluation.json, table.tex and report.html; RUN/eval by
+    default, runs/package/eval for package, nothing for --predictions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +118,7 @@ class ZeroShot:
     """whole pictures, or the face crop of the set's face priors (emollama data prepare)."""
     side: int = 384
     """pixels of a picture's longer side as it is sent; larger ones are shrunk."""
-    order: Literal["native", "shuffled"] = "native"
+    order: Order = "native"
     """order of the options in the question; shuffled differs from example to example."""
     without: str | None = None
     """a second number, without the items that also stand in this split, e.g. train."""
@@ -49,7 +137,6 @@ class ZeroShot:
     """limits of speed, tries and cost."""
 
     def __post_init__(self):
-        for name in ("frames", "side", "max_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}, wanted at least 1")
+        at_least(
+            1, frames=self.frames, side=self.side, max_tokens=self.max_tokens, limit=self.limit
+        )

@@ -8,41 +8,33 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from etils import epath
 
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.items import category_question
 from emollama_jax.data.sets import label_space, parse
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics
-from emollama_jax.evaluate.parse.answers import How
+from emollama_jax.evaluate.parse import Reading
 from emollama_jax.paths import as_path, write_whole
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Protocol:
     """How a set is tested, so that a number can stand beside those of other people."""
 
     name: str  # of the set, as in "dfew/fold1"
-    kind: Literal["image", "clip"] | None  # None: the builder's config says it
-    folds: int  # official folds; 1: one split
-    train: str  # the split that training may see
-    test: str  # the split that is tested
     frames: str  # of an example
     crop: str  # which pixels show the face
-    open: bool  # False: a research licence forbids showing its pictures
+    folds: int = 1  # official ones; 1: one split
+    open: bool = False  # False: a research licence forbids showing its pictures
 
     @property
     def space(self) -> LabelSpace:
         """The classes, in the set's native order."""
         return label_space(self.name)
-
-    def question(self, kind: Literal["image", "clip"]) -> str:
-        """The category question."""
-        return category_question(self.space.classes, kind)
 
 
 SEGMENTS = 16  # of a clip in testing: the centre frame of each
@@ -50,54 +42,19 @@ _ONE = "the picture"
 _CENTRES = f"centre frames of {SEGMENTS} segments; a short clip repeats its last frame"
 _ALIGNED = "the set's aligned faces; the face crop is FaceXFormer's, of MTCNN's box"
 _SCENE = "whole frames; the face crop is FaceXFormer's, of MTCNN's box followed through the clip"
-
-
-def _image(name: str, *, test: str = "test", crop: str = _ALIGNED) -> Protocol:
-    return Protocol(
-        name=name,
-        kind="image",
-        folds=1,
-        train="train",
-        test=test,
-        frames=_ONE,
-        crop=crop,
-        open=False,
-    )
-
-
-def _clip(name: str, *, folds: int, crop: str = _SCENE) -> Protocol:
-    return Protocol(
-        name=name,
-        kind="clip",
-        folds=folds,
-        train="train",
-        test="test",
-        frames=_CENTRES,
-        crop=crop,
-        open=False,
-    )
-
+_DRAWN = "the drawn picture; the face crop is FaceXFormer's, of the drawn box"
 
 PROTOCOLS: Mapping[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        _image("raf_db"),
-        _image("ferplus", crop="FER2013's 48 × 48 faces as they are"),
-        _image("affectnet7", crop="the set's face box"),
-        _image("affectnet8", crop="the set's face box"),
-        _clip("dfew", folds=5),
-        _clip("ferv39k", folds=1, crop="the set's face frames"),
-        _clip("mafw", folds=5),
-        Protocol(
-            name="actionfaces",
-            kind=None,
-            folds=1,
-            train="train",
-            test="test",
-            frames=f"{_ONE}, or {_CENTRES}",
-            crop="the drawn picture; the face crop is FaceXFormer's, of the drawn box",
-            open=True,
-        ),
+        Protocol("raf_db", _ONE, _ALIGNED),
+        Protocol("ferplus", _ONE, "FER2013's 48 × 48 faces as they are"),
+        Protocol("affectnet7", _ONE, "the set's face box"),
+        Protocol("affectnet8", _ONE, "the set's face box"),
+        Protocol("dfew", _CENTRES, _SCENE, folds=5),
+        Protocol("ferv39k", _CENTRES, "the set's face frames"),
+        Protocol("mafw", _CENTRES, _SCENE, folds=5),
+        Protocol("actionfaces", f"{_ONE}, or {_CENTRES}", _DRAWN, open=True),
     )
 }
 
@@ -105,6 +62,12 @@ PROTOCOLS: Mapping[str, Protocol] = {
 def protocol_of(source: str) -> Protocol | None:
     """The protocol of a source, e.g. "dfew/fold1"; None for a user's own set."""
     return PROTOCOLS.get(parse(source).family)
+
+
+def folds_of(source: str) -> int:
+    """The number of a set's official folds; 1 where it has none."""
+    protocol = protocol_of(source)
+    return 1 if protocol is None else protocol.folds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,9 +80,15 @@ class Prediction:
     predicted: str | None  # the answered class; None: unparsed
     text: str | None  # what the model wrote; None if labels were scored
     scores: dict[str, float] | None  # class → log-likelihood; None if text was generated
-    parsed: How
+    parsed: Reading
     subject: str | None = None  # whose face, where the set says so: for clustered intervals
     options: tuple[str, ...] | None = None  # as the question listed them; None: native order
+
+
+def subject_of(example: Mapping[str, Any]) -> str | None:
+    """Whose face a prepared example shows; None where the set does not say."""
+    subject = int(example["subject"])
+    return str(subject) if subject >= 0 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +115,22 @@ class Evaluation:
         tree["classes"] = list(self.classes)
         tree["confusion"] = self.confusion.tolist()
         tree["per_class"] = {
-            name: dict(zip(self.classes, map(_plain, values.tolist()), strict=True))
+            name: dict(zip(self.classes, values.tolist(), strict=True))
             for name, values in vars(self.per_class).items()
         }
-        tree["recall_interval"] = {
-            name: {"low": _plain(interval.low), "high": _plain(interval.high)}
-            for name, interval in zip(self.classes, self.recall_interval, strict=True)
+        tree["recall_interval"] = dict(zip(self.classes, tree["recall_interval"], strict=True))
+        return metrics.plain(tree)
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers that `emollama eval --json` prints; recalls of the classes that occur."""
+        recall = zip(self.classes, self.per_class.recall.tolist(), strict=True)
+        return {
+            "WAR": self.war,
+            "UAR": self.uar,
+            "n": self.n,
+            "unparsed": self.unparsed,
+            "recall": {name: value for name, value in recall if not math.isnan(value)},
         }
-        return tree
 
 
 def evaluate(
@@ -176,20 +153,8 @@ def evaluate(
     Raises:
         UserError: no predictions, an item twice, or a class that the space does not have.
     """
-    if not predictions:
-        raise UserError("no predictions: nothing to evaluate")
+    _check(predictions, space)
     number = {name: n for n, name in enumerate(space.classes)}
-    seen = Counter((item.source, item.id) for item in predictions)
-    (source, item_id), times = seen.most_common(1)[0]
-    if times > 1:
-        raise UserError(f"{source}: item {item_id} is predicted {times} times, wanted once")
-    for item in predictions:
-        for role, name in (("label", item.label), ("predicted", item.predicted)):
-            if name is not None and name not in number:
-                raise UserError(
-                    f"item {item.id}: {role} {name!r} is no class of {space.title} "
-                    f"(wanted one of {', '.join(space.classes)})"
-                )
     labels = np.array([number[item.label] for item in predictions])
     predicted = np.array([number.get(item.predicted, metrics.UNPARSED) for item in predictions])
     confusion = metrics.confusion_matrix(labels, predicted, classes=len(number))
@@ -225,16 +190,63 @@ def evaluate(
     )
 
 
+def _check(predictions: Sequence[Prediction], space: LabelSpace) -> None:
+    if not predictions:
+        raise UserError("no predictions: nothing to evaluate")
+    seen = Counter((item.source, item.id) for item in predictions)
+    (source, item_id), times = seen.most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{source}: item {item_id} is predicted {times} times, wanted once")
+    for item in predictions:
+        for role, name in (("label", item.label), ("predicted", item.predicted)):
+            if name is not None and name not in space.classes:
+                raise UserError(
+                    f"item {item.id}: {role} {name!r} is no class of {space.title} "
+                    f"(wanted one of {', '.join(space.classes)})"
+                )
+
+
+SHARE = 0.1  # of unparsed answers, from which it is said
+_UNPARSED = {
+    "ambiguous": "name two classes, or two scores are alike",
+    "none": "name no class",
+    "foreign": "have a best label that is no class",
+    "refusal": "are refusals",
+    "unfinished": "break off in their reasoning",
+}
+
+
+def unparsed_warning(evaluations: Sequence[Evaluation]) -> str:
+    """A sentence to print before the numbers; "" where few answers are unparsed.
+
+    Args:
+        evaluations: of one set, or of its folds.
+    """
+    total = sum(e.n for e in evaluations)
+    lost = sum(round(e.unparsed * e.n) for e in evaluations)
+    if lost < SHARE * total:
+        return ""
+    read = sum((Counter(e.parsed) for e in evaluations), Counter())
+    why = ", ".join(f"{read[how]:,} {text}" for how, text in _UNPARSED.items() if read[how])
+    if lost == total:
+        return f"All of the {total:,} answers are unparsed, so every number is 0: {why}."
+    return f"{lost:,} of {total:,} answers are unparsed and count as wrong: {why}."
+
+
 # ---- predictions files
 
 
-def write_predictions(path: epath.PathLike, predictions: Iterable[Prediction]) -> None:
-    """Writes one JSON object a line; the file appears whole or not at all."""
-    lines = (
+def dump_predictions(predictions: Iterable[Prediction]) -> str:
+    """The text of a predictions file: one JSON object a line."""
+    return "".join(
         json.dumps(dataclasses.asdict(item), ensure_ascii=False, allow_nan=False) + "\n"
         for item in predictions
     )
-    write_whole(as_path(path), "".join(lines))
+
+
+def write_predictions(path: epath.PathLike, predictions: Iterable[Prediction]) -> None:
+    """Writes a predictions file; it appears whole or not at all."""
+    write_whole(as_path(path), dump_predictions(predictions))
 
 
 def read_predictions(path: epath.PathLike) -> list[Prediction]:
@@ -276,7 +288,9 @@ def _read(tree: Any) -> Prediction:
     for name in ("predicted", "text", "subject"):
         value = tree.get(name)
         _demand(value is None or isinstance(value, str), name, value, "a text or null")
-    _demand(tree["parsed"] in get_args(How), "parsed", tree["parsed"], f"one of {get_args(How)}")
+    _demand(
+        tree["parsed"] in get_args(Reading), "parsed", tree["parsed"], f"one of {get_args(Reading)}"
+    )
     scores = tree["scores"]
     good = scores is None or (
         isinstance(scores, dict)
@@ -294,7 +308,3 @@ def _read(tree: Any) -> Prediction:
 def _demand(good: bool, name: str, found: object, wanted: str) -> None:
     if not good:
         raise ValueError(f"{name}: found {found!r}, wanted {wanted}")
-
-
-def _plain(value: float) -> float | None:
-    return None if value != value else value

@@ -14,8 +14,7 @@ from etils import epath
 
 from emollama_jax.evaluate import charts
 from emollama_jax.evaluate.metrics import Calibration, Interval
-from emollama_jax.evaluate.parse.unparsed import warning
-from emollama_jax.evaluate.protocol import Evaluation
+from emollama_jax.evaluate.protocol import Evaluation, unparsed_warning
 from emollama_jax.paths import as_path, write_whole
 
 _STYLE = pathlib.Path(__file__).with_name("report.css")
@@ -23,7 +22,7 @@ _STRONG = 0.7  # tint from which a cell's text is white
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
+class Numbers:
     """The numbers of one test set."""
 
     title: str  # "Images"
@@ -44,7 +43,7 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Item:
+class Exhibit:
     """A held-out picture (one frame) or clip (its filmstrip) and what the model made of it."""
 
     id: str
@@ -74,12 +73,12 @@ class Report:
 
     title: str
     lede: str  # what was done, in a sentence or two
-    results: Sequence[Result]
-    photographs: Sequence[Item] = ()  # real ones, on top
+    numbers: Sequence[Numbers]
+    photographs: Sequence[Exhibit] = ()  # real ones, on top
     photographs_note: str = ""  # who answers about them
-    pictures: Sequence[Item] = ()
-    clips: Sequence[Item] = ()
-    mistakes: Sequence[Item] = ()  # worst first
+    pictures: Sequence[Exhibit] = ()
+    clips: Sequence[Exhibit] = ()
+    mistakes: Sequence[Exhibit] = ()  # worst first
     calibrations: Sequence[tuple[str, Calibration]] = ()  # title, of label scoring
     curves: Sequence[Curve] = ()
     tables: Sequence[Table] = ()  # difficulty, ablation
@@ -107,7 +106,7 @@ def render(report: Report) -> str:
         _section("Held-out faces", _SEEN, _gallery(report.pictures, "faces")),
         _section("Held-out clips", _SEEN_CLIPS, _gallery(report.clips, "clips")),
         _section("Training", "", "".join(map(_curve, report.curves))),
-        *(_result(result) for result in report.results),
+        *map(_confusion, report.numbers),
         *(_section(table.title, table.note, _table(table)) for table in report.tables),
         _section("Worst mistakes", _WORST, _gallery(report.mistakes, _style(report.mistakes))),
         _section("Calibration", _CALIBRATION, "".join(map(_calibration, report.calibrations))),
@@ -122,9 +121,9 @@ def render(report: Report) -> str:
         f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
         f"<header>\n<h1>{escape(report.title)}</h1>\n"
         f'<p class="lede">{escape(report.lede)}</p>\n<p class="note">{DEFINITIONS}</p>\n'
-        f"{''.join(map(_warning, report.results))}</header>\n"
+        f"{''.join(map(_warning, report.numbers))}</header>\n"
         f"{_section('Real photographs', report.photographs_note, photographs)}"
-        f'<div class="cards">{"".join(map(_card, report.results))}</div>\n'
+        f'<div class="cards">{"".join(map(_card, report.numbers))}</div>\n'
         f"{''.join(sections)}"
         "</body>\n</html>\n"
     )
@@ -174,18 +173,18 @@ def _section(title: str, note: str, body: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{note}{body}\n</section>\n"
 
 
-def _warning(result: Result) -> str:
-    text = warning([result.evaluation])
-    return f'<p class="alert">{escape(result.title)}: {escape(text)}</p>\n' if text else ""
+def _warning(numbers: Numbers) -> str:
+    text = unparsed_warning([numbers.evaluation])
+    return f'<p class="alert">{escape(numbers.title)}: {escape(text)}</p>\n' if text else ""
 
 
-def _card(result: Result) -> str:
+def _card(numbers: Numbers) -> str:
     """Headline numbers of one test set."""
-    e = result.evaluation
+    e = numbers.evaluation
     by = " by person" if e.clustered else ""
     return (
-        f'<div class="card"><h3>{escape(result.title)}</h3>'
-        f'<p class="note source">{escape(result.source)}</p><dl>'
+        f'<div class="card"><h3>{escape(numbers.title)}</h3>'
+        f'<p class="note source">{escape(numbers.source)}</p><dl>'
         f"{_headline('WAR', e.war, e.war_interval, e.level)}"
         f"{_headline('UAR', e.uar, e.uar_interval, e.level)}</dl>"
         f'<p class="note">{e.n:,} items. {percent(e.unparsed)}\u00a0% of the answers named no '
@@ -204,13 +203,13 @@ def _headline(name: str, value: float, interval: Interval, level: float) -> str:
     )
 
 
-def _gallery(items: Sequence[Item], style: str) -> str:
+def _gallery(items: Sequence[Exhibit], style: str) -> str:
     if not items:
         return ""
-    return f'<div class="items {style}">{"".join(map(_item, items))}</div>'
+    return f'<div class="items {style}">{"".join(map(_exhibit, items))}</div>'
 
 
-def _item(item: Item) -> str:
+def _exhibit(item: Exhibit) -> str:
     answer = item.predicted or "no class named"
     wrong, alt = False, f"{item.id}: true {item.label}, answered {answer}"
     if item.label is None:
@@ -231,7 +230,7 @@ def _item(item: Item) -> str:
     )
 
 
-def _style(items: Sequence[Item]) -> str:
+def _style(items: Sequence[Exhibit]) -> str:
     return "clips" if items and len(items[0].frames) > 1 else "faces"
 
 
@@ -250,8 +249,8 @@ def _curve(curve: Curve) -> str:
     )
 
 
-def _result(result: Result) -> str:
-    e = result.evaluation
+def _confusion(numbers: Numbers) -> str:
+    e = numbers.evaluation
     read = ", ".join(f"{how} {count:,}" for how, count in sorted(e.parsed.items()))
     none = ' "None" counts answers that named no class, or two.' if e.unparsed else ""
     note = (
@@ -259,7 +258,7 @@ def _result(result: Result) -> str:
         f"per cent and the count.{none} How the answers were read: {read}."
     )
     body = f"<figure class='scroll'>{_heat(e)}</figure>\n<h3>Per class</h3>\n{_bars(e)}"
-    return _section(f"{result.title}: what was taken for what", note, body)
+    return _section(f"{numbers.title}: what was taken for what", note, body)
 
 
 def _heat(e: Evaluation) -> str:

@@ -3,14 +3,19 @@
 Two evaluations with the same hashes answered with the same weights about the same examples.
 """
 
+import dataclasses
 import hashlib
+import importlib.metadata
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import yaml
 from etils import epath
 
 from emollama_jax.data.emotions import LabelSpace
+from emollama_jax.evaluate.protocol import Prediction, dump_predictions
 from emollama_jax.paths import as_path
 
 _PIECE = 2**24  # bytes read at a time
@@ -23,6 +28,21 @@ def file_hash(path: epath.PathLike) -> str:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def predictions_hash(predictions: Iterable[Prediction]) -> str:
+    """SHA-256 of the file that these predictions are written to."""
+    return hashlib.sha256(dump_predictions(predictions).encode()).hexdigest()
+
+
+def config_text(cfg: Any) -> str:
+    """A config as YAML."""
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(cfg))), sort_keys=False)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of packages that took part."""
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def folder_hash(folder: epath.PathLike) -> str:

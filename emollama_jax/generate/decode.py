@@ -20,7 +20,7 @@ from emollama_jax.batch import Batch
 from emollama_jax.errors import UserError
 from emollama_jax.generate.cache import prefill
 from emollama_jax.generate.flagged import flagged
-from emollama_jax.generate.prompt import Answerer, Prompt, read
+from emollama_jax.generate.prompt import Prompt, VisionLanguageModel, read
 from emollama_jax.generate.sampling import Sampling, draw
 from emollama_jax.models.llama import KVCache, Llama
 
@@ -67,7 +67,7 @@ class DecodeState:
 
 
 def generate(
-    model: Answerer,
+    model: VisionLanguageModel,
     batch: Batch,
     *,
     how: Sampling | None,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from emollama_jax.batch import Batch
 from emollama_jax.generate.cache import prefill
 from emollama_jax.generate.flagged import flagged
-from emollama_jax.generate.prompt import Answerer, Prompt, read
+from emollama_jax.generate.prompt import Prompt, VisionLanguageModel, read
 
 
 @flax.struct.dataclass
@@ -40,7 +40,7 @@ def pad_labels(labels: Sequence[Sequence[int]]) -> Labels:
     return Labels(ids=ids, length=np.array([len(label) for label in labels], np.int32))
 
 
-def score_labels(model: Answerer, batch: Batch, labels: Labels) -> Float[Array, "b c"]:
+def score_labels(model: VisionLanguageModel, batch: Batch, labels: Labels) -> Float[Array, "b c"]:
     """Log-likelihood of each label after each prompt, summed over the label's tokens.
 
     Args:

@@ -20,7 +20,7 @@ from emollama_jax.models.llama import Llama
 from emollama_jax.models.visual_tokens import merge
 
 
-class Answerer(Protocol):
+class VisionLanguageModel(Protocol):
     """What generation and scoring need of a model; `EmoLlama` is one."""
 
     llama: Llama
@@ -37,7 +37,9 @@ class Prompt:
     length: jax.Array  # int32 [B], 1 … T
 
 
-def read(model: Answerer, batch: Batch, *, flags: Mapping[str, str] | None = None) -> Prompt:
+def read(
+    model: VisionLanguageModel, batch: Batch, *, flags: Mapping[str, str] | None = None
+) -> Prompt:
     """Embeds the prompts of a batch; the model is not changed. `flags` are for XLA on a TPU."""
     return embed.under(flags or {})(*nnx.split(model), batch)
 

@@ -21,7 +21,7 @@ DESCRIPTION_TOKENS = 300
 TEMPERATURE = 0.7  # conversations of a set should not all sound alike
 
 
-class Turn(pydantic.BaseModel):
+class Exchange(pydantic.BaseModel):
     """A question and its answer."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -33,7 +33,7 @@ class Dialogue(pydantic.BaseModel):
     """What Gemini has to return."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
-    turns: list[Turn] = pydantic.Field(min_length=1, max_length=2)
+    turns: list[Exchange] = pydantic.Field(min_length=1, max_length=2)
 
 
 # The plain schema that services take: bounds of lengths are checked here.

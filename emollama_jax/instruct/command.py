@@ -18,15 +18,16 @@ from emollama_jax.data.sets import parse
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.instruct import ask, store
-from emollama_jax.instruct.options import Options
+from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.instruct.templates import template
 from emollama_jax.paths import on_disk
-from emollama_jax.remote.clients import check_spec, open_client
+from emollama_jax.preflight import at_least
+from emollama_jax.remote.clients import check_spec
 from emollama_jax.remote.gemini import KEYS, api_key
 from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Request, jpeg
-from emollama_jax.remote.run import Outcome, Task, ask_all
+from emollama_jax.remote.run import Outcome, Task, ask_model
 from emollama_jax.status import Bars
 
 # As in EMO-LLaMA's data: FERPlus (grey, 48 pixels wide) has category items only.
@@ -69,7 +70,7 @@ class Estimate:
         return said
 
 
-def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]:
+def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, Outcome]:
     """Makes the instruction data of a split, or resumes.
 
     Args:
@@ -87,40 +88,33 @@ def instruct(options: Options, console: Console) -> tuple[pathlib.Path, Outcome]
     if by != "gemini":
         _keep_what_was_paid(folder, by)
         found = {} if by == "category" else _templates(work, console)
-        _write(options, work, found, {}, by, console)
+        _write(work, found, {}, by, console)
         return folder, Outcome(len(found), 0, 0, "", 0.0)
-    _check_descriptions(options, work)
-    price = price_of(f"gemini:{options.model}", options.limits)
-    with Journal(work.journal, _settings(options, work)) as journal, Bars(console) as bars:
-        described, aside = _describe(options, work, journal, bars)
-        client = open_client(
-            f"gemini:{options.model}",
-            options.limits,
-            thinking_tokens=options.thinking_tokens,
-            base_url=options.base_url,
-        )
+    _check_descriptions(work)
+    model = f"gemini:{options.model}"
+    price_of(model, options.limits)  # a budget needs one, before descriptions are paid for
+    with Journal(work.journal, _settings(work)) as journal, Bars(console) as bars:
+        described, aside = _describe(work, journal, bars)
         tasks = [_conversation_task(work, i, text) for i, text in described.items()]
-        bar = bars.bar("conversations", len(tasks))
-        outcome = ask_all(tasks, client, journal, options.limits, price, bar)
-        items = {i: journal.item(work.key(i)) for i in described}
-    found = {i: item.value for i, item in items.items() if item.value is not None}
-    aside |= {i: item.aside for i, item in items.items() if item.aside}
+        outcome = ask_model(model, options, tasks, journal, bars.bar("conversations", len(tasks)))
+        found, late = _values(journal, {i: work.key(i) for i in described})
+    aside |= late
     left = work.wanted - len(found) - len(aside)
     outcome = dataclasses.replace(outcome, aside=len(aside), open=left)
     if not outcome.stopped.startswith("interrupted"):
-        _write(options, work, found, aside, f"gemini:{options.model}", console)
+        _write(work, found, aside, model, console)
     return folder, outcome
 
 
-def estimate(options: Options) -> Estimate:
+def estimate(options: InstructOptions) -> Estimate:
     """What is still to be asked, and what that would cost; nothing is sent, no key is needed."""
     work = _open(options)
     wanted = range(0 if parse(options.name).family in CATEGORY_ONLY else work.wanted)
     done = described = 0
     if work.journal.exists():
-        with Journal(work.journal, _settings(options, work)) as journal:
-            done = sum(journal.item(work.key(i)).done for i in wanted)
-            described = sum(journal.item(work.description_key(i)).done for i in wanted)
+        with Journal(work.journal, _settings(work)) as journal:
+            done = sum(journal.entry(work.key(i)).done for i in wanted)
+            described = sum(journal.entry(work.description_key(i)).done for i in wanted)
     clip = work.split.kind == "clip"
     one = ask.conversation_request(
         b"",
@@ -146,8 +140,9 @@ def estimate(options: Options) -> Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A prepared split, and what is to be made for it."""
+    """The conversations wanted of a prepared split, and what is known without reading its media."""
 
+    options: InstructOptions
     split: Split
     wanted: int  # conversations, of the first examples
     journal: pathlib.Path  # one for all folds: a clip is paid once
@@ -170,13 +165,13 @@ class Work:
         return f"{self.split.index.ids[index]} {self.split.index.digests[index]}"
 
 
-def _open(options: Options) -> Work:
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit is {options.limit}, wanted at least 1")
+def _open(options: InstructOptions) -> Work:
+    at_least(1, limit=options.limit)
     on_disk(options.dir, instead="prepare the set there; what was made may be copied to a bucket")
     split = Split(options.dir, options.name, options.split)
     count, model = len(split.examples), re.sub(r"[^\w.-]", "_", options.model)
     return Work(
+        options=options,
         split=split,
         wanted=count if options.limit is None else min(options.limit, count),
         journal=pathlib.Path(options.dir, "instruct", split.place, f"journal-{model}.jsonl"),
@@ -186,7 +181,7 @@ def _open(options: Options) -> Work:
 # ---- who makes them
 
 
-def _maker(options: Options, console: Console) -> str:
+def _maker(options: InstructOptions, console: Console) -> str:
     """ "gemini", "template" or "category"."""
     if parse(options.name).family in CATEGORY_ONLY:
         console.print(f"{options.name}: category items only, as in EMO-LLaMA's data")
@@ -211,17 +206,18 @@ def _keep_what_was_paid(folder: pathlib.Path, by: str) -> None:
         )
 
 
-def _check_descriptions(options: Options, work: Work) -> None:
+def _check_descriptions(work: Work) -> None:
+    describe = work.options.describe
     if work.split.kind != "clip":
         return
-    if options.describe is None:
+    if describe is None:
         raise UserError(
-            f"{options.name}: Gemini sees a clip's centre frame and needs a description of the "
-            "rest; give --describe openai:URL#MODEL, hf:PATH, gemini:MODEL, or a .jsonl file of "
-            '{"id", "description"}'
+            f"{work.options.name}: Gemini sees a clip's centre frame and needs a description of "
+            "the rest; give --describe openai:URL#MODEL, hf:PATH, gemini:MODEL, or a .jsonl file "
+            'of {"id", "description"}'
         )
-    if not _is_file(options.describe):
-        check_spec(options.describe)
+    if not _is_file(describe):
+        check_spec(describe)
 
 
 def _is_file(describe: str) -> bool:
@@ -232,37 +228,32 @@ def _is_file(describe: str) -> bool:
 
 
 def _describe(
-    options: Options, work: Work, journal: Journal, bars: Bars
+    work: Work, journal: Journal, bars: Bars
 ) -> tuple[dict[int, str | None], dict[int, str]]:
     """Position → description (None for pictures, which need none), and position → why not."""
-    wanted = range(work.wanted)
-    if work.split.kind != "clip" or options.describe is None:
+    wanted, by = range(work.wanted), work.options.describe
+    if work.split.kind != "clip" or by is None:
         return dict.fromkeys(wanted), {}
-    if _is_file(options.describe):
-        given = _read_descriptions(pathlib.Path(options.describe))
+    if _is_file(by):
+        given = _read_descriptions(pathlib.Path(by))
         found = {index: given.get(work.split.index.ids[index]) for index in wanted}
         missing = [index for index, text in found.items() if not text]
-        why = f"no description in {options.describe}"
+        why = f"no description in {by}"
         return {i: text for i, text in found.items() if text}, dict.fromkeys(missing, why)
-    client = open_client(
-        options.describe,
-        options.limits,
-        thinking_tokens=options.thinking_tokens,
-        base_url=options.base_url,
-    )
+    data, keys = work.split.examples, {index: work.description_key(index) for index in wanted}
     tasks = [
-        Task(
-            work.description_key(index),
-            functools.partial(_description_request, work.split.examples, index),
-            ask.judge_description,
-        )
-        for index in wanted
+        Task(key, functools.partial(_description_request, data, index), ask.judge_description)
+        for index, key in keys.items()
     ]
-    price = price_of(options.describe, options.limits)
-    ask_all(tasks, client, journal, options.limits, price, bars.bar("descriptions", len(tasks)))
-    items = {index: journal.item(work.description_key(index)) for index in wanted}
-    described = {index: item.value for index, item in items.items() if item.value is not None}
-    return described, {index: item.aside for index, item in items.items() if item.aside}
+    ask_model(by, work.options, tasks, journal, bars.bar("descriptions", len(tasks)))
+    return _values(journal, keys)
+
+
+def _values(journal: Journal, keys: Mapping[int, str]) -> tuple[dict[int, Any], dict[int, str]]:
+    """Position → accepted value, and position → why it was set aside."""
+    entries = {index: journal.entry(key) for index, key in keys.items()}
+    found = {index: entry.value for index, entry in entries.items() if entry.value is not None}
+    return found, {index: entry.aside for index, entry in entries.items() if entry.aside}
 
 
 def _read_descriptions(path: pathlib.Path) -> dict[str, str]:
@@ -321,7 +312,6 @@ def _templates(work: Work, console: Console) -> dict[int, list[dict[str, str]]]:
 
 
 def _write(
-    options: Options,
     work: Work,
     found: Mapping[int, Sequence[Mapping[str, str]]],
     aside: Mapping[int, str],
@@ -334,16 +324,16 @@ def _write(
             conversations=found,
             made_by=by,
             aside=aside,
-            media=options.media,
+            media=work.options.media,
             progress=bars.bar("writing", len(work.split.examples)),
         )
 
 
-def _settings(options: Options, work: Work) -> dict[str, Any]:
+def _settings(work: Work) -> dict[str, Any]:
     """What all conversations of a journal depend on."""
     words = [ask.SYSTEM, json.dumps(ask.SCHEMA), ask.DESCRIBE]
     return {
-        "model": f"gemini:{options.model}",
-        "describe": options.describe if work.split.kind == "clip" else None,
+        "model": f"gemini:{work.options.model}",
+        "describe": work.options.describe if work.split.kind == "clip" else None,
         "prompt": hashlib.sha256("\n".join(words).encode()).hexdigest()[:16],
     }

@@ -9,7 +9,7 @@ from emollama_jax.remote.options import LIMITS, Limits
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class InstructOptions:
     """Which split, who makes the conversations, and within which limits."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]

@@ -22,7 +22,7 @@ from emollama_jax.locks import lock_file
 
 
 @dataclasses.dataclass
-class Item:
+class Entry:
     """What the journal knows of one item."""
 
     value: Any = None  # of the accepted answer
@@ -50,7 +50,7 @@ class Journal:
         Raises:
             UserError: another process writes it, it is of something else, or it is damaged.
         """
-        self.items: dict[str, Item] = {}
+        self.entries: dict[str, Entry] = {}
         self.spent = 0.0  # US dollars, what is on its way included
         self.input_tokens = self.output_tokens = 0
         self._path = path
@@ -72,9 +72,9 @@ class Journal:
         """Lets another process in."""
         os.close(self._file)
 
-    def item(self, key: str) -> Item:
+    def entry(self, key: str) -> Entry:
         """What is known of an item; nothing, if it was never asked."""
-        return self.items.get(key) or Item()
+        return self.entries.get(key) or Entry()
 
     def sent(self, key: str, cost: float) -> None:
         """Notes that a question leaves, before it does."""
@@ -113,26 +113,26 @@ class Journal:
 
     def _take(self, line: Mapping[str, Any]) -> None:
         if "aside" in line and "answer" not in line:
-            self.items.setdefault(line["aside"], Item()).aside = line["why"]
+            self.entries.setdefault(line["aside"], Entry()).aside = line["why"]
             return
         key = line.get("sent") or line.get("failed") or line["answer"]
-        item = self.items.setdefault(key, Item())
+        entry = self.entries.setdefault(key, Entry())
         if "sent" in line:
             # A question that a kill left on its way stays in the sum: it may have been answered.
-            item.reserved, item.on_its_way = line["cost"], True
+            entry.reserved, entry.on_its_way = line["cost"], True
             self.spent += line["cost"]
             return
-        self.spent += line["cost"] - item.reserved
-        item.reserved, item.on_its_way = 0.0, False
+        self.spent += line["cost"] - entry.reserved
+        entry.reserved, entry.on_its_way = 0.0, False
         if "failed" in line:
             return
-        item.answers += 1
+        entry.answers += 1
         self.input_tokens += line["tokens"][0]
         self.output_tokens += line["tokens"][1]
-        item.value = line["value"]
+        entry.value = line["value"]
         if line["value"] is None:
-            item.rejections.append(line["why"])
-            item.aside = line["why"] if line["aside"] else ""
+            entry.rejections.append(line["why"])
+            entry.aside = line["why"] if line["aside"] else ""
 
     def _read(self, of: dict[str, Any]) -> None:
         data = self._path.read_bytes()

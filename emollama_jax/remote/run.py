@@ -14,12 +14,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from emollama_jax.errors import UserError
+from emollama_jax.remote.clients import open_client
 from emollama_jax.remote.journal import Journal
 from emollama_jax.remote.options import Limits
-from emollama_jax.remote.prices import Price
+from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Client, Reply, Request, Trouble, one_line
 
 LONGEST_WAIT = 60.0  # seconds of back-off; a service may ask for more
@@ -83,44 +84,85 @@ def ask_all(
     Raises:
         UserError: the service refuses every question (a wrong key, an unknown model).
     """
-    asking = _Asking(client, journal, limits, price, progress)
-    asyncio.run(asking.run(tasks))
-    if asking.fatal:
-        raise UserError(f"{client.name}: {asking.fatal}")
-    items = [journal.item(task.key) for task in tasks]
+    session = _Session(client, journal, limits, price, progress)
+    asyncio.run(session.run(tasks))
+    if session.fatal:
+        raise UserError(f"{client.name}: {session.fatal}")
+    items = [journal.entry(task.key) for task in tasks]
     accepted = sum(item.value is not None for item in items)
     aside = sum(bool(item.aside) for item in items)
     left = len(items) - accepted - aside
-    return Outcome(accepted, aside, left, asking.stopped if left else "", journal.spent)
+    return Outcome(accepted, aside, left, session.stopped if left else "", journal.spent)
 
 
-class _Asking:
-    def __init__(
-        self,
-        client: Client,
-        journal: Journal,
-        limits: Limits,
-        price: Price,
-        progress: Callable[[int], None],
-    ):
-        self.stopped, self.fatal = "", ""
-        self._client, self._journal, self._limits = client, journal, limits
-        self._price, self._progress = price, progress
+class Service(Protocol):
+    """What the options of a command say of the service that it asks."""
+
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def thinking_tokens(self) -> int: ...
+    @property
+    def base_url(self) -> str | None: ...
+
+
+def ask_model(
+    spec: str,
+    service: Service,
+    tasks: Sequence[Task],
+    journal: Journal,
+    progress: Callable[[int], None],
+) -> Outcome:
+    """Opens the client of a model and asks it; see `ask_all`.
+
+    A model on this machine answers one question after the other, at its own pace.
+
+    Args:
+        spec: "hf:PATH", "openai:URL#MODEL" or "gemini:MODEL".
+        service: limits and settings of the client.
+        tasks: with distinct keys.
+        journal: knows what was asked before.
+        progress: called with the number of done tasks.
+
+    Raises:
+        UserError: no such model, no key, a budget without prices, a service that refuses.
+    """
+    limits = service.limits
+    if spec.startswith("hf:"):
+        limits = dataclasses.replace(limits, concurrency=1, per_minute=1e9)
+    price = price_of(spec, limits)
+    client = open_client(
+        spec, limits, thinking_tokens=service.thinking_tokens, base_url=service.base_url
+    )
+    return ask_all(tasks, client, journal, limits, price, progress)
+
+
+@dataclasses.dataclass
+class _Session:
+    client: Client
+    journal: Journal
+    limits: Limits
+    price: Price
+    progress: Callable[[int], None]
+    stopped: str = ""
+    fatal: str = ""
+
+    def __post_init__(self):
         self._stop = asyncio.Event()
         self._next = 0.0  # when the next question may leave
         self._done = self._in_a_row = 0
 
     async def run(self, tasks: Sequence[Task]) -> None:
-        waiting = [task for task in tasks if not self._journal.item(task.key).done]
+        waiting = [task for task in tasks if not self.journal.entry(task.key).done]
         self._done = len(tasks) - len(waiting)
-        self._progress(self._done)
+        self.progress(self._done)
         # False sorts first: what a kill left on its way is asked again before anything else, so
         # that it is not on its way again at the next kill.
-        waiting.sort(key=lambda task: not self._journal.item(task.key).on_its_way)
+        waiting.sort(key=lambda task: not self.journal.entry(task.key).on_its_way)
         queue = iter(waiting)
         workers = [
             asyncio.create_task(self._work(queue))
-            for _ in range(min(self._limits.concurrency, len(waiting)))
+            for _ in range(min(self.limits.concurrency, len(waiting)))
         ]
         try:
             with self._signals(workers):
@@ -129,7 +171,7 @@ class _Asking:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-            await self._client.close()
+            await self.client.close()
 
     @contextlib.contextmanager
     def _signals(self, workers: Sequence[asyncio.Task]) -> Iterator[None]:
@@ -163,74 +205,74 @@ class _Asking:
             if self._stop.is_set():
                 return
             await self._finish(task)
-            if self._journal.item(task.key).done:
+            if self.journal.entry(task.key).done:
                 self._done += 1
-                self._progress(self._done)
+                self.progress(self._done)
 
     async def _finish(self, task: Task) -> None:
         """Asks for one item until it is done, or until the run stops."""
-        while not self._journal.item(task.key).done:
-            reasons = self._journal.item(task.key).rejections
-            if len(reasons) >= self._limits.attempts:  # there were fewer attempts than are allowed
-                self._journal.set_aside(task.key, reasons[-1])
+        while not self.journal.entry(task.key).done:
+            reasons = self.journal.entry(task.key).rejections
+            if len(reasons) >= self.limits.attempts:  # there were fewer attempts than are allowed
+                self.journal.set_aside(task.key, reasons[-1])
                 return
             try:
                 request = await asyncio.to_thread(task.request, reasons)
             except UserError as error:  # media that cannot be read
-                self._journal.set_aside(task.key, one_line(error))
+                self.journal.set_aside(task.key, one_line(error))
                 return
             reply = await self._ask(task.key, request)
             if reply is None:
                 return
             verdict = _judge(task, reply)
-            last = reply.final or len(reasons) + 1 >= self._limits.attempts
+            last = reply.final or len(reasons) + 1 >= self.limits.attempts
             used = (
                 request.input_tokens if reply.input_tokens is None else reply.input_tokens,
                 len(reply.text) // 4 if reply.output_tokens is None else reply.output_tokens,
             )
-            self._journal.answer(
+            self.journal.answer(
                 task.key,
                 text=reply.text,
                 value=verdict.value,
                 why=verdict.why,
                 aside=verdict.value is None and last,
-                cost=self._price.cost(*used),
+                cost=self.price.cost(*used),
                 tokens=used,
             )
 
     async def _ask(self, key: str, request: Request) -> Reply | None:
         """One answer; None if the item has to stay open or was set aside."""
-        most = self._price.cost(request.input_tokens, request.max_tokens)
-        wait, why = self._limits.first_wait, ""
-        for number in range(self._limits.tries):
+        most = self.price.cost(request.input_tokens, request.max_tokens)
+        wait, why = self.limits.first_wait, ""
+        for number in range(self.limits.tries):
             if not await self._turn():
                 return None
-            budget = self._limits.budget
-            if budget is not None and self._journal.spent + most > budget:
+            budget = self.limits.budget
+            if budget is not None and self.journal.spent + most > budget:
                 self._halt(
                     f"the budget of ${budget:.2f} is reached: re-run with a larger --budget to "
                     "resume"
                 )
                 return None
-            self._journal.sent(key, most)
+            self.journal.sent(key, most)
             try:
-                reply = await self._client.ask(request)
+                reply = await self.client.ask(request)
             except Trouble as trouble:
                 why = one_line(trouble)
-                self._journal.failed(key, why, most if trouble.maybe_paid else 0.0)
+                self.journal.failed(key, why, most if trouble.maybe_paid else 0.0)
                 if trouble.kind == "fatal":
                     self.fatal = why
                     self._halt(why)
                     return None
                 if trouble.kind == "item":
-                    self._journal.set_aside(key, why)
+                    self.journal.set_aside(key, why)
                     self._no_answer(why)
                     return None
                 pause = min(wait * 2**number, LONGEST_WAIT) * random.uniform(0.5, 1.0)
                 if trouble.after is not None:
                     self._next = max(self._next, time.monotonic() + trouble.after)
                     pause = trouble.after + random.uniform(0, wait)
-                if number + 1 < self._limits.tries and not await self._sleep(pause):
+                if number + 1 < self.limits.tries and not await self._sleep(pause):
                     return None
                 continue
             self._in_a_row = 0
@@ -251,7 +293,7 @@ class _Asking:
         while (ahead := self._next - time.monotonic()) > 0:
             if not await self._sleep(ahead):
                 return False
-        self._next = time.monotonic() + 60 / self._limits.per_minute
+        self._next = time.monotonic() + 60 / self.limits.per_minute
         return not self._stop.is_set()
 
     async def _sleep(self, seconds: float) -> bool:

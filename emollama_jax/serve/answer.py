@@ -21,9 +21,9 @@ from emollama_jax.data.media import Clip, Source, is_video, read_frames, read_im
 from emollama_jax.data.priors import Prior
 from emollama_jax.errors import UserError
 from emollama_jax.faces.reader import Detect, age_gender_race
-from emollama_jax.generate import prompt as reading
 from emollama_jax.generate.decode import Stop, stream
 from emollama_jax.generate.label_scores import pad_labels, score
+from emollama_jax.generate.prompt import Prompt, ask, lay, look
 from emollama_jax.generate.sampling import sampling
 from emollama_jax.models.emollama import EmoLlama, Mined, Sight
 from emollama_jax.models.mtcnn import Detector
@@ -71,7 +71,7 @@ class Answerer:
         # The towers are compiled for one example. On a CPU optimising their program takes half of
         # the time to the first answer, and saves hundredths of a second on each picture.
         on_cpu = jax.default_backend() == "cpu"
-        self._look = reading.look.under(QUICKLY if on_cpu else self._flags)
+        self._look = look.under(QUICKLY if on_cpu else self._flags)
 
     def look(self, source: Source, *, face: int | None = None) -> Media:
         """Finds the face of a picture or clip, and runs the towers on it.
@@ -177,7 +177,7 @@ class Answerer:
         earlier: Sequence[prompts.Turn],
         seen: Sequence[np.ndarray],
         room: int,
-    ) -> tuple[reading.Prompt, np.ndarray]:
+    ) -> tuple[Prompt, np.ndarray]:
         """A prompt as the decoder reads it, and the visual tokens of its question.
 
         Args:
@@ -188,7 +188,7 @@ class Answerer:
             room: tokens that will follow.
         """
         ids, mask = self.encoder.question_ids(question)
-        asked = reading.ask.under(self._flags)(*self._model, media.mined, ids, mask)
+        asked = ask.under(self._flags)(*self._model, media.mined, ids, mask)
         new = np.asarray(asked)  # [V, D]
         encoded = self.encoder.prompt(
             question, kind=media.kind, agr=media.agr, earlier=earlier, room=room
@@ -197,8 +197,8 @@ class Answerer:
         visual = np.zeros((len(encoded.ids), new.shape[1]), new.dtype)
         tokens = np.concatenate([*seen, new])
         visual[: len(tokens)] = tokens
-        lay = reading.lay.under(self._flags)
-        return lay(*self._llama, encoded.ids, visual, np.int32(encoded.length)), new
+        laid = lay.under(self._flags)
+        return laid(*self._llama, encoded.ids, visual, np.int32(encoded.length)), new
 
 
 class Conversation:

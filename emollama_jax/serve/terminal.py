@@ -5,6 +5,7 @@ Everything that can be refused is refused before JAX is imported.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -169,46 +170,44 @@ def _converse(talks: Sequence["_Talk"], status: Status, *, standard: bool) -> in
     return asked
 
 
+@dataclasses.dataclass
 class _Talk:
     """The questions about one picture or clip, and where their answers go."""
 
-    def __init__(
-        self,
-        wish: Wish,
-        answerer: "Answerer",
-        media: "Media",
-        path: pathlib.Path,
-        how: "GenerateConfig",
-        began: float,
-        loading: float,
-    ):
+    wish: Wish
+    answerer: "Answerer"
+    media: "Media"
+    path: pathlib.Path
+    how: "GenerateConfig"
+    began: float  # seconds of the clock
+    loading: float  # seconds
+
+    def __post_init__(self):
         from emollama_jax.serve.answer import Conversation
 
-        self._wish, self._answerer, self._media, self._path = wish, answerer, media, path
-        self._how, self._began, self._loading = how, began, loading
-        self._conversation = Conversation(answerer, media, without_face=wish.without_face)
-        self._scores: dict[str, float] | None = None
+        without_face = self.wish.without_face
+        self._conversation = Conversation(self.answerer, self.media, without_face=without_face)
 
     def introduce(self) -> None:
         """Says what was found, before questions are asked in a terminal."""
-        if self._wish.as_json or not sys.stdin.isatty():
+        if self.wish.as_json or not sys.stdin.isatty():
             return
-        count = len(self._media.boxes)
+        count = len(self.media.boxes)
         faces = {0: "no face found", 1: "one face found"}.get(count, f"{count} faces found")
-        print(f"{self._path}: {faces}. Ask more; an empty line ends.", file=sys.stderr)
+        print(f"{self.path}: {faces}. Ask more; an empty line ends.", file=sys.stderr)
 
     def answer(self, question: str | None, status: Status) -> None:
         """Answers one question; None is the standard one."""
         if question is None:
-            question = standard_question(self._media.kind)
-        pieces = self._conversation.ask(question, how=self._how)
-        if self._wish.as_json:
+            question = standard_question(self.media.kind)
+        pieces = self._conversation.ask(question, how=self.how)
+        if self.wish.as_json:
             text = "".join(pieces)
             status.clear()
             print(json.dumps(self._record(question, text), ensure_ascii=False), flush=True)
         else:
             self._stream(pieces, status)
-        self._began, self._loading = time.monotonic(), 0.0
+        self.began, self.loading = time.monotonic(), 0.0
         if forgotten := self._conversation.forgotten:
             print(
                 f"(the model no longer sees the first {forgotten} questions)",
@@ -218,48 +217,47 @@ class _Talk:
     def _stream(self, pieces: Iterator[str], status: Status) -> None:
         first = next(pieces, "")
         status.clear()
-        if len(self._wish.media) > 1:
-            print(f"{self._path}: ", end="")
-        if self._wish.without_face and not self._media.found:
+        if len(self.wish.media) > 1:
+            print(f"{self.path}: ", end="")
+        if self.wish.without_face and not self.media.found:
             print("(no face found; about the whole picture) ", end="")
         for piece in itertools.chain([first], pieces):
             print(piece, end="", flush=True)
         print(flush=True)
 
     def _record(self, question: str, answer: str) -> dict[str, Any]:
-        media = self._media
+        media = self.media
         faces = [
             {"box": [round(float(x), 1) for x in box], "probability": round(float(p), 4)}
             for box, p in zip(media.boxes, media.probabilities, strict=True)
         ]
         return {
-            "media": str(self._path),
+            "media": str(self.path),
             "kind": media.kind,
             "question": question,
             "answer": answer,
             "face_found": media.found,
             "faces": faces,
             "face": media.face,
-            "scores": self._label_scores(),
+            "scores": self._scores,
             "seconds": {
-                "load": round(self._loading, 2),
-                "answer": round(time.monotonic() - self._began, 2),
+                "load": round(self.loading, 2),
+                "answer": round(time.monotonic() - self.began, 2),
             },
         }
 
-    def _label_scores(self) -> dict[str, float] | None:
+    @functools.cached_property
+    def _scores(self) -> dict[str, float] | None:
         """The share of each class as the answer to the category question; None without a face."""
         from emollama_jax.data.split import space_of
         from emollama_jax.serve.answer import probabilities
 
-        if not (self._media.found or self._wish.without_face):
+        if not (self.media.found or self.wish.without_face):
             return None
-        if self._scores is None:
-            data = self._answerer.cfg.data
-            classes = space_of(data.dir, data.sources[0].name).classes
-            shares = probabilities(self._answerer.scores(self._media, classes))
-            self._scores = {name: round(share, 4) for name, share in shares.items()}
-        return self._scores
+        data = self.answerer.cfg.data
+        classes = space_of(data.dir, data.sources[0].name).classes
+        shares = probabilities(self.answerer.scores(self.media, classes))
+        return {name: round(share, 4) for name, share in shares.items()}
 
 
 def _load(run: str) -> "Answerer":

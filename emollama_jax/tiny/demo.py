@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 
-from emollama_jax import compile_cache, config
+from emollama_jax import compile_cache, config, runs
 from emollama_jax.base import load_face
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.config import Config, SourceConfig
@@ -30,20 +30,26 @@ from emollama_jax.data.items import standard_question
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.sets import Preparation, label_space, parse
 from emollama_jax.data.split import Split
-from emollama_jax.evaluate import groups, report
-from emollama_jax.evaluate.difficulty import grey, pixel_regression
-from emollama_jax.evaluate.of_run import Answering, describe, predict
-from emollama_jax.evaluate.parse.answers import parse_answer
-from emollama_jax.evaluate.protocol import Evaluation, Prediction, evaluate, write_predictions
+from emollama_jax.evaluate import report
+from emollama_jax.evaluate.groups import read_seen
+from emollama_jax.evaluate.options import Answering, Asking
+from emollama_jax.evaluate.parse import parse_answer
+from emollama_jax.evaluate.protocol import Prediction, evaluate, write_predictions
+from emollama_jax.evaluate.result import Answers
+from emollama_jax.evaluate.speaker import describe, predict
 from emollama_jax.models.emollama import EmoLlama
+from emollama_jax.paths import as_path, write_whole
 from emollama_jax.prepare import prepare_source
+from emollama_jax.runs import PACKAGE
 from emollama_jax.serve.answer import Answerer
 from emollama_jax.tiny import demo_photographs
 from emollama_jax.tiny.demo_page import make_page
+from emollama_jax.tiny.difficulty import grey, pixel_regression
 from emollama_jax.train.loop import FitResult, fit
 from emollama_jax.train.run_log import METRICS, read_metrics
 
 IMAGES, CLIPS = "actionfaces/images", "actionfaces/clips"
+SETS = {"image": IMAGES, "clip": CLIPS}
 VARIANTS = {  # of the ablation: name → overrides
     "whole": (),
     "without FIM": ("model.fim.branches=none",),
@@ -121,7 +127,7 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
         What `report.json` holds.
     """
     size = QUICK if quick else FULL
-    demo_photographs.check()
+    runs.find(PACKAGE)  # it answers about the photographs
     out.mkdir(parents=True, exist_ok=True)
     compile_cache.start()
     overrides = (
@@ -132,57 +138,29 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     cfg = config.load("tiny", overrides)
     watch = Stopwatch(console)
     with watch.stage("prepare"):
-        face = load_face(cfg)
-        for name, sizes in ((IMAGES, size.images), (CLIPS, size.clips)):
-            prepare_source(
-                cfg,
-                face,
-                name,
-                Preparation(sizes=sizes, processes=os.cpu_count() or 1),
-                splits=("train", "test"),
-                console=console,
-            )
+        _prepare(cfg, size, console)
     with watch.stage("train"):
         identical = _train_with_interruption(cfg, out, size, console)
     _, model = load_for_inference(out / "run")
     with watch.stage("evaluate"):
-        results = {
-            name: _evaluate(cfg, model, name, out, size, console) for name in (IMAGES, CLIPS)
-        }
+        results = {name: _evaluate(cfg, model, name, out, size, console) for name in SETS.values()}
     with watch.stage("difficulty"):
         difficulty = _difficulty(cfg, model, results, size, console)
     with watch.stage("ask"):
-        answerer = Answerer(cfg, model)
-        _ask(answerer, out, console)
-        items = {
-            name: _items(cfg, model, size, *results[name]["generate"]) for name in (IMAGES, CLIPS)
+        _ask(Answerer(cfg, model), out, console)
+        shown = {
+            name: _exhibits(cfg, model, size, answers["generate"])
+            for name, answers in results.items()
         }
     with watch.stage("photographs"):
         photographs = demo_photographs.ask(console)
-    by_group = {
-        name: groups.by_group(
-            results[name]["generate"][0],
-            groups.read_seen(cfg.data.dir, name, "test", race_labels=cfg.model.face.race_labels),
-            label_space(name),
-        )
-        for name in (IMAGES, CLIPS)
-    }
     summary: dict[str, Any] = {
-        "image": _summary(results[IMAGES]["generate"][1]),
-        "clip": _summary(results[CLIPS]["generate"][1]),
-        "groups": {
-            key: groups.tree(by_group[name]) for key, name in (("image", IMAGES), ("clip", CLIPS))
-        },
-        "photographs": {
-            photo.name: {"faces": photo.boxes, "answer": photo.answer, "emotion": photo.emotion}
-            for photo in photographs
-        },
+        **{kind: _summary(results[name]["generate"]) for kind, name in SETS.items()},
+        "groups": {kind: results[name]["generate"].groups.to_dict() for kind, name in SETS.items()},
+        "photographs": {photo.name: photo.summary() for photo in photographs},
         "difficulty": difficulty,
         "resume_bit_identical": identical,
-        "label_scoring": {
-            key: _summary(results[name]["score"][1])
-            for key, name in (("image", IMAGES), ("clip", CLIPS))
-        },
+        "label_scoring": {kind: _summary(results[name]["score"]) for kind, name in SETS.items()},
     }
     if ablation:
         with watch.stage("ablation"):
@@ -190,10 +168,24 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     summary["seconds"] = watch.seconds | {"all": round(sum(watch.seconds.values()), 1)}
     # Compiled by this process, how long that took, and programs found from earlier ones.
     summary["compilations"] = watch.compilations
-    _write(out / "report.json", summary)
-    page = make_page(cfg, out, summary, results, items, photographs, by_group)
+    write_whole(as_path(out / "report.json"), json.dumps(summary, indent=1) + "\n")
+    headlines = {name: answers["generate"] for name, answers in results.items()}
+    page = make_page(cfg, out, summary, headlines, shown, photographs)
     report.write_report(out / "report.html", page)
     return summary
+
+
+def _prepare(cfg: Config, size: Size, console: Console) -> None:
+    face = load_face(cfg)
+    for name, sizes in ((IMAGES, size.images), (CLIPS, size.clips)):
+        prepare_source(
+            cfg,
+            face,
+            name,
+            Preparation(sizes=sizes, processes=os.cpu_count() or 1),
+            splits=("train", "test"),
+            console=console,
+        )
 
 
 def _train_with_interruption(cfg: Config, out: pathlib.Path, size: Size, console: Console) -> bool:
@@ -244,37 +236,33 @@ def _source(name: str, split: str = "test") -> SourceConfig:
     return SourceConfig(name=name, split=split, kind=kind, weight=1.0)
 
 
-def _predict(
-    cfg: Config,
-    model: EmoLlama,
-    name: str,
-    size: Size,
-    *,
-    answerings: Sequence[Answering],
-    shown: Shown = "all",
-) -> dict[Answering, list[Prediction]]:
+def _asking(name: str, size: Size, answering: Literal["both", "generate"]) -> Asking:
     batch = size.eval_images if name == IMAGES else size.eval_clips
-    return predict(cfg, model, _source(name), answerings=answerings, batch=batch, shown=shown)
+    return Asking(answering=answering, batch=batch)
 
 
 def _evaluate(
-    cfg: Config,
-    model: EmoLlama,
-    name: str,
-    out: pathlib.Path,
-    size: Size,
-    console: Console,
-) -> dict[str, tuple[list[Prediction], Evaluation]]:
-    results = {}
-    kind = parse(name).config
-    found = _predict(cfg, model, name, size, answerings=("generate", "score"))
-    for answering, predictions in found.items():
-        write_predictions(out / "predictions" / f"{kind}-{answering}.jsonl", predictions)
-        evaluation = evaluate(predictions, label_space(name))
-        results[answering] = (predictions, evaluation)
-        numbers = f"WAR {evaluation.war:.3f}  UAR {evaluation.uar:.3f}  n {evaluation.n}"
-        console.print(f"{name}, {answering}: {numbers}")
-    return results
+    cfg: Config, model: EmoLlama, name: str, out: pathlib.Path, size: Size, console: Console
+) -> dict[Answering, Answers]:
+    """What the model answers about a set, in both ways."""
+    found = {}
+    seen = read_seen(cfg.data.dir, name, "test", race_labels=cfg.model.face.race_labels)
+    predicted = predict(cfg, model, _source(name), _asking(name, size, "both"))
+    for way, items in predicted.items():
+        write_predictions(out / "predictions" / f"{parse(name).config}-{way}.jsonl", items)
+        found[way] = Answers.of(way, items, label_space(name), seen=seen)
+        e = found[way].evaluation
+        console.print(f"{name}, {way}: WAR {e.war:.3f}  UAR {e.uar:.3f}  n {e.n}")
+    return found
+
+
+def _written(
+    cfg: Config, model: EmoLlama, name: str, size: Size, shown: Shown = "all"
+) -> tuple[float, list[Prediction]]:
+    """WAR of the written answers, and they themselves."""
+    asking = _asking(name, size, "generate")
+    found = predict(cfg, model, _source(name), asking, shown=shown)["generate"]
+    return evaluate(found, label_space(name)).war, found
 
 
 def _difficulty(
@@ -287,21 +275,17 @@ def _difficulty(
         pictures = [read_image(data[i]["media"]) for i in range(len(data))]
         return grey(pictures), np.array([int(data[i]["label"]) for i in range(len(data))])
 
-    def war(name: str, shown: Shown) -> tuple[float, list[Prediction]]:
-        found = _predict(cfg, model, name, size, answerings=("generate",), shown=shown)["generate"]
-        return evaluate(found, label_space(name)).war, found
-
     classes = label_space(IMAGES).classes
     regression = pixel_regression(
         pixels("train"), pixels("validation"), pixels("test"), classes=len(classes)
     )
-    middle, _ = war(CLIPS, "middle")
-    blank, answers = war(IMAGES, "blank")
-    labels = [item.label for item in results[IMAGES]["generate"][0]]
+    middle, _ = _written(cfg, model, CLIPS, size, "middle")
+    blank, answers = _written(cfg, model, IMAGES, size, "blank")
+    labels = [item.label for item in results[IMAGES]["generate"].predictions]
     named = [item.predicted for item in answers]
     difficulty = {
         "pixel_regression_war": regression,
-        "clip_war": results[CLIPS]["generate"][1].war,
+        "clip_war": results[CLIPS]["generate"].evaluation.war,
         "clip_middle_frame_war": middle,
         "blank_war": blank,
         "blank_most_named": max(map(named.count, set(named))) / len(named),
@@ -327,28 +311,23 @@ def _ask(answerer: Answerer, out: pathlib.Path, console: Console) -> None:
         console.print()
 
 
-def _items(
-    cfg: Config,
-    model: EmoLlama,
-    size: Size,
-    predictions: Sequence[Prediction],
-    evaluation: Evaluation,
-) -> list[report.Item]:
+def _exhibits(cfg: Config, model: EmoLlama, size: Size, answers: Answers) -> list[report.Exhibit]:
     """Held-out examples for the page, the classes taken in turn."""
+    predictions = answers.predictions
     name = predictions[0].source.partition(":")[0]
     of_class = [
         [i for i, item in enumerate(predictions) if item.label == label]
-        for label in evaluation.classes
+        for label in answers.evaluation.classes
     ]
     wanted = 28 if name == IMAGES else 8
     turns = itertools.chain.from_iterable(itertools.zip_longest(*of_class))
     chosen = [i for i in turns if i is not None][:wanted]
-    question = standard_question("image" if name == IMAGES else "clip")
-    batch = size.eval_images if name == IMAGES else size.eval_clips
-    answers = describe(cfg, model, _source(name), chosen, question, batch=batch)
+    source, asking = _source(name), _asking(name, size, "generate")
+    question = standard_question(source.kind)
+    texts = describe(cfg, model, source, chosen, question, batch=asking.batch)
     split = Split(cfg.data.dir, name, "test")
-    items = []
-    for i, text in zip(chosen, answers, strict=True):
+    exhibits = []
+    for i, text in zip(chosen, texts, strict=True):
         media, prior = split.examples[i]["media"], split.priors[i]
         frames = [read_image(media)] if name == IMAGES else list(read_video(media))
         shown = np.unique(np.linspace(0, len(frames) - 1, 8).astype(int)).tolist()
@@ -362,8 +341,8 @@ def _items(
             else None
             for f in shown
         ]
-        items.append(
-            report.Item(
+        exhibits.append(
+            report.Exhibit(
                 id=predictions[i].id,
                 frames=[frames[f] for f in shown],
                 landmarks=landmarks,
@@ -374,7 +353,7 @@ def _items(
                 text=text,
             )
         )
-    return items
+    return exhibits
 
 
 def _ablation(
@@ -392,12 +371,11 @@ def _ablation(
             _whole(fit(cfg, folder, console=console))
             _, model = load_for_inference(folder)
             for name, values in wars.items():
-                found = _predict(cfg, model, name, size, answerings=("generate",))
-                values.append(evaluate(found["generate"], label_space(name)).war)
+                values.append(_written(cfg, model, name, size)[0])
         table[variant] = {
             key: {"mean": float(np.mean(wars[name])), "std": float(np.std(wars[name], ddof=1))}
             | {"seeds": wars[name]}
-            for key, name in (("image", IMAGES), ("clip", CLIPS))
+            for key, name in SETS.items()
         }
         means = (f"{k}s {v['mean']:.3f} ± {v['std']:.3f}" for k, v in table[variant].items())
         console.print(f"{variant}: WAR of {', '.join(means)} (three seeds)")
@@ -412,11 +390,6 @@ def _patterns(extra: Sequence[str]) -> tuple[str, ...]:
     return (*extra, f"train.trainable={json.dumps(kept)}")
 
 
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
-    return {"WAR": evaluation.war, "UAR": evaluation.uar, "n": evaluation.n}
-
-
-def _write(path: pathlib.Path, tree: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(tree, indent=1) + "\n")
-    part.replace(path)
+def _summary(answers: Answers) -> dict[str, Any]:
+    e = answers.evaluation
+    return {"WAR": e.war, "UAR": e.uar, "n": e.n}

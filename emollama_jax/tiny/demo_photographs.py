@@ -9,6 +9,7 @@ import importlib.util
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -18,7 +19,7 @@ from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.items import standard_question
 from emollama_jax.data.media import read_image
 from emollama_jax.data.split import space_of
-from emollama_jax.evaluate.parse.answers import parse_answer
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.runs import PACKAGE
 from emollama_jax.serve.answer import Answerer
 
@@ -40,6 +41,10 @@ class Photograph:
     question: str
     answer: str
     emotion: str | None  # that the answer names
+
+    def summary(self) -> dict[str, Any]:
+        """What `report.json` says of it."""
+        return {"faces": self.boxes, "answer": self.answer, "emotion": self.emotion}
 
 
 def find(console: Console) -> list[pathlib.Path]:
@@ -103,12 +108,3 @@ def note() -> str:
         "They come with installed packages. The run that the package carries answers, as it does "
         f"for emollama ask, not the one that this demo trained. {seen} The boxes are MTCNN's."
     )
-
-
-def check() -> None:
-    """Refuses, before a demo begins, an installation that carries no run to answer.
-
-    Raises:
-        UserError: it carries none.
-    """
-    runs.find(PACKAGE)

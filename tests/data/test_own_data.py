@@ -19,7 +19,7 @@ from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.items import DONE
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import command, of_run
+from emollama_jax.evaluate import of_run, speaker
 from emollama_jax.testing.toy_model import Toy
 from emollama_jax.train import loop, sources
 from tests.helpers import official_trees
@@ -70,7 +70,7 @@ class Speaker:
     """A model that sees the first class in every picture."""
 
     def __init__(self, cfg, model):
-        self.chat = of_run.open_chat(cfg)
+        self.chat = speaker.open_chat(cfg)
 
     def read(self, batch):
         return len(batch.weight)
@@ -89,8 +89,8 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(faces, "Detector", Detector)
     monkeypatch.setattr(loop, "fit", functools.partial(loop.fit, build=Toy))
     load = functools.partial(load_for_inference, build=Toy)
-    monkeypatch.setattr(command, "load_for_inference", load)
-    monkeypatch.setattr(of_run, "Speaker", Speaker)
+    monkeypatch.setattr(of_run, "load_for_inference", load)
+    monkeypatch.setattr(speaker, "Speaker", Speaker)
 
 
 def photos(folder, *, each=10):

@@ -15,12 +15,13 @@ from emollama_jax.base import load_face
 from emollama_jax.checkpoint import load_for_inference
 from emollama_jax.data.items import category_question
 from emollama_jax.data.sets import Preparation, label_space
-from emollama_jax.evaluate.command import How, evaluate_run
-from emollama_jax.evaluate.predictions import summary
+from emollama_jax.evaluate.of_run import evaluate_run
+from emollama_jax.evaluate.options import Asking
 from emollama_jax.evaluate.protocol import evaluate, read_predictions
+from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.trace import file_hash, folder_hash
 from emollama_jax.instruct.command import instruct
-from emollama_jax.instruct.options import Options
+from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.prepare import prepare_source
 from emollama_jax.train.loop import fit
 from tests.helpers import official_trees
@@ -72,7 +73,7 @@ def run(tmp_path_factory):
             console=QUIET,
         )
         if name != "ferplus":
-            options = Options(name=name, dir=cfg.data.dir, by="template")
+            options = InstructOptions(name=name, dir=cfg.data.dir, by="template")
             assert instruct(options, QUIET)[1].stopped == ""
     result = fit(cfg, folder / "run", console=QUIET)
     assert (result.step, result.exit_status) == (4, 0)
@@ -89,19 +90,9 @@ def assess(run):
     cfg, model = load_for_inference(run)
 
     def evaluate_one(name, out, **how):
-        chosen = How(**{"answering": "both", "batch": 8} | how)
-        return evaluate_run(
-            cfg,
-            model,
-            name,
-            "test",
-            answering=chosen.answering,
-            batch=chosen.batch,
-            out=out,
-            console=QUIET,
-            how=chosen,
-            checkpoint=str(run),
-        )
+        asking = Asking(batch=8, **how)
+        result = evaluate_run(cfg, model, name, "test", asking, console=QUIET, run=str(run))
+        publish(result, out)
 
     return evaluate_one
 
@@ -143,7 +134,7 @@ def test_every_number_can_be_traced(run, evaluated, name):
     file = folder / "predictions.jsonl"
     again = evaluate(read_predictions(file), label_space(name))
     assert (again.war, again.uar) == (tree["war"], tree["uar"])
-    assert summary(again)["n"] == tree["n"]
+    assert again.summary()["n"] == tree["n"]
     assert tree["trace"]["predictions.jsonl"] == file_hash(file)
     (checkpoint,) = (run / "checkpoints").glob("[0-9]*")
     assert tree["trace"][f"checkpoint {checkpoint}"] == folder_hash(checkpoint)

@@ -9,15 +9,10 @@ import pytest
 
 from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.sets import label_space
-from emollama_jax.evaluate import predictions
-from emollama_jax.evaluate.parse.answers import (
-    Parsed,
-    parse_answer,
-    parse_ranked,
-    parse_tree,
-    vocabulary,
-)
+from emollama_jax.evaluate.foreign import named_classes
+from emollama_jax.evaluate.parse import Parsed, parse_answer
 from emollama_jax.evaluate.parse.reasoning import final_answer
+from emollama_jax.evaluate.parse.vocabulary import vocabulary
 
 RAF_DB, DFEW, MAFW = (LABEL_SPACES[name] for name in ("raf_db", "dfew", "mafw"))
 FORMS = {  # class → a noun and an adjective
@@ -64,7 +59,7 @@ def test_the_documented_table_is_what_happens(root):
     assert len(rows) == section.count("\n|") - 2 > 30  # every row but the head was parsed
     for answer, label, how in rows:
         assert parse_answer(answer, RAF_DB) == Parsed(label, how), answer
-        assert parse_ranked(answer, RAF_DB).label == label, answer
+        assert parse_answer(answer, RAF_DB, form="ranked").label == label, answer
     assert {how for *_, how in rows} == {
         *("exact", "word", "synonym", "score"),
         *("ambiguous", "none", "foreign", "refusal", "unfinished"),
@@ -104,8 +99,8 @@ def test_generated_answers_are_never_read_wrong(cases, name):
         for wrap in rng.sample(WRAPS, 3):
             true, other, third = rng.sample(sorted(FORMS), 3)
             answer = fill(wrap.replace("{}", phrasing), FORMS[true], FORMS[other], FORMS[third])
-            for read in (parse_answer, parse_ranked):
-                label = read(answer, space).label
+            for form in ("text", "ranked"):
+                label = parse_answer(answer, space, form=form).label
                 assert label in (classes[true], None), (answer, label)
                 right, total = right + (label is not None), total + 1
     assert total > 1800
@@ -161,7 +156,7 @@ def test_every_form_of_a_word_is_read():
 )
 def test_endless_answers_are_read_in_seconds(text):
     start = time.process_time()
-    assert parse_ranked(text, RAF_DB).label in (None, "happiness")
+    assert parse_answer(text, RAF_DB, form="ranked").label in (None, "happiness")
     assert time.process_time() - start < 8
 
 
@@ -280,22 +275,22 @@ def test_trees_of_json_are_read_as_their_text_is():
         ([[-1.5, False], [-0.2, True]], None),
         ({}, None),
     ):
-        assert parse_tree(tree, RAF_DB, samples=False).label == label, tree
+        assert parse_answer(tree, RAF_DB).label == label, tree
         assert parse_answer(json.dumps(tree), RAF_DB).label == label, tree
     ranked = ["sad", "angry"]
-    assert parse_tree(ranked, RAF_DB, samples=False).label == "sadness"
-    assert parse_tree(ranked, RAF_DB, samples=True) == Parsed(None, "ambiguous")
+    assert parse_answer(ranked, RAF_DB).label == "sadness"
+    assert parse_answer(ranked, RAF_DB, form="samples") == Parsed(None, "ambiguous")
 
 
 # ---- words that are one class or two
 
 
 def test_a_word_goes_to_the_class_that_it_is_a_form_of():
-    space = predictions.named_classes("calm,neutral,joy,happiness")
+    space = named_classes("calm,neutral,joy,happiness")
     words = vocabulary(space)
     assert words["calmly"] == "calm" and words["expressionless"] == "neutral"
     assert words["joyful"] == "joy" and words["happy"] == words["glad"] == "happiness"
-    two = vocabulary(predictions.named_classes("joy,amusement"))
+    two = vocabulary(named_classes("joy,amusement"))
     assert two["joyful"] == "joy" and "happy" not in two  # which of the two, nobody knows
     assert parse_answer("calm, not neutral", space) == Parsed("calm", "word")
 

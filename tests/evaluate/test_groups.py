@@ -10,9 +10,10 @@ from emollama_jax import cli
 from emollama_jax.data.sets import label_space
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import beside, groups, metrics, without
+from emollama_jax.evaluate import beside, groups, metrics
+from emollama_jax.evaluate.copies import Copies, leave_out
 from emollama_jax.evaluate.protocol import Prediction, evaluate
-from emollama_jax.evaluate.publish import make_tested, summarise
+from emollama_jax.evaluate.result import Answers
 from tests.helpers import official_trees
 from tests.helpers.prepared_sets import prepare
 
@@ -71,10 +72,10 @@ def test_small_groups_are_shown_without_a_uar(answers):
     assert young.war_interval == metrics.wilson(2, 3, level=0.95)
     assert (old.n, old.classes) == (25, 7) and not np.isnan(old.uar)
     assert (unknown.name, unknown.n) == ("unknown", 0) and np.isnan(unknown.war)
-    plain = groups.tree(found)
+    plain = found.to_dict()
     assert plain["age"]["0-9"]["UAR"] is None and plain["age"]["unknown"]["WAR"] is None
     json.dumps(plain, allow_nan=False)
-    cells = dict((row[0], row[1:]) for row in groups.table("x", found).rows)
+    cells = dict((row[0], row[1:]) for row in found.table("x").rows)
     assert cells["age: 0-9"][:3] == ("3", "1 of 7", "66.7") and cells["age: 0-9"][4:] == ("–", "–")
     assert cells["age: unknown"][0] == "0" and cells["age: unknown"][2] == "–"
 
@@ -85,21 +86,20 @@ def test_race_is_there_only_where_the_network_is_sure_of_some(answers):
         "gender",
     }
     assert (
-        "sure of the race of none"
-        in groups.table("", groups.by_group(answers, seen(answers), SPACE)).note
+        "sure of the race of none" in groups.by_group(answers, seen(answers), SPACE).table("").note
     )
     some = groups.by_group(
         answers, seen(answers, race=lambda n: "unknown" if n else "Asian"), SPACE
     )
     races = [(g.name, g.n) for g in some.groups if g.attribute == "race"]
     assert races == [("Asian", 1), ("unknown", 27)]
-    assert "sure of the race of none" not in groups.table("", some).note
+    assert "sure of the race of none" not in some.table("").note
 
 
 def test_without_priors_one_line_says_why(answers):
-    tested = make_tested("x", answers, SPACE, seen=groups.Seen({}, why="no face priors"))
-    assert groups.tree(tested.groups) is None and "groups" not in summarise(tested)
-    assert groups.table("x", tested.groups).rows == [("no face priors",)]
+    found = Answers.of("x", answers, SPACE, seen=groups.Seen({}, why="no face priors"))
+    assert found.groups.to_dict() is None and "groups" not in found.summary()
+    assert found.groups.table("x").rows == [("no face priors",)]
 
 
 def test_folds_are_joined_and_one_without_priors_leaves_none(answers):
@@ -113,21 +113,20 @@ def test_folds_are_joined_and_one_without_priors_leaves_none(answers):
 
 def test_the_second_number_is_that_of_the_items_left(answers):
     wrong = [one.id for one in answers if one.predicted is None]
-    found = without.without(answers, wrong, SPACE, split="train")
+    copies = Copies("train", wrong)
+    found = leave_out(answers, copies, SPACE)
     assert found.left_out == len(wrong) == 8
     kept = [one for one in answers if one.predicted is not None]
     assert found.evaluation.war == evaluate(kept, SPACE).war == 14 / 20
-    told = summarise(
-        make_tested("x", answers, SPACE, seen=seen(answers), left_out=("train", wrong))
-    )
+    told = Answers.of("x", answers, SPACE, seen=seen(answers), copies=copies).summary()
     assert told["WAR"] == 0.5 and told["without"]["WAR"] == 0.7 and told["without"]["n"] == 20
     assert told["without"]["left_out"] == 8 and len(told["without"]["recall"]) == 7
-    rows = {row[0]: row[1:] for row in without.table("x", evaluate(answers, SPACE), found).rows}
+    rows = {row[0]: row[1:] for row in found.table("x", evaluate(answers, SPACE)).rows}
     assert rows["items"] == ("28", "", "20", "") and rows["WAR"][::2] == ("50.0", "70.0")
     assert rows["recall of surprise"][0] == "50.0" and rows["recall of surprise"][2] == "100.0"
     assert rows["recall of surprise"][1].startswith("15.0 – ")
     with pytest.raises(UserError, match="nothing is left"):
-        without.without(answers, [one.id for one in answers], SPACE, split="train")
+        leave_out(answers, Copies("train", [one.id for one in answers]), SPACE)
 
 
 # ------------------------------------------------------------------ beside a prepared set

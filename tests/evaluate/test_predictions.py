@@ -8,29 +8,30 @@ import threading
 
 import numpy as np
 import pytest
-from test_metrics import GPT4V_FERPLUS, GPT4V_RAFDB, items
 
 from emollama_jax import cli
 from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate import predictions
-from emollama_jax.evaluate.of_file import score_files
-from emollama_jax.evaluate.parse.answers import parse_ranked
+from emollama_jax.evaluate import foreign
+from emollama_jax.evaluate.of_file import evaluate_files
+from emollama_jax.evaluate.options import PredictionFiles
+from emollama_jax.evaluate.parse import parse_answer
 from emollama_jax.evaluate.protocol import Prediction, evaluate, write_predictions
+from tests.evaluate.test_metrics import GPT4V_FERPLUS, GPT4V_RAFDB, items
 
 RAF_DB = LABEL_SPACES["raf_db"]
-COLUMNS = {"truth_column": "gt", "prediction_column": "answer", "id_column": None}
+COLUMNS = {"truth_column": "gt", "prediction_column": "answer"}
 
 
-def read(path, text, *, encoding="utf-8", **change):
+def read(path, text, *, encoding="utf-8", space=None, **change):
     path.write_bytes(text.encode(encoding))
-    return predictions.read_foreign(path, **COLUMNS | change)
+    return foreign.read_foreign(path, PredictionFiles(**COLUMNS | change), space)
 
 
 def score(path, text, **change):
     found, space = read(path, text, **change)
-    return predictions.summary(evaluate(found, space))
+    return evaluate(found, space).summary()
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_it_starts_without_jax(file):
     ],
 )
 def test_ranked_lists_and_free_text(answer, label, how):
-    found = parse_ranked(answer, RAF_DB)
+    found = parse_answer(answer, RAF_DB, form="ranked")
     assert (found.label, found.how) == (label, how)
 
 
@@ -213,7 +214,7 @@ def test_two_truths_are_not_merged_without_a_word(file, truths, pair):
     text = "gt,answer\n" + "".join(f"{truth},neutral\n" for truth in truths)
     with pytest.raises(UserError, match=f"{pair}: one class or two.*--classes {truths[0]},"):
         read(file, text)
-    _, space = read(file, text, space=predictions.named_classes(",".join(truths)))
+    _, space = read(file, text, space=foreign.named_classes(",".join(truths)))
     assert space.classes == truths
     _, merged = read(file, text, space=RAF_DB)
     assert merged is RAF_DB
@@ -221,7 +222,7 @@ def test_two_truths_are_not_merged_without_a_word(file, truths, pair):
 
 def test_two_truths_are_two_classes_with_their_names(file):
     text = "gt,answer\ncalm,neutral\nneutral,neutral\ncalm,neutral\nhappy,joyful\nfearful,fear\n"
-    space = predictions.named_classes("calm,neutral,happy,fearful")
+    space = foreign.named_classes("calm,neutral,happy,fearful")
     assert score(file, text, space=space)["WAR"] == 0.6
     text = "gt,answer\nhappy,joy\nHappiness,happily\nfear,fear\nanxious,worried\n"
     assert score(file, text)["WAR"] == 1  # forms of a word are one; fear and anxiety are two
@@ -288,7 +289,7 @@ def test_other_encodings_and_missing_files_are_refused(file, tmp_path):
     with pytest.raises(UserError, match="not UTF-8 text"):
         read(file, "gt,answer\nfear,Überraschung\n", encoding="latin-1")
     with pytest.raises(UserError, match="no such predictions file"):
-        predictions.read_foreign(tmp_path / "none.csv", **COLUMNS)
+        foreign.read_foreign(tmp_path / "none.csv", PredictionFiles(**COLUMNS))
 
 
 def test_a_number_among_words_is_an_answer_that_names_nothing(file):
@@ -460,10 +461,9 @@ def test_a_run_or_a_file_is_wanted(capsys):
 
 def test_classes_of_ones_own(file):
     file.write_text('label,predicted\nPain,pain\ncalm,"It is calm, no pain"\n')
-    common = {"truth_column": "label", "prediction_column": "predicted", "id_column": None}
-    tree = score_files([file], **common, source=None, classes="pain, calm", out=None).result
+    tree = evaluate_files(PredictionFiles((file,), classes="pain, calm")).summary()
     assert (tree["WAR"], tree["recall"]) == (1.0, {"pain": 1.0, "calm": 1.0})
     with pytest.raises(UserError, match=r"no emotion class .*--classes"):
-        score_files([file], **common, source=None, classes=None, out=None)
+        evaluate_files(PredictionFiles((file,)))
     with pytest.raises(UserError, match="at least two names"):
-        score_files([file], **common, source=None, classes="pain,Pain", out=None)
+        evaluate_files(PredictionFiles((file,), classes="pain,Pain"))

@@ -10,7 +10,9 @@ from emollama_jax.data.items import category_question
 from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import asked, folds, protocol
-from emollama_jax.evaluate.parse import answers
+from emollama_jax.evaluate.parse import Parsed, parse_answer
+from emollama_jax.evaluate.result import Answers, Result, Settings
+from emollama_jax.evaluate.speaker import best_label
 
 RAF_DB, DFEW, MAFW = (LABEL_SPACES[name] for name in ("raf_db", "dfew", "mafw"))
 
@@ -38,7 +40,7 @@ RAF_DB, DFEW, MAFW = (LABEL_SPACES[name] for name in ("raf_db", "dfew", "mafw"))
     ],
 )
 def test_answers(answer, label, how):
-    assert answers.parse_answer(answer, RAF_DB) == answers.Parsed(label, how)
+    assert parse_answer(answer, RAF_DB) == Parsed(label, how)
 
 
 @pytest.mark.parametrize(
@@ -71,30 +73,30 @@ def test_answers(answer, label, how):
     ],
 )
 def test_negated_mentions_name_nothing(answer, label):
-    assert answers.parse_answer(answer, RAF_DB).label == label
+    assert parse_answer(answer, RAF_DB).label == label
 
 
 @pytest.mark.parametrize("name", LABEL_SPACES)
 def test_every_class_is_read_by_its_name_its_common_name_and_its_synonyms(name):
     space = LABEL_SPACES[name]
     for label, common in zip(space.classes, space.canonical, strict=True):
-        assert answers.parse_answer(label.upper(), space).label == label
-        assert answers.parse_answer(f"It is {common}.", space).label == label
+        assert parse_answer(label.upper(), space).label == label
+        assert parse_answer(f"It is {common}.", space).label == label
         for word in (word for word, emotion in SYNONYMS.items() if emotion == common):
-            assert answers.parse_answer(f"a {word} face", space).label == label
+            assert parse_answer(f"a {word} face", space).label == label
 
 
 def test_a_set_reads_its_own_words():
-    assert answers.parse_answer("happiness", DFEW) == answers.Parsed("happy", "synonym")
-    assert answers.parse_answer("sad", DFEW) == answers.Parsed("sad", "exact")
-    assert answers.parse_answer("worried", MAFW) == answers.Parsed("anxiety", "synonym")
-    assert answers.parse_answer("worried", RAF_DB).label is None
+    assert parse_answer("happiness", DFEW) == Parsed("happy", "synonym")
+    assert parse_answer("sad", DFEW) == Parsed("sad", "exact")
+    assert parse_answer("worried", MAFW) == Parsed("anxiety", "synonym")
+    assert parse_answer("worried", RAF_DB).label is None
 
 
 def test_best_label():
-    assert answers.best_label({"fear": -3.0, "anger": -1.5}) == answers.Parsed("anger", "score")
+    assert best_label({"fear": -3.0, "anger": -1.5}) == "anger"
     with pytest.raises(UserError, match="wanted finite numbers"):
-        answers.best_label({"fear": float("nan"), "anger": -1.5})
+        best_label({"fear": float("nan"), "anger": -1.5})
 
 
 # ---- predictions and their evaluation
@@ -235,33 +237,42 @@ def test_every_set_has_a_protocol(name):
     assert found.open == (name == "actionfaces/images")
     listed = [split for split in space.splits if split.endswith("/test")]
     assert found.folds == max(len(listed), 1)
-    kind = found.kind or "image"
-    assert found.question(kind) == category_question(space.classes, kind)
     assert protocol.protocol_of("own/faces") is None
 
 
-def fold_evaluations(count: int) -> dict[int, protocol.Evaluation]:
+def fold_answers(count: int) -> list[Answers]:
     def right(fold):
         return [prediction(n, "happy", "happy" if n < fold else "sad") for n in range(10)]
 
-    return {fold: protocol.evaluate(right(fold), DFEW) for fold in range(1, count + 1)}
+    return [Answers.of(f"fold {fold}", right(fold), DFEW) for fold in range(1, count + 1)]
 
 
 def test_five_folds_have_a_mean_and_fewer_have_none():
     dfew = "dfew"
-    found = fold_evaluations(5)
-    mean = folds.join(found, dfew)
+    found = fold_answers(5)
+    mean = folds.mean_of(found, dfew)
     assert mean.war == pytest.approx(0.3)
     assert mean.war_std == pytest.approx(0.158114, abs=1e-6)  # of 0.1 … 0.5, n - 1 below the line
-    tree = json.loads(json.dumps(folds.summary(list(found.values()), mean), allow_nan=False))
+    result = Result(
+        title="",
+        lede="",
+        source=dfew,
+        answers=found,
+        mean=mean,
+        pooled=folds.pool(found, DFEW),
+        predictions={},
+        settings=Settings("", "", {}),
+        trace={},
+    )
+    tree = json.loads(json.dumps(result.summary(), allow_nan=False))
     assert tree["n"] == 50 and len(tree["folds"]) == 5
     assert tree["recall"] == {"happy": pytest.approx(0.3)}
     with pytest.raises(UserError, match=r"mean over 5 folds, found 4 \(missing fold 5"):
-        folds.join(fold_evaluations(4), dfew)
-    with pytest.raises(UserError, match="missing fold 1, 3, 4, 5"):
-        folds.join({2: found[2]}, dfew)
+        folds.mean_of(found[:4], dfew)
+    with pytest.raises(UserError, match="missing fold 2, 3, 4, 5"):
+        folds.mean_of(found[:1], dfew)
     with pytest.raises(UserError, match="unknown fold 6"):
-        folds.join(fold_evaluations(6), dfew)
+        folds.mean_of(fold_answers(6), dfew)
 
 
 def test_folds_share_no_item(predictions):

@@ -19,10 +19,11 @@ from emollama_jax.evaluate import (
     latex,
     metrics,
     protocol,
-    publish,
     report,
 )
+from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.published import published
+from emollama_jax.evaluate.result import Answers, Result, Settings
 
 SPACE = label_space("actionfaces/images")
 VOID = {"meta", "col"}
@@ -83,10 +84,10 @@ def evaluation() -> protocol.Evaluation:
     )
 
 
-def item(predicted, *, frames=1, text="It looks like fear.") -> report.Item:
+def item(predicted, *, frames=1, text="It looks like fear.") -> report.Exhibit:
     picture = np.full((96, 96, 3), 200, np.uint8)
     points = np.stack([np.arange(68), 10 + np.arange(68)], -1).astype(np.float32)
-    return report.Item(
+    return report.Exhibit(
         id="test-3",
         frames=[picture] * frames,
         landmarks=[points, *[None] * (frames - 1)],
@@ -102,7 +103,7 @@ def full() -> report.Report:
     return report.Report(
         title="EMO-LLaMA & co",
         lede="One command.",
-        results=[report.Result(title="Images", source="test split", evaluation=evaluation())],
+        numbers=[report.Numbers(title="Images", source="test split", evaluation=evaluation())],
         pictures=[item("fear"), item("surprise"), item(None)],
         clips=[item("fear", frames=8)],
         curves=[
@@ -165,8 +166,8 @@ def test_no_column_for_unparsed_answers_where_there_are_none(full):
             id="1", source="s", label="fear", predicted="fear", text="", scores=None, parsed="exact"
         )
     ]
-    result = dataclasses.replace(full.results[0], evaluation=protocol.evaluate(predictions, SPACE))
-    page = Page(report.render(dataclasses.replace(full, results=[result])))
+    few = dataclasses.replace(full.numbers[0], evaluation=protocol.evaluate(predictions, SPACE))
+    page = Page(report.render(dataclasses.replace(full, numbers=[few])))
     assert not [row for row in page.rows if len(row) == 10]
     assert len([row for row in page.rows if len(row) == 9]) == 8
 
@@ -318,20 +319,16 @@ def left(tmp_path):
     items = [scored(n, "fear" if n % 4 else "anger", sure) for n in range(40)]
     unsure = {name: math.log(0.4 if name == "fear" else 0.1) for name in space.classes}
     items.append(scored(40, "disgust", unsure, text="<b>fear</b>"))
-    tested = publish.Tested(
-        title="label scoring", predictions=items, evaluation=protocol.evaluate(items, space)
-    )
-    publish.write_results(
-        tmp_path,
+    result = Result(
         title="RAF-DB_test",
         lede="",
         source="raf_db",
-        tested=[tested],
-        command="emollama eval",
-        config="a: 1\n",
-        versions={},
+        answers=[Answers.of("label scoring", items, space)],
+        predictions={"predictions.jsonl": items},
+        settings=Settings("emollama eval", "a: 1\n", {}),
         trace={"predictions.jsonl": "0123abcd"},
     )
+    publish(result, tmp_path)
     return tmp_path
 
 

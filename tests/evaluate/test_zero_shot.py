@@ -14,7 +14,7 @@ from emollama_jax.data.split import Split
 from emollama_jax.evaluate.protocol import read_predictions
 from emollama_jax.remote.request import jpeg
 from emollama_jax.testing.toy_sets import prior
-from tests import tiny_llava
+from tests.helpers import llava_model
 from tests.helpers.fake_gemini import FAULTS, Server, item_of, texts_of
 from tests.helpers.prepared_sets import prepare_dfew, prepare_raf_db
 
@@ -263,7 +263,7 @@ def test_hugging_face_model(data, tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    tiny_llava.save(tmp_path / "llava")
+    llava_model.save(tmp_path / "llava")
     model = f"hf:{tmp_path / 'llava'}"
     run(model, data, tmp_path / "out", "--max-tokens", "6", "--limit", "4")
     found = read_predictions(tmp_path / "out" / "predictions.jsonl")

@@ -45,7 +45,7 @@ jax.tree_util.register_dataclass(Prompts, data_fields=["ids", "length"], meta_fi
 
 
 class TextModel(nnx.Module):
-    """A decoder alone as an `Answerer`."""
+    """A decoder alone as a `VisionLanguageModel`."""
 
     def __init__(self, cfg: config.LlamaConfig):
         self.llama = Llama(cfg, rngs=nnx.Rngs(0))

@@ -3,7 +3,9 @@
 Other annotations are left to the type checker, which reads them without running anything.
 """
 
+import functools
 import inspect
+import operator
 import types
 import typing
 from collections.abc import Callable
@@ -23,14 +25,18 @@ def is_array(annotation: Any) -> bool:
 
 
 def any_array(annotation: Any) -> Any:
-    """The annotation with shape and dtype as they are, of NumPy's or JAX's arrays: tests give both."""
+    """The annotation for NumPy's and JAX's arrays alike: tests give both."""
     if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
         return annotation.dtype[jax.Array | np.ndarray, annotation.dim_str]
     if not typing.get_args(annotation):
         return annotation
     args = tuple(map(any_array, typing.get_args(annotation)))
     origin = typing.get_origin(annotation)
-    return typing.Union[args] if origin in (typing.Union, types.UnionType) else origin[args]
+    return (
+        functools.reduce(operator.or_, args)
+        if origin in (typing.Union, types.UnionType)
+        else origin[args]
+    )
 
 
 def check(function: Callable) -> Callable:

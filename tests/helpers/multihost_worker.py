@@ -22,7 +22,8 @@ from rich.console import Console
 
 from emollama_jax.config import Config, MeshConfig, SourceConfig
 from emollama_jax.data.pipeline import TrainIterator
-from emollama_jax.evaluate import of_run
+from emollama_jax.evaluate import speaker
+from emollama_jax.evaluate.options import Asking
 from emollama_jax.evaluate.protocol import Prediction, write_predictions
 from emollama_jax.models import parameters
 from emollama_jax.models.emollama import EmoLlama
@@ -149,14 +150,13 @@ def evaluated(bpe: str, mesh: tuple[int, int, int], batch: int) -> dict[str, lis
     for number, example in enumerate(store.data["actionfaces/images"]):
         example["subject"] = number
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(of_run, "Split", lambda folder, name, split: store.split(name, split))
+        patch.setattr(speaker, "Split", lambda folder, name, split: store.split(name, split))
         spread = make_mesh(cfg.mesh)
-        return of_run.predict(
+        return speaker.predict(
             cfg,
             random_model(cfg, spread),
             SourceConfig(name="actionfaces/images", split="test", kind="image", weight=1.0),
-            answerings=("score", "generate"),
-            batch=batch,
+            Asking(batch=batch),
             mesh=spread,
         )
 

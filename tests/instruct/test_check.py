@@ -110,8 +110,8 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
         path.write_bytes(whole[:cut])
         write_one(path)  # goes on after the last whole line
         with Journal(path, {"model": "m"}) as journal:
-            assert journal.item("a").value == ["v"]
-            assert not journal.item("a").on_its_way
+            assert journal.entry("a").value == ["v"]
+            assert not journal.entry("a").on_its_way
     path.write_bytes(whole[:9])  # not even the first line
     write_one(path)
     assert path.read_bytes() == whole
@@ -122,7 +122,7 @@ def test_money_of_what_was_on_its_way_stays_counted(tmp_path):
     with Journal(path, {}) as journal:
         journal.sent("a", 0.5)
     with Journal(path, {}) as journal:
-        assert journal.item("a").on_its_way
+        assert journal.entry("a").on_its_way
         assert journal.spent == 0.5
         journal.sent("a", 0.5)
         journal.failed("a", "503", 0.0)
@@ -131,7 +131,7 @@ def test_money_of_what_was_on_its_way_stays_counted(tmp_path):
         assert journal.spent == pytest.approx(0.7)
     with Journal(path, {}) as journal:
         assert journal.spent == pytest.approx(0.7)
-        assert journal.item("a").done
+        assert journal.entry("a").done
 
 
 def test_a_journal_of_something_else_or_damaged_is_refused(tmp_path):

@@ -15,8 +15,9 @@ from emollama_jax.data.prompts import Turn
 from emollama_jax.data.sets import label_space
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate.of_run import Speaker, predict
+from emollama_jax.evaluate.options import Asking
 from emollama_jax.evaluate.protocol import evaluate, read_predictions
+from emollama_jax.evaluate.speaker import Speaker, predict
 from emollama_jax.faces.priors import prepare_priors
 from emollama_jax.faces.reader import Reader, cut_out, read_faces
 from emollama_jax.generate.prompt import Prompt
@@ -199,9 +200,10 @@ def prepared(cfg, model):
 
 
 def test_both_ways_of_answering(cfg, model, prepared, tmp_path):
-    from emollama_jax.evaluate.command import evaluate_run
+    from emollama_jax.evaluate.of_run import evaluate_run
+    from emollama_jax.evaluate.publish import publish
 
-    found = predict(cfg, model, prepared, answerings=("score", "generate"), batch=2)
+    found = predict(cfg, model, prepared, Asking(batch=2))
     scored, written = found["score"], found["generate"]
     assert len(scored) == len(written) == 3
     assert {item.parsed for item in scored} == {"score"}
@@ -213,15 +215,10 @@ def test_both_ways_of_answering(cfg, model, prepared, tmp_path):
 
     from rich.console import Console
 
-    evaluate_run(
-        cfg,
-        model,
-        prepared.name,
-        "test",
-        answering="score",
-        batch=2,
-        out=tmp_path / "eval",
-        console=Console(quiet=True),
+    asking = Asking(answering="score", batch=2)
+    quiet = Console(quiet=True)
+    publish(
+        evaluate_run(cfg, model, prepared.name, "test", asking, console=quiet), tmp_path / "eval"
     )
     assert read_predictions(tmp_path / "eval" / "predictions.jsonl") == scored
     assert "<html" in (tmp_path / "eval" / "report.html").read_text()

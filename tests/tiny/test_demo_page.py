@@ -14,6 +14,7 @@ from emollama_jax import config, packed
 from emollama_jax.data.sets import label_space
 from emollama_jax.data.split import InMemory
 from emollama_jax.evaluate import groups, protocol, report
+from emollama_jax.evaluate.result import Answers
 from emollama_jax.tiny import demo, demo_page, demo_photographs
 from emollama_jax.tiny.demo_photographs import Photograph
 
@@ -58,8 +59,8 @@ def items(predictions, monkeypatch):
     monkeypatch.setattr(demo, "describe", lambda *_, batch: texts)
     split = InMemory("actionfaces/images", "test", [{"media": picture.getvalue()}] * 7, [prior] * 7)
     monkeypatch.setattr(demo, "Split", lambda *_: split)
-    evaluation = protocol.evaluate(predictions, SPACE)
-    return demo._items(config.load("tiny"), None, demo.QUICK, predictions, evaluation)
+    answers = Answers.of("generate", predictions, SPACE)
+    return demo._exhibits(config.load("tiny"), None, demo.QUICK, answers)
 
 
 def test_a_card_holds_one_question_its_answer_and_what_that_answer_names(items):
@@ -88,23 +89,17 @@ def page(items, predictions, tmp_path, monkeypatch, learned_from):
         Photograph("cup.jpg", picture, [], "Who?", "No face was found in the image.", None),
     ]
     monkeypatch.setattr(packed, "read_origin", lambda folder: {"learned_from": learned_from})
-    evaluation = protocol.evaluate(predictions, SPACE)
-    results = {
-        f"actionfaces/{kind}": {"generate": (predictions, evaluation)}
-        for kind in ("images", "clips")
-    }
+    seen = groups.Seen({one.id: ("20-29", "Male", "unknown") for one in predictions})
+    answers = Answers.of("generate", predictions, SPACE, seen=seen)
+    results = {f"actionfaces/{kind}": answers for kind in ("images", "clips")}
     summary = {
         "difficulty": dict.fromkeys(KEYS, 0.5),
         "resume_bit_identical": True,
         "seconds": {"train": 9.0, "all": 9.0},
     }
-    seen = groups.Seen({one.id: ("20-29", "Male", "unknown") for one in predictions})
-    by_group = {"actionfaces/images": groups.by_group(predictions, seen, SPACE)}
     shown = {"actionfaces/images": items, "actionfaces/clips": []}
     cfg = config.load("tiny")
-    return report.render(
-        demo_page.make_page(cfg, tmp_path, summary, results, shown, photographs, by_group)
-    )
+    return report.render(demo_page.make_page(cfg, tmp_path, summary, results, shown, photographs))
 
 
 def test_the_top_says_that_faces_are_drawn(page):

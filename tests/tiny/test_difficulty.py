@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from emollama_jax.evaluate.difficulty import SIDE, grey, pixel_regression
+from emollama_jax.tiny.difficulty import SIDE, grey, pixel_regression
 
 
 def test_grey_is_small_and_scaled(rng):

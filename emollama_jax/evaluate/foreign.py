@@ -2,8 +2,8 @@
 
 The truth and the answer of an item each stand in a named column. Both are words: numbers are
 refused, since several number orders circulate for the same set. A truth has to be a class word or
-its synonym; an answer may be anything that `answers.parse_ranked` reads, and in JSON also scores,
-records and lists (`answers.parse_tree`).
+its synonym; an answer may be anything that `parse_answer` reads as a ranked list, and in JSON
+also scores, records and lists.
 
 Without a named set the classes are the seven basic emotions; with contempt, or all of MAFW's
 eleven, where a truth needs them. They bear the truth column's own words. Truths that are different
@@ -23,8 +23,10 @@ from typing import Any
 from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS, LabelSpace, stem
 from emollama_jax.data.sets import label_space
 from emollama_jax.errors import UserError
-from emollama_jax.evaluate.parse.answers import Parsed, parse_ranked, parse_tree, vocabulary
-from emollama_jax.evaluate.protocol import Evaluation, Prediction, read_predictions
+from emollama_jax.evaluate.options import PredictionFiles
+from emollama_jax.evaluate.parse import parse_answer
+from emollama_jax.evaluate.parse.vocabulary import vocabulary
+from emollama_jax.evaluate.protocol import Prediction, read_predictions
 from emollama_jax.tables import Rows, read_rows
 
 _ALL = LABEL_SPACES["mafw"].classes  # the seven basic ones first, then contempt, then three more
@@ -33,21 +35,13 @@ _SAMPLES = ("resps", "filtered_resps")  # lmms-eval's: several answers to one qu
 
 
 def read_foreign(
-    path: pathlib.Path,
-    *,
-    truth_column: str,
-    prediction_column: str,
-    id_column: str | None = None,
-    space: LabelSpace | None = None,
+    path: pathlib.Path, columns: PredictionFiles, space: LabelSpace | None = None
 ) -> tuple[list[Prediction], LabelSpace]:
     """Reads a predictions file of any origin.
 
     Args:
         path: CSV (comma, semicolon, tab or |) with a header, JSON lines, or a JSON list of objects.
-        truth_column: the column or key of the true label.
-        prediction_column: of the answer: a label, a ranked list of labels, or free text; empty
-            for none.
-        id_column: of the item's name, each once; None: items are named by their line.
+        columns: names of the columns or keys of truth, answer and item.
         space: the classes; None: what the truths are, or the set that a file of `emollama eval`
             names.
 
@@ -62,33 +56,35 @@ def read_foreign(
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: no predictions: nothing to evaluate")
+    truth_column, answer_column = columns.truth_column, columns.prediction_column
     own = {"label", "predicted", "parsed", "source"} <= rows[0][1].keys()
-    if own and (truth_column, prediction_column) == ("label", "predicted"):
+    if own and (truth_column, answer_column) == ("label", "predicted"):
         found = read_predictions(path)
         return found, space or _own_space(path, found)
-    for column in filter(None, (truth_column, prediction_column, id_column)):
+    for column in filter(None, (truth_column, answer_column, columns.id_column)):
         _check_column(path, rows, column)
     truths = [_truth(path, line, row.get(truth_column)) for line, row in rows]
     space = space or _infer(path, rows, truths)
     words = vocabulary(space) | {name.casefold(): name for name in space.classes}
-    cells = [_answer(row.get(prediction_column)) for _, row in rows]
-    answers = [cell if isinstance(cell, str) else json.dumps(cell, default=str) for cell in cells]
-    _refuse_numbers(path, rows, answers)
+    cells = [_answer(row.get(answer_column)) for _, row in rows]
+    texts = [cell if isinstance(cell, str) else json.dumps(cell, default=str) for cell in cells]
+    _refuse_numbers(path, rows, texts)
+    form = "samples" if answer_column in _SAMPLES else "ranked"
     found = []
-    for (line, row), truth, cell, answer in zip(rows, truths, cells, answers, strict=True):
+    for (line, row), truth, cell, text in zip(rows, truths, cells, texts, strict=True):
         if truth not in words:
             raise UserError(
                 f"{path}, line {line}: truth {truth!r} is no class of {space.title} (wanted one of "
                 f"{', '.join(space.classes)}; name other classes with --classes)"
             )
-        parsed = _parsed(cell, space, samples=prediction_column in _SAMPLES)
+        parsed = parse_answer(cell, space, form=form)
         found.append(
             Prediction(
-                id=str(row[id_column]) if id_column else f"line {line}",
+                id=str(row[columns.id_column]) if columns.id_column else f"line {line}",
                 source=path.name,
                 label=words[truth],
                 predicted=parsed.label,
-                text=answer,
+                text=text,
                 scores=None,
                 parsed=parsed.how,
             )
@@ -106,18 +102,6 @@ def named_classes(names: str) -> LabelSpace:
     if len({name.casefold() for name in classes}) < max(len(classes), 2):
         raise UserError(f"--classes {names}: wanted at least two names, each once")
     return LabelSpace(title="--classes", classes=classes, written=classes, splits={}, support={})
-
-
-def summary(evaluation: Evaluation) -> dict[str, Any]:
-    """What `emollama eval --json` prints: shares, 0 … 1; recalls of the classes that occur."""
-    recall = zip(evaluation.classes, evaluation.per_class.recall.tolist(), strict=True)
-    return {
-        "WAR": evaluation.war,
-        "UAR": evaluation.uar,
-        "n": evaluation.n,
-        "unparsed": evaluation.unparsed,
-        "recall": {name: value for name, value in recall if not math.isnan(value)},
-    }
 
 
 def _check_column(path: pathlib.Path, rows: Rows, column: str) -> None:
@@ -150,12 +134,6 @@ def _answer(cell: Any) -> Any:
     while isinstance(cell, list) and len(cell) == 1:  # as lmms-eval logs one answer to one request
         cell = cell[0]
     return cell if isinstance(cell, str | dict | list) else str(cell)
-
-
-def _parsed(cell: Any, space: LabelSpace, *, samples: bool) -> Parsed:
-    if isinstance(cell, str):
-        return parse_ranked(cell, space)
-    return parse_tree(cell, space, samples=samples)
 
 
 def _refuse_numbers(path: pathlib.Path, rows: Rows, answers: Sequence[str]) -> None:

@@ -1,32 +1,17 @@
-"""Reading an answer: which class a text names, or which label scored best.
-
-Reasoning goes first (`reasoning.py`). What is left is read as the first of these that it is:
-  exact    a class name and nothing else;
-  score    data, or pairs of labels with numbers or yes and no: the best label (`structured.py`);
-  word     sentences that assert one class (`sentences.py`), by its name;
-  synonym  or by another word for it ("joyful" → happiness). Both are judged together.
-All else is unparsed; it counts as wrong, and its rate is reported:
-  ambiguous   two classes are named, or two scores are alike;
-  none        no class is;
-  foreign     the best label is no class of the set;
-  refusal     the model declines to answer;
-  unfinished  the reasoning was cut off.
-
-A ranked list ("sadness, neutral, fear") is no free text: its first label is the answer.
-"""
+"""Reads an answer without its reasoning, in the words of one set; see `parse`."""
 
 import dataclasses
 import math
 import re
 from typing import Any, Literal
 
-from emollama_jax.data.emotions import SYNONYMS, LabelSpace, stem
-from emollama_jax.errors import UserError
+from emollama_jax.data.emotions import SYNONYMS, LabelSpace
 from emollama_jax.evaluate.parse import structured
 from emollama_jax.evaluate.parse.reasoning import final_answer
 from emollama_jax.evaluate.parse.sentences import Sayings, Weight, read_sentences
+from emollama_jax.evaluate.parse.vocabulary import vocabulary
 
-How = Literal[
+Reading = Literal[
     "exact", "word", "synonym", "score", "ambiguous", "none", "foreign", "refusal", "unfinished"
 ]
 
@@ -36,72 +21,8 @@ class Parsed:
     """What an answer names."""
 
     label: str | None  # a class of the space, or None: unparsed
-    how: How
+    how: Reading
 
-
-def parse_answer(text: str, space: LabelSpace) -> Parsed:
-    """Reads the class that an answer names."""
-    final = final_answer(text)
-    return Parsed(None, "unfinished") if final is None else _Reader(space).read(final)
-
-
-def parse_ranked(text: str, space: LabelSpace) -> Parsed:
-    """Reads an answer that may be a ranked, comma-separated list of labels.
-
-    A list is what has only single words between its commas ("pain, fear, sadness"), or only a
-    class with words of degree ("mild fear, slight surprise"). Its first entry is the answer, also
-    where that names no class of the set. All else is read as free text.
-    """
-    final = final_answer(text)
-    if final is None:
-        return Parsed(None, "unfinished")
-    reader = _Reader(space)
-    return reader.read_data(final) or reader.read_ranked(final) or reader.read(final)
-
-
-def parse_tree(tree: Any, space: LabelSpace, *, samples: bool) -> Parsed:
-    """Reads an answer that a file holds as data: scores, records, lists.
-
-    Args:
-        tree: of JSON.
-        space: the classes.
-        samples: a list of texts has several answers to one question, which must agree; else its
-            short texts are ranked labels.
-    """
-    return _Reader(space).decide(structured.holds(tree, samples=samples))
-
-
-def best_label(scores: dict[str, float]) -> Parsed:
-    """The class of the highest log-likelihood.
-
-    Raises:
-        UserError: a score that is no number; a diverged model would get a class by chance.
-    """
-    if not all(map(math.isfinite, scores.values())):
-        raise UserError(f"label scores {scores}: wanted finite numbers; are the weights whole?")
-    return Parsed(max(scores, key=scores.__getitem__), "score")
-
-
-def vocabulary(space: LabelSpace) -> dict[str, str]:
-    """Words → the classes of a space, whatever name the space gives them ("happy", "happiness").
-
-    Where two classes mean the same to other sets ("calm" and "neutral"), a word goes to the class
-    that it is a form of; others go to the class of the shared name, if there is one.
-    """
-    own = {stem(name.casefold()): name for name in space.classes}
-    alike: dict[str, list[str]] = {}
-    for name, common in zip(space.classes, space.canonical, strict=True):
-        alike.setdefault(common, []).append(name)
-    table = {}
-    for word, common in {**SYNONYMS, **{name: name for name in alike}}.items():
-        if len(alike.get(common, ())) == 1:
-            table[word] = alike[common][0]
-        elif common in alike and (found := own.get(stem(word)) or own.get(common)):
-            table[word] = found
-    return table | {name.casefold(): name for name in space.classes}
-
-
-# ---- reading
 
 _SHORT = 200  # characters of an answer that may be a name and nothing else
 _DEGREES = re.compile(  # words that may stand before an emotion in a ranked list
@@ -140,7 +61,7 @@ def _bare(text: str) -> str:
     return re.sub(r"^\W+|\W+$", "", text).casefold()
 
 
-class _Reader:
+class AnswerReader:
     """Reads answers in the words of one space."""
 
     def __init__(self, space: LabelSpace):
@@ -148,6 +69,18 @@ class _Reader:
         self.words = vocabulary(space)
         known = {**SYNONYMS, **dict.fromkeys(SYNONYMS.values(), "")}
         self.known: dict[str, str | None] = {**dict.fromkeys(known), **self.words}
+
+    def parse(self, answer: Any, form: str) -> Parsed:
+        """See `parse` of the package."""
+        if not isinstance(answer, str):
+            return self.decide(structured.holds(answer, samples=form == "samples"))
+        final = final_answer(answer)
+        if final is None:
+            return Parsed(None, "unfinished")
+        ranked = None
+        if form != "text":
+            ranked = self.read_data(final) or self.read_ranked(final)
+        return ranked or self.read(final)
 
     def read(self, text: str) -> Parsed:
         """A text without reasoning."""
@@ -196,7 +129,7 @@ class _Reader:
         if isinstance(data, structured.Ranked):
             return self.read(data.labels[0])
         if isinstance(data, structured.Texts):
-            return self._agreed([self._again(text) for text in data.texts])
+            return self._agreed([self.parse(text, "text") for text in data.texts])
         if len(data.pairs) == 1:
             return self.read(data.pairs[0][0])
         if not all(math.isfinite(value) for _, value in data.pairs):
@@ -206,10 +139,6 @@ class _Reader:
             return Parsed(None, "ambiguous")
         label = self._label(name)
         return Parsed(label, "score" if label else "foreign")
-
-    def _again(self, text: str) -> Parsed:
-        final = final_answer(text)
-        return Parsed(None, "unfinished") if final is None else self.read(final)
 
     def _agreed(self, found: list[Parsed]) -> Parsed:
         labels = {parsed.label for parsed in found}
