@@ -56,17 +56,18 @@ from emollama_jax.evaluate.protocol import Prediction, read_predictions, write_p
 from emollama_jax.models.parameters import named_parameters
 
 bpe, mesh = sys.argv[1], (1, min(len(__import__("jax").devices()), 8), 1)
-worker.towers(bpe).__enter__()
 cfg = worker.config(bpe, mesh, "train.steps=5")
 how = {"process": 0, "pause": 0, "console": Console(file=open(os.devnull, "w"))}
 drawn = pathlib.Path.cwd()
-for until in (4, None):
-    there = worker.train(cfg, "gs://bucket/runs/one", drawn=drawn, until=until, **how)
-    here = worker.train(cfg, "here", drawn=drawn, until=until, **how)
-assert (there.step, there.loss) == (here.step, here.loss) == (5, here.loss)
-pair = [load_for_inference(run)[1] for run in ("gs://bucket/runs/one", "here")]
-first, second = ({n: np.asarray(x[...]) for n, x in named_parameters(m).items()} for m in pair)
-assert all(np.array_equal(first[name], second[name]) for name in first)
+with worker.towers(bpe):
+    for until in (4, None):
+        there = worker.train(cfg, "gs://bucket/runs/one", drawn=drawn, until=until, **how)
+        here = worker.train(cfg, "here", drawn=drawn, until=until, **how)
+    assert (there.step, there.loss) == (here.step, here.loss) == (5, here.loss)
+    runs = ("gs://bucket/runs/one", "here")
+    pair = [load_for_inference(run)[1] for run in runs]
+    first, second = ({n: np.asarray(x[...]) for n, x in named_parameters(m).items()} for m in pair)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 one = Prediction(id="a", source="actionfaces/images:test", label="fear", predicted="fear",
                  parsed="exact", text="fear", scores=None, subject="1")
 write_predictions("gs://bucket/runs/one/eval/predictions.jsonl", [one])
