@@ -114,7 +114,7 @@ class EvaVit(nnx.Module):
         self.blocks = stack(lambda rngs: EvaBlock(cfg, rngs=rngs), cfg.depth, rngs=rngs)
         self.norm = LayerNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs) if cfg.last_norm else None
 
-    def __call__(self, pixels: Float[Array, "b s s 3"]) -> Float[Array, "b 1+p d"]:
+    def __call__(self, pixels: Float[Array, "b s s 3"]) -> Float[Array, "b tokens d"]:
         """Already normalised pixels [B, S, S, 3] to [B, 1 + P, D], the class token first."""
         patch = self.cfg.patch_size
         cut = rearrange(pixels, "b (h i) (w j) c -> b (h w) (i j c)", i=patch, j=patch)

@@ -270,7 +270,7 @@ class FaceXFormer(nnx.Module):
         self.upscale2 = Upscale(first, second, dtype=cfg.dtype, rngs=rngs)
         self.hypernetwork = Head(cfg.width, second, rngs=rngs)
 
-    def fuse(self, stages: tuple[Float[Array, "b h w d"], ...]) -> Float[Array, "b h w d"]:
+    def fuse(self, stages: tuple[Float[Array, "b _ _ _"], ...]) -> Float[Array, "b h w d"]:
         """One map at the finest stage's size out of all stages; the coarsest comes first."""
         size = stages[0].shape[1:3]
         kernels = self.linear_fuse.kernel.astype(self.cfg.dtype)

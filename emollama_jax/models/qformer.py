@@ -110,12 +110,12 @@ class QFormerLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b q+l d"],
+        x: Float[Array, "b both d"],
         *,
         encoded: Float[Array, "f s e"],
-        bias: Float[Array, "b q+l"],
+        bias: Float[Array, "b both"],
         dropout_key: jax.Array | None,
-    ) -> Float[Array, "b q+l d"]:
+    ) -> Float[Array, "b both d"]:
         keys = split_keys(dropout_key, 4)
         x = self.attention(x, keys=x, bias=bias, dropout_key=keys[0])
         queries, text = jnp.split(x, [self.cfg.queries], axis=1)  # [B, Q, D], [B, L, D]
@@ -142,12 +142,12 @@ class QFormerGroup(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b q+l d"],
+        x: Float[Array, "b both d"],
         *,
         encoded: Float[Array, "f s e"],
-        bias: Float[Array, "b q+l"],
+        bias: Float[Array, "b both"],
         dropout_key: jax.Array | None,
-    ) -> Float[Array, "b q+l d"]:
+    ) -> Float[Array, "b both d"]:
         layers = (self.cross, *self.plain)
         for layer, key in zip(layers, split_keys(dropout_key, len(layers)), strict=True):
             x = layer(x, encoded=encoded, bias=bias, dropout_key=key)
