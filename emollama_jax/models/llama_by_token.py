@@ -1,4 +1,4 @@
-"""LLaMA laid out for a CPU, where many answers grow token by token (docs/performance.md).
+"""LLaMA laid out for a CPU, where many answers grow token by token (docs/performance_details.md).
 
 The mathematics is `LlamaLayer`'s and `Llama`'s; only the arrays differ:
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from PIL import Image
 
 from emollama_jax.ahead import ahead
@@ -249,12 +249,12 @@ class Detector:
 
         self._pnet, self._rnet, self._onet = map(network, ("pnet", "rnet", "onet"), cfg.rows)
 
-    def __call__(self, picture: UInt8[np.ndarray, "h w 3"]) -> Faces:
-        """Finds the faces of one picture, RGB, of any size."""
+    def __call__(self, picture: np.ndarray) -> Faces:
+        """Finds the faces of one picture, RGB, uint8 [H, W, 3], of any size."""
         return self.many([picture])[0]
 
-    def many(self, pictures: Sequence[UInt8[np.ndarray, "h w 3"]]) -> list[Faces]:
-        """Finds the faces of pictures of any sizes."""
+    def many(self, pictures: Sequence[np.ndarray]) -> list[Faces]:
+        """Finds the faces of pictures, RGB, uint8 [H, W, 3], of any sizes."""
         for picture in pictures:
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
                 raise ValueError(

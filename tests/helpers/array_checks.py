@@ -27,9 +27,9 @@ def is_array(annotation: Any) -> bool:
 def any_array(annotation: Any) -> Any:
     """The annotation for NumPy's and JAX's arrays alike: tests give both."""
     if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
-        return annotation.dtype[jax.Array | np.ndarray, annotation.dim_str]
-    if not typing.get_args(annotation):
-        return annotation
+        return annotation.dtype[jax.Array | np.ndarray | np.generic, annotation.dim_str]
+    if not is_array(annotation):
+        return Any
     args = tuple(map(any_array, typing.get_args(annotation)))
     origin = typing.get_origin(annotation)
     return (

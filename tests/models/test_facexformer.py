@@ -356,7 +356,9 @@ def test_fields_without_a_shape_matter(seen, image, field):
 
 def test_landmark_rule_both_ways(rng):
     """The crop's outer edges are -1 and 1, half a pixel beyond the outer pixel centres."""
-    np.testing.assert_allclose(to_pixels(np.array([-1.0, 0, 1]), 224), [-0.5, 111.5, 223.5])
+    np.testing.assert_allclose(
+        to_pixels(np.array([[-1.0, 0], [0, 1]]), 224), [[-0.5, 111.5], [111.5, 223.5]]
+    )
     pixels = rng.uniform(0, 63, (68, 2))
     np.testing.assert_allclose(to_pixels(from_pixels(pixels, 64), 64), pixels)
 
