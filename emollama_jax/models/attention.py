@@ -212,7 +212,7 @@ def _seen(
 
 def _example_forward(
     arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
-) -> tuple[Float[Array, "t n h"], tuple[Float[Array, "k gt"], ...]]:
+) -> tuple[Float[Array, "t n h"], tuple[Float[Array, "k _"], ...]]:
     """One example's result, and the logarithms of the softmax' denominators, block by block."""
     q, k, v, positions = arrays
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]

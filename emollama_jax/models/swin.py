@@ -203,7 +203,7 @@ class Swin(nnx.Module):
         )
         self.patch_size = cfg.patch_size
 
-    def __call__(self, pixels: Float[Array, "b s s 3"]) -> tuple[Float[Array, "b h w d"], ...]:
+    def __call__(self, pixels: Float[Array, "b s s 3"]) -> tuple[Float[Array, "b _ _ _"], ...]:
         """Runs all stages.
 
         Args:
