@@ -123,7 +123,7 @@ TEMPLATES = {
 }
 # Tokens that only a format may place, whatever a tokenizer's file says of them.
 CONTROL = frozenset(
-    token for template in TEMPLATES.values() for token in template.tokens if token[0] == "<"
+    token for template in TEMPLATES.values() for token in template.tokens if token not in (BOS, EOS)
 )
 
 

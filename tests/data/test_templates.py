@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import typing
 
 import numpy as np
 import pytest
@@ -270,6 +271,10 @@ def test_a_folder_names_its_format(tmp_path):
     for text in ("[]", '{"name": "zephyr", "system": ""}', '{"name": "chatml", "system": 3}'):
         with pytest.raises(UserError, match=r"template.json: .*wanted .*: convert again"):
             templates.read_template(text, name="template.json")
+
+
+def test_a_config_may_name_every_format():
+    assert typing.get_args(config.Template) == (*TEMPLATES, "weights")
 
 
 def test_programs_are_recognised():

@@ -31,7 +31,7 @@ def any_array(annotation: Any) -> Any:
     if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
         return annotation.dtype[jax.Array | np.ndarray | np.generic, annotation.dim_str]
     if not is_array(annotation):
-        return Any
+        return annotation if annotation is ... else Any
     args = tuple(map(any_array, typing.get_args(annotation)))
     origin = typing.get_origin(annotation)
     return (
