@@ -294,6 +294,7 @@ def _swap_bytes(image: ImageFile.ImageFile, *, pairs: bool) -> None:
     tiles = []
     for tile in image.tile:
         args = tile[3]
+        assert args is not None  # PNG and TIFF name the mode
         mode, *rest = (args,) if isinstance(args, str) else args
         mode = "RGBA" if pairs else mode[:-3] + swap[mode[-3:]]
         tiles.append((*tile[:3], mode if isinstance(args, str) else (mode, *rest)))

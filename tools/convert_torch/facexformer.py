@@ -15,7 +15,7 @@ from emollama_jax.config import FaceXFormerConfig, SwinConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.facexformer import TASKS
 from emollama_jax.models.swin import relative_index
-from tools.convert_torch.engine import PATCHES, Row, Transform, linear, norm
+from tools.convert_torch.engine import PATCHES, SAME, Row, Transform, linear, norm
 
 CHECKPOINT_KEY = "state_dict_backbone"
 IGNORE = {

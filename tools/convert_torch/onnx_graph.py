@@ -226,10 +226,9 @@ def _embeddings(graph: Graph, prefix: str) -> tuple[np.ndarray, np.ndarray, int]
     """The class token [1, 1, D], positions [1, 1 + P, D], and the patches' side."""
     kernel = f"{prefix}patch_embeddings.projection.weight"
     convolution = next((n for n in graph.operators("Conv") if kernel in n.input), None)
-    if convolution is None:
-        raise Unreadable(f"{kernel}: no convolution reads it: {ANOTHER}")
     value = graph.constant(kernel)
-    assert value is not None  # one of `named`
+    if convolution is None or value is None:
+        raise Unreadable(f"{kernel}: no constant that a convolution reads: {ANOTHER}")
     width, patch = value.shape[0], value.shape[-1]
     joined = _first(graph, convolution.output[0], "Concat", "Transpose")
     added = joined and _first(graph, joined.output[0], "Add")
