@@ -6,9 +6,12 @@ an `<image>`), L question tokens.
 
 import flax.struct
 import jax
+import numpy as np
 
 IMAGE_TOKEN = -200  # LLaMA-VID's IMAGE_TOKEN_INDEX: a place that a visual token takes
 IGNORE = -100  # LLaMA-VID's IGNORE_INDEX: a label that bears no loss
+
+Array = jax.Array | np.ndarray  # NumPy's until it is placed on devices
 
 
 @flax.struct.dataclass
@@ -19,14 +22,14 @@ class Batch:
     token, frame after frame, so that T is static and the merge is a gather.
     """
 
-    frames: jax.Array  # uint8 [B, M, S, S, 3], S the vision tower's image size
-    faces: jax.Array  # uint8 [B, M, Sf, Sf, 3], the face crop at FaceXFormer's image size
-    face_found: jax.Array  # bool [B, M]; False: `faces` and `landmarks` are zeros
-    landmarks: jax.Array  # float32 [B, M, 68, 2], (x, y) in the crop, -1 … 1 (FaceXFormer's rule)
-    ids: jax.Array  # int32 [B, T], right-padded with the pad id
-    labels: jax.Array  # int32 [B, T], IGNORE where no loss is borne; not shifted
-    length: jax.Array  # int32 [B], tokens before the padding
-    questions: jax.Array  # int32 [B, R, L], the Q-Former's text, right-padded
-    question_mask: jax.Array  # bool [B, R, L]
-    weight: jax.Array  # float32 [B], 0 for a sentinel that stands for broken media
-    index: jax.Array  # int64-safe int32 [B], the example's position in its source
+    frames: Array  # uint8 [B, M, S, S, 3], S the vision tower's image size
+    faces: Array  # uint8 [B, M, Sf, Sf, 3], the face crop at FaceXFormer's image size
+    face_found: Array  # bool [B, M]; False: `faces` and `landmarks` are zeros
+    landmarks: Array  # float32 [B, M, 68, 2], (x, y) in the crop, -1 … 1 (FaceXFormer's rule)
+    ids: Array  # int32 [B, T], right-padded with the pad id
+    labels: Array  # int32 [B, T], IGNORE where no loss is borne; not shifted
+    length: Array  # int32 [B], tokens before the padding
+    questions: Array  # int32 [B, R, L], the Q-Former's text, right-padded
+    question_mask: Array  # bool [B, R, L]
+    weight: Array  # float32 [B], 0 for a sentinel that stands for broken media
+    index: Array  # int64-safe int32 [B], the example's position in its source

@@ -11,6 +11,7 @@ import pathlib
 
 import numpy as np
 import tyro
+from etils import epath
 
 from emollama_jax import checkpoint, packed, runs
 from emollama_jax.base import base_reference, chosen
@@ -76,7 +77,7 @@ def _sources(cfg: Config) -> list[str]:
     return list(dict.fromkeys(f"{source.name}:{source.split}" for source in cfg.data.sources))
 
 
-def _last(file: pathlib.Path) -> dict[str, float]:
+def _last(file: epath.Path) -> dict[str, float]:
     """The last step's metrics; nothing where the log is not beside the checkpoints."""
     rows = read_metrics(file) if file.exists() else []
     return {key: rows[-1][key] for key in ("step", "loss", "accuracy")} if rows else {}

@@ -222,7 +222,7 @@ def _tile(example: Mapping[str, Any], label: str, *, strip: bool) -> Image.Image
         picture = Image.fromarray(frame)
         picture.thumbnail((TILE - 4, TILE - 4))
         scale = (TILE - 4) / max(picture.size)
-        size = tuple(max(round(side * scale), 1) for side in picture.size)
+        size = [max(round(side * scale), 1) for side in picture.size]
         tile.paste(picture.resize(size, Image.Resampling.BICUBIC), (i * TILE + 2, 2))
     ImageDraw.Draw(tile).text((4, TILE), label, fill="black")
     return tile

@@ -20,6 +20,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
+from typing import TypeGuard
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -373,7 +374,7 @@ def _packed_frame(source: Source, archive: zipfile.ZipFile, name: str) -> Pictur
         raise UserError(f"{name_of(source)}, frame {name}: {one_line(error)}") from None
 
 
-def _is_folder(source: Source) -> bool:
+def _is_folder(source: Source) -> TypeGuard[str | os.PathLike]:
     return not isinstance(source, bytes) and os.path.isdir(source)
 
 

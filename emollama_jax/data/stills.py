@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import Image
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from emollama_jax.data.file_kinds import HOW_TO_CONVERT, one_line
 from emollama_jax.errors import UserError
@@ -69,7 +69,7 @@ def _quiet() -> None:
 
 
 @contextmanager
-def opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+def opened(file: BinaryIO, name: str) -> Iterator[ImageFile.ImageFile]:
     """An open picture; whatever goes wrong with it becomes one line.
 
     Raises:
@@ -198,7 +198,7 @@ def _flatten(image: Image.Image) -> Picture:
         from PIL import ImageCms
 
         profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        image = ImageCms.buildTransform(*profiles, "LAB", "RGB").apply(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -222,25 +222,26 @@ def _upright(image: Image.Image) -> Image.Image:
 # --- sixteen bits ---
 
 
-def _is_deep(image: Image.Image, data: bytes) -> bool:
+def _is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
     if image.format == "PNG":
         return data[24] == 16
-    if image.format == "TIFF":
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         deep = np.max(image.tag_v2.get(_BITS, 1)) > 8
         return deep and image.mode not in ("F", "CMYK")  # dark ink is light: 16 bits are 16
     return False
 
 
-def _deep_rgb(image: Image.Image, data: bytes, name: str) -> Picture:
+def _deep_rgb(image: ImageFile.ImageFile, data: bytes, name: str) -> Picture:
     declared = _declared_bits(image, data)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         image.load()
         levels = np.asarray(_upright(image))
         opaque = None if clear is None else levels != clear
-        inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
+        inverted = tags.get(_PHOTOMETRIC) == 0
         return _grey(levels, opaque, bits=declared, name=name, inverted=inverted)
-    planes = image.format == "TIFF" and image.tag_v2.get(_PLANES) == 2
+    planes = tags.get(_PLANES) == 2
     mixed = planes and image.tile[0][0] == "raw"  # Pillow takes both bytes for pixels
     if clear is None and declared in (None, 16) and not mixed:
         image.load()
@@ -266,7 +267,9 @@ def _deep_rgb(image: Image.Image, data: bytes, name: str) -> Picture:
     return _flatten(Image.fromarray(np.dstack([rgb, alpha])))
 
 
-def _deep_colours(image: Image.Image, data: bytes, name: str) -> UInt16[np.ndarray, "h w c"]:
+def _deep_colours(
+    image: ImageFile.ImageFile, data: bytes, name: str
+) -> UInt16[np.ndarray, "h w c"]:
     """All sixteen bits of colours, of which Pillow keeps eight: the file is read twice."""
     grey_alpha = image.format == "PNG" and data[25] == 4
     with opened(io.BytesIO(data), name) as other:
@@ -279,7 +282,7 @@ def _deep_colours(image: Image.Image, data: bytes, name: str) -> UInt16[np.ndarr
     return np.asarray(_upright(image)).astype(np.uint16) << 8 | low
 
 
-def _swap_bytes(image: Image.Image, *, pairs: bool) -> None:
+def _swap_bytes(image: ImageFile.ImageFile, *, pairs: bool) -> None:
     """Makes Pillow, which reads the high byte of 16-bit colours, read the low one.
 
     Args:
@@ -291,15 +294,16 @@ def _swap_bytes(image: Image.Image, *, pairs: bool) -> None:
     tiles = []
     for tile in image.tile:
         args = tile[3]
+        assert args is not None  # PNG and TIFF name the mode
         mode, *rest = (args,) if isinstance(args, str) else args
         mode = "RGBA" if pairs else mode[:-3] + swap[mode[-3:]]
         tiles.append((*tile[:3], mode if isinstance(args, str) else (mode, *rest)))
     image.tile = [type(old)(*new) for old, new in zip(image.tile, tiles, strict=True)]
 
 
-def _declared_bits(image: Image.Image, data: bytes) -> int | None:
+def _declared_bits(image: ImageFile.ImageFile, data: bytes) -> int | None:
     """Bits that the file says are meant; None if it says nothing."""
-    if image.format == "PNG":
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):  # the other deep format is PNG
         return _png_bits(data)
     stored = int(np.max(image.tag_v2[_BITS]))
     if stored < 16:

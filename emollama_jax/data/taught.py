@@ -72,7 +72,7 @@ def write_labels(path: pathlib.Path, labels: Labels, of: Mapping[str, str]) -> N
 def write_columns(path: pathlib.Path, columns: Mapping[str, np.ndarray]) -> None:
     """Writes an `.npz` file that appears whole or not at all."""
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **columns)
+    np.savez(partial, **columns)  # ty: ignore[invalid-argument-type]  # "allow_pickle" is no column
     partial.replace(path)
 
 

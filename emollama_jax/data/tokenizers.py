@@ -47,6 +47,8 @@ class Tokenizer(Protocol):
     eos: int  # BERT: [SEP]
     pad: int
 
+    def __hash__(self) -> int: ...  # a key of caches
+
     def encode(self, text: str) -> list[int]:
         """The ids of a piece of text, without special tokens."""
         ...

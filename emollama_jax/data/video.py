@@ -48,7 +48,7 @@ def opened(source: Source, *, formats: str = CONTAINERS) -> Iterator[tuple[Any, 
     Raises:
         UserError: no video, no decoder for it, frames over MAX_PIXELS, broken.
     """
-    import av  # imported here: FFmpeg's libraries are large and most commands need none
+    import av.stream  # imported here: FFmpeg's libraries are large and most commands need none
 
     name = name_of(source)
     file = (

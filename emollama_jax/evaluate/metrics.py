@@ -147,7 +147,8 @@ def bootstrap(
             raise ValueError(f"{len(clusters)} clusters for {len(cells)} items: wanted one each")
         number = {cluster: n for n, cluster in enumerate(dict.fromkeys(clusters))}
         members = np.zeros((len(number), classes * (classes + 1)))
-        np.add.at(members, ([number[cluster] for cluster in clusters], cells), 1)
+        rows = [number[cluster] for cluster in clusters]
+        np.add.at(members, (rows, cells), 1)  # ty: ignore[invalid-argument-type]  # stubs lack tuples
         share = np.full(len(number), 1 / len(number))
         drawn = rng.multinomial(len(number), share, size=samples) @ members
     resampled = drawn.reshape(samples, classes, classes + 1)

@@ -1,5 +1,6 @@
 """Gemini through Google's own SDK, `google-genai`."""
 
+import functools
 import json
 import os
 import re
@@ -103,25 +104,27 @@ class Gemini:
 
 def _reply(response: Any) -> Reply:
     usage = response.usage_metadata
-    counted: dict[str, int | None] = {}
+    reply = functools.partial(Reply)
     if usage is not None:
         output = (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0)
-        counted = {"input_tokens": usage.prompt_token_count, "output_tokens": output}
+        reply = functools.partial(
+            Reply, input_tokens=usage.prompt_token_count, output_tokens=output
+        )
     if not response.candidates:
         feedback = response.prompt_feedback
         if feedback is None or feedback.block_reason is None:
-            return Reply(text="", finish="blocked", why="an empty response", **counted)
+            return reply(text="", finish="blocked", why="an empty response")
         why = f"prompt, {feedback.block_reason.value}"
-        return Reply(text="", finish="blocked", why=why, final=True, **counted)
+        return reply(text="", finish="blocked", why=why, final=True)
     candidate = response.candidates[0]
     parts = (candidate.content and candidate.content.parts) or []
     text = "".join(part.text for part in parts if part.text and not part.thought)
     reason = getattr(candidate.finish_reason, "value", "STOP")
     if reason == "MAX_TOKENS":
-        return Reply(text=text, finish="cut", **counted)
+        return reply(text=text, finish="cut")
     if reason != "STOP":
-        return Reply(text=text, finish="blocked", why=f"answer, {reason}", **counted)
-    return Reply(text=text, finish="stop", **counted)
+        return reply(text=text, finish="blocked", why=f"answer, {reason}")
+    return reply(text=text, finish="stop")
 
 
 def _trouble(error: Any) -> Trouble:

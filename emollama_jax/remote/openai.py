@@ -1,6 +1,7 @@
 """Any endpoint that speaks OpenAI's chat completions: vLLM, llama.cpp, Ollama, hosted ones."""
 
 import base64
+import functools
 import os
 import re
 from typing import Any
@@ -85,18 +86,19 @@ def _part(part: str | bytes) -> dict[str, Any]:
 def _reply(tree: dict[str, Any]) -> Reply:
     choice, usage = tree["choices"][0], tree.get("usage") or {}
     text = choice["message"].get("content") or ""
-    counted = {
-        "input_tokens": usage.get("prompt_tokens"),
-        "output_tokens": usage.get("completion_tokens"),
-    }
+    reply = functools.partial(
+        Reply,
+        input_tokens=usage.get("prompt_tokens"),
+        output_tokens=usage.get("completion_tokens"),
+    )
     reason = choice.get("finish_reason")
     if reason == "length":
-        return Reply(text=text, finish="cut", **counted)
+        return reply(text=text, finish="cut")
     refusal = choice["message"].get("refusal")
     if reason == "content_filter" or refusal:
         why = one_line(refusal or "content_filter")
-        return Reply(text=text, finish="blocked", why=f"answer, {why}", **counted)
-    return Reply(text=text, finish="stop", **counted)
+        return reply(text=text, finish="blocked", why=f"answer, {why}")
+    return reply(text=text, finish="stop")
 
 
 def _trouble(response: httpx2.Response) -> Trouble:

@@ -82,11 +82,11 @@ def _settings(opened: Opened) -> dict[str, Any] | None:
     held = opened.named(ADAPTER)
     if opened.tensors and not held:
         opened.problems.append(f"no {ADAPTER} beside the weights: it holds r and lora_alpha")
-    first = next(iter(held), None)
+    first, wanted = next(iter(held.items()), (None, None))
     for path, settings in held.items():
-        if settings != held[first]:
+        if settings != wanted:
             opened.problems.append(f"{path}: other settings than {first} has: name one adapter")
-    return held.get(first)
+    return wanted
 
 
 def _one_naming(opened: Opened) -> dict[str, re.Match[str]]:

@@ -244,7 +244,7 @@ def convert(
         groups = map(begin, _groups(_in_file_order(plan), targets))
         before: list[mmap.mmap] = []
         # The next group is being read while this one waits for the last one to be written.
-        for group, _ in itertools.pairwise(itertools.chain(groups, [None])):
+        for group, _ in itertools.pairwise(itertools.chain(groups, [Reading([], [])])):
             arrays = dict(future.result() for future in group.arrays)
             writer.add(arrays)  # the group before is on the disk now
             written += sum(array.nbytes for array in arrays.values())
@@ -354,7 +354,8 @@ def _place(leaf: Leaf, slot: int, dtype: np.dtype, place: NamedSharding, empty: 
     """Reads a layer, or a whole leaf, to its devices, each only its part."""
     held: dict[tuple, np.ndarray] = {}
 
-    def part(window: tuple[slice, ...]) -> np.ndarray:
+    def part(window: tuple[slice, ...] | None) -> np.ndarray:
+        assert window is not None  # each device of a NamedSharding has one
         key = tuple((cut.start, cut.stop) for cut in window)
         if key not in held:  # replicas are read once
             held[key] = leaf.read(slot, dtype, window, empty)

@@ -163,17 +163,19 @@ class Row:
         return index >= 0 and index % self.stride == 0
 
 
-def linear(torch: str, path: str, *, bias: bool, **numbering: int) -> list[Row]:
+def linear(torch: str, path: str, *, bias: bool, first: int = 0, stride: int = 1) -> list[Row]:
     """The rows of a Linear: kernel and, where it has one, bias."""
-    rows = [Row(f"{torch}.weight", f"{path}/kernel", TRANSPOSE, **numbering)]
-    return rows + ([Row(f"{torch}.bias", f"{path}/bias", **numbering)] if bias else [])
+    rows = [Row(f"{torch}.weight", f"{path}/kernel", TRANSPOSE, first=first, stride=stride)]
+    return rows + (
+        [Row(f"{torch}.bias", f"{path}/bias", first=first, stride=stride)] if bias else []
+    )
 
 
-def norm(torch: str, path: str, **numbering: int) -> list[Row]:
+def norm(torch: str, path: str, *, first: int = 0, stride: int = 1) -> list[Row]:
     """The rows of a LayerNorm."""
     return [
-        Row(f"{torch}.weight", f"{path}/scale", **numbering),
-        Row(f"{torch}.bias", f"{path}/bias", **numbering),
+        Row(f"{torch}.weight", f"{path}/scale", first=first, stride=stride),
+        Row(f"{torch}.bias", f"{path}/bias", first=first, stride=stride),
     ]
 
 

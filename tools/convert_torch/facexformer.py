@@ -15,7 +15,7 @@ from emollama_jax.config import FaceXFormerConfig, SwinConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.facexformer import TASKS
 from emollama_jax.models.swin import relative_index
-from tools.convert_torch.engine import PATCHES, Row, Transform, linear, norm
+from tools.convert_torch.engine import PATCHES, SAME, Row, Transform, linear, norm
 
 CHECKPOINT_KEY = "state_dict_backbone"
 IGNORE = {
@@ -60,7 +60,7 @@ def swin(cfg: SwinConfig, *, torch: str = "backbone.0", path: str = "face/swin")
             table = "attn.relative_position_bias_table"
             rows += [
                 *norm(f"{theirs}.norm1", f"{ours}/norm1", **numbering),
-                Row(f"{theirs}.{table}", f"{ours}/{table.replace('.', '/')}", **numbering),
+                Row(f"{theirs}.{table}", f"{ours}/{table.replace('.', '/')}", SAME, **numbering),
                 *linear(f"{theirs}.attn.qkv", f"{ours}/attn/qkv", bias=True, **numbering),
                 *linear(f"{theirs}.attn.proj", f"{ours}/attn/proj", bias=True, **numbering),
                 *norm(f"{theirs}.norm2", f"{ours}/norm2", **numbering),

@@ -172,7 +172,7 @@ def _sentencepiece(
     scores = held.get(f"{GGML}scores") or []
     if len(scores) != len(tokens):
         raise ValueError(f"its tokenizer has {len(tokens)} tokens and {len(scores)} scores")
-    model = proto.ModelProto()
+    model = proto.ModelProto()  # ty: ignore[missing-attribute]  # protobuf makes it on import
     for token, score, kind in zip(tokens, scores, types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
     unknown = [i for i, kind in enumerate(types) if kind == UNKNOWN]
@@ -181,7 +181,7 @@ def _sentencepiece(
     if "bos_token" not in named:
         raise ValueError(f"{GGML}{IDS['bos_token']} is missing: no token starts a text")
     spec = model.trainer_spec
-    spec.model_type = proto.TrainerSpec.BPE
+    spec.model_type = spec.BPE
     spec.vocab_size = len(tokens)
     spec.byte_fallback = BYTE in types
     spec.unk_id, spec.bos_id, spec.eos_id = unknown[0], named["bos_token"], named["eos_token"]

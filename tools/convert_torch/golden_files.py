@@ -164,7 +164,7 @@ def _both(folder: pathlib.Path, name: str) -> bool:
     """Whether a set of a manifest and arrays is there."""
     there = {end: (folder / f"{name}{end}").is_file() for end in (".json", ".npz")}
     if len(set(there.values())) > 1:
-        has, lacks = sorted(there, key=there.get, reverse=True)
+        has, lacks = sorted(there, key=there.__getitem__, reverse=True)
         raise UserError(
             f"{folder / name}{lacks}: missing beside {name}{has}: copy it there, or delete {has}"
         )

@@ -173,8 +173,7 @@ def render(program: str, messages: Messages, tokens: Mapping[str, str | None]) -
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     sandbox.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    sandbox.globals["raise_exception"] = refuse
-    return sandbox.from_string(program).render(
+    return sandbox.from_string(program, globals={"raise_exception": refuse}).render(
         messages=messages, add_generation_prompt=True, tools=None, documents=None, **tokens
     )
 

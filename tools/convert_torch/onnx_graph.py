@@ -226,9 +226,9 @@ def _embeddings(graph: Graph, prefix: str) -> tuple[np.ndarray, np.ndarray, int]
     """The class token [1, 1, D], positions [1, 1 + P, D], and the patches' side."""
     kernel = f"{prefix}patch_embeddings.projection.weight"
     convolution = next((n for n in graph.operators("Conv") if kernel in n.input), None)
-    if convolution is None:
-        raise Unreadable(f"{kernel}: no convolution reads it: {ANOTHER}")
     value = graph.constant(kernel)
+    if convolution is None or value is None:
+        raise Unreadable(f"{kernel}: no constant that a convolution reads: {ANOTHER}")
     width, patch = value.shape[0], value.shape[-1]
     joined = _first(graph, convolution.output[0], "Concat", "Transpose")
     added = joined and _first(graph, joined.output[0], "Add")
@@ -236,8 +236,9 @@ def _embeddings(graph: Graph, prefix: str) -> tuple[np.ndarray, np.ndarray, int]
         raise Unreadable(f"{prefix}position_embeddings: no Add after the class token: {ANOTHER}")
     cls = [x for x in graph.constants(joined.input[0]).values() if x.shape[-1] == width]
     other = next(x for x in added.input if graph.back(x, PASSING) is not joined)
-    found = [_by_row(x, width) for x in graph.constants(other).values() if x.ndim > 2]
-    if len(cls) != 1 or not found or any(x is None for x in found):
+    held = [x for x in graph.constants(other).values() if x.ndim > 2]
+    found = [rows for x in held if (rows := _by_row(x, width)) is not None]
+    if len(cls) != 1 or not found or len(found) < len(held):
         shapes = ", ".join(str(x.shape) for x in graph.constants(other).values())
         raise Unreadable(
             f"{prefix}position_embeddings: made from constants of shape {shapes or 'none'}, wanted "

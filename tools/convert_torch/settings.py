@@ -206,7 +206,7 @@ def _into(fields: dict[str, Any], name: str, read: Callable[[], Any]) -> list[st
 
 def read_sizes(
     opened: Opened,
-    found: Mapping[pathlib.PurePath, Mapping[str, Any]],
+    found: Mapping[pathlib.Path, Mapping[str, Any]],
     cfg: EmoLlamaConfig,
     *,
     plain: Mapping[str, Sequence[Any]],

@@ -152,7 +152,9 @@ def _convolution(weights: Weights, name: str, x: Maps, *, stride: int) -> Maps:
 
 def _separable(weights: Weights, name: str, x: Maps, *, stride: int = 1) -> Maps:
     filters = weights[f"{name}/depthwise_filter"][..., 0]  # [3, 3, C]
-    y = sum(part * filters[at] for at, part in _windows(x, stride, outside=0))
+    y = functools.reduce(
+        jnp.add, (part * filters[at] for at, part in _windows(x, stride, outside=0))
+    )
     return _product(y, weights[f"{name}/pointwise_filter"][0, 0]) + weights[f"{name}/bias"]
 
 

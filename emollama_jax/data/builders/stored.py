@@ -38,8 +38,11 @@ class Index:
 
     def at(self, positions: Sequence[int]) -> "Index":
         """The entries at positions."""
-        columns = (self.ids, self.labels, self.digests)
-        return Index(*([column[i] for i in positions] for column in columns))
+        return Index(
+            ids=[self.ids[i] for i in positions],
+            labels=[self.labels[i] for i in positions],
+            digests=[self.digests[i] for i in positions],
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,19 +65,20 @@ def final_answer(text: str) -> str | None:
         What follows the reasoning, or what is marked as the answer; None where the reasoning has
         no end.
     """
-    text = _channel(text)
-    if text is None:
+    final = _channel(text)
+    if final is None:
         return None
-    text = re.sub(r"\s{9,}", lambda found: found[0][:9], _ended(text))
+    text = re.sub(r"\s{9,}", lambda found: found[0][:9], _ended(final))
     for pattern, tag in _OTHER:
         text = re.sub(pattern, tag, text, flags=re.IGNORECASE)
     kept = _without_reasoning(text)
     if kept is None:
-        found = [*_WRAPPED.finditer(text)]  # some forget the end tag, but not the answer
-        closed = found and re.search(r"</[^<>]*>\s*\Z", found[-1][0]) and found[-1].end()
-        if not closed or text[closed:].strip():
+        # Some forget the end tag, but not the answer.
+        last = next(reversed([*_WRAPPED.finditer(text)]), None)
+        closed = last and re.search(r"</[^<>]*>\s*\Z", last[0])
+        if last is None or not closed or text[last.end() :].strip():
             return None
-        return _LATEX.sub(r"\1", found[-1]["inside"]).strip()
+        return _LATEX.sub(r"\1", last["inside"]).strip()
     kept = _first_turn(kept)
     wrapped = [found["inside"] for found in _WRAPPED.finditer(kept)]
     if wrapped:
