@@ -166,7 +166,7 @@ class Encoder:
 
     def cut(
         self,
-        pictures: Sequence[UInt8[np.ndarray, "h w 3"]],
+        pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]],
         *,
         kind: Kind,
         which: Int[np.ndarray, " m"],

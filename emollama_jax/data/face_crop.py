@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Real, UInt8
 from PIL import Image
 
 from emollama_jax.errors import UserError
@@ -46,7 +46,7 @@ def largest(faces: Faces) -> int | None:
     return int(np.argmax(_area(faces.boxes))) if len(faces.boxes) else None
 
 
-def crop_box(box: Float[np.ndarray, "4"], margin: float, *, width: int, height: int) -> Crop:
+def crop_box(box: Real[np.ndarray, "4"], margin: float, *, width: int, height: int) -> Crop:
     """The rectangle around a face that FaceXFormer reads.
 
     Args:
@@ -73,7 +73,7 @@ def crop_box(box: Float[np.ndarray, "4"], margin: float, *, width: int, height: 
 
 
 def crop_face(
-    picture: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"], margin: float, size: int
+    picture: UInt8[np.ndarray, "h w 3"], box: Real[np.ndarray, "4"], margin: float, size: int
 ) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], Crop]:
     """Cuts a face out and resizes it, its shape not kept, as FaceXFormer does (Pillow, bicubic).
 

@@ -161,7 +161,7 @@ def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
 
 
 def faces(
-    frames: Sequence[UInt8[np.ndarray, "h w 3"]],
+    frames: Sequence[UInt8[np.ndarray, "_ _ 3"]],
     landmarks: Sequence[Float[np.ndarray, "68 2"] | None],
     *,
     alt: str,

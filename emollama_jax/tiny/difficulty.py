@@ -18,7 +18,7 @@ PENALTIES = (1e-3, 1e-2, 1e-1)  # of the squared weights; the best on the valida
 STEPS = 300
 
 
-def grey(pictures: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "n p"]:
+def grey(pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "n p"]:
     """48 × 48 grey pixels of each picture, 0 … 1."""
     small = (
         Image.fromarray(picture).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)

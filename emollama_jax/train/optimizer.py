@@ -18,7 +18,7 @@ from emollama_jax.config import TrainConfig
 
 ADAM_EPS = 1e-8  # torch's default, which LLaVA keeps
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def warmup_cosine(cfg: TrainConfig) -> Schedule:
     """
     warmup = round(cfg.warmup * cfg.steps)
 
-    def share(t: Int[Array, ""]) -> Float[Array, ""]:
+    def share(t: Int[Array, ""] | int) -> Float[Array, ""]:
         t = jnp.asarray(t, jnp.float32)
         rise = (t + 1) / max(warmup, 1)
         course = jnp.clip((t - warmup) / max(cfg.steps - warmup, 1), 0, 1)

@@ -74,7 +74,7 @@ def test_a_pixel_is_drawn_where_its_point_goes(flip, angle, scale, shift):
     point = (np.array([[[20, 10]]], np.float32) + 0.5) * 2 / 32 - 1
     placed = Placement(
         flip=jnp.array([flip]),
-        angle=jnp.array([angle]),
+        angle=jnp.array([float(angle)]),
         scale=jnp.array([float(scale)]),
         shift=jnp.array([shift], jnp.float32),
     )
