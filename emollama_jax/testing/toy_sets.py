@@ -79,7 +79,11 @@ def prior(frames: int, *, found: bool = True) -> Prior:
     boxes = np.tile(np.array([10, 10, 30, 30], np.float32), (frames, 1))
     landmarks = np.linspace(-1, 1, frames * 136).reshape(frames, 68, 2).astype(np.float32)
     return Prior(
-        boxes, np.full(frames, found), landmarks, np.array([2, 1, 2]), np.array([0.9, 0.8, 0.7])
+        boxes,
+        np.full(frames, found),
+        landmarks,
+        np.array([2, 1, 2]),
+        np.array([0.9, 0.8, 0.7], np.float32),
     )
 
 

@@ -18,7 +18,9 @@ import numpy as np
 
 
 def is_array(annotation: Any) -> bool:
-    """Whether an annotation, or a part of it, is jaxtyping's."""
+    """Whether an annotation, or a part of it, is jaxtyping's; what is called is not looked into."""
+    if typing.get_origin(annotation) is Callable:
+        return False
     if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
         return True
     return any(map(is_array, typing.get_args(annotation)))
