@@ -114,7 +114,7 @@ def chosen(
     if key == "trainable" and not found:
         raise UserError(
             f"train.trainable: {', '.join(patterns) or 'no pattern'}: this model has no such part, "
-            "so nothing would train: name another"
+            "so nothing would train: choose others"
         )
     return found
 
@@ -199,7 +199,7 @@ def load_face(cfg: Config) -> FaceXFormer:
     if absent := [path for path in leaves if path not in where]:
         raise UserError(
             f"weights: {absent[0]} is in none of {', '.join(config_weights.folders(cfg.weights))}: "
-            "import FaceXFormer with python -m tools.convert_torch and name its folder too"
+            "convert FaceXFormer with python -m tools.convert_torch and add its folder"
         )
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
@@ -219,7 +219,7 @@ def base_reference(cfg: Config) -> dict[str, Any]:
     for tower in _towers(cfg):
         path = tower_file(tower)
         if not path.is_file():
-            raise UserError(f"{path}: the package's weights are missing: install it again")
+            raise UserError(f"{path}: the package's weights are missing: reinstall it")
         digests[path.stem] = hashlib.sha256(path.read_bytes()).hexdigest()
     if cfg.weights == "tiny":
         return {"weights": "tiny", "sha256": digests}
@@ -271,7 +271,7 @@ def _folders(cfg: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ep
     where = imported.check_base(config_weights.folders(cfg.weights), cfg.model, shapes)
     for path in _tiny_paths(cfg, where):
         tower = f"{config_weights.ONE}{path.split('/')[0]}"
-        raise UserError(f"{path}: both in {where[path]} and in {tower}: name one of them")
+        raise UserError(f"{path}: both in {where[path]} and in {tower}: keep one of them")
     return where
 
 

@@ -124,7 +124,7 @@ class Checkpoints:
         difference = _first_difference(before, self._metadata["config"])
         if difference is not None:
             raise UserError(
-                f"{path}: checkpoint of another config: {difference}; go back to that config or "
+                f"{path}: checkpoint of another config: {difference}; use that config or "
                 "choose another folder"
             )
         _check_base(path, saved["base"], self._metadata["base"])
@@ -219,7 +219,7 @@ def _instead(path: epath.Path) -> str:
     steps = sorted(int(p.name) for p in path.parent.iterdir() if p.name.isdigit())
     older = [step for step in steps if step < int(path.name)]
     if not older:
-        return "delete this folder and train anew; there is no earlier step"
+        return "delete this folder and train again; there is no earlier step"
     there = ", ".join(map(str, older))
     return f"delete this folder to go back to step {older[-1]} (earlier steps there: {there})"
 

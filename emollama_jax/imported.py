@@ -99,7 +99,7 @@ class Writer:
         self.out = out.absolute()
         self._files = dict(files or {})
         if out.exists():
-            raise UserError(f"{out}: is there already: delete it, or name another folder")
+            raise UserError(f"{out}: already exists: delete it, or choose another folder")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -383,11 +383,11 @@ def check_base(
                 if now.get(section, {}).get(key) != value:
                     raise UserError(
                         f"{folder}: made for model.{section}.{key} {value!r}, the config has "
-                        f"{now.get(section, {}).get(key)!r}: set it alike"
+                        f"{now.get(section, {}).get(key)!r}: set both to the same value"
                     )
         for path, leaf in leaves.items():
             if path in where:
-                raise UserError(f"{path}: both in {where[path]} and in {folder}: name one of them")
+                raise UserError(f"{path}: both in {where[path]} and in {folder}: keep one of them")
             if path not in shapes:
                 raise UserError(f"{folder}: {path} has no place in this model")
             if tuple(leaf.shape) != tuple(shapes[path]):

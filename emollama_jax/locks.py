@@ -61,7 +61,7 @@ def lock_file(path: pathlib.Path, *, busy: str) -> int:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             os.close(file)
             raise
-        _log.warning("%s: this disk has no locks: run one process at a time", path)
+        _log.warning("%s: this disk does not support locks: run one process at a time", path)
     except BaseException:
         os.close(file)
         raise
@@ -109,7 +109,7 @@ def _hold_object(folder: epath.Path, instead: str) -> Iterator[None]:
         if holder is None:
             continue  # it was released just now
         if not _died(holder):
-            _log.warning("%s: watching for %g s if it lives", _where(folder, holder), WATCH)
+            _log.warning("%s: waiting %g s to see if it is alive", _where(folder, holder), WATCH)
             if _renewed(storage, name, holder):
                 raise UserError(_busy(folder, holder, instead))
         _log.warning("%s: that process died; its lock is removed", _where(folder, holder))
@@ -160,7 +160,7 @@ def _renew(storage: Any, name: str, holder: dict[str, Any], over: threading.Even
             count += 1
             storage.pipe_file(name, json.dumps(holder | {"renewed": count}).encode())
         except Exception as error:  # a bucket that fails now and then must not end a run
-            _log.warning("%s: cannot be renewed: %s", name, error)
+            _log.warning("%s: cannot renew the lock: %s", name, error)
 
 
 def _renewed(storage: Any, name: str, holder: dict[str, Any]) -> bool:

@@ -144,7 +144,7 @@ def _named(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, str]]
         elif len(row) != len(names):
             raise UserError(
                 f"{path}, line {line}: {len(row)} cells under a header of {len(names)}; "
-                "put text that holds the separator into quotes"
+                "quote text that contains the separator"
             )
         else:
             yield line, {n: cell for n, cell in zip(names, row, strict=True) if n}
@@ -195,7 +195,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {name!r} stands twice")
+        raise ValueError(f"the key {name!r} is given twice")
     return found
 
 

@@ -71,7 +71,7 @@ BAD = [
     (("demo", "--quik"), "did you mean --quick?"),
     (("plan", "tiny", "--topolgy=v5e:2x4"), "did you mean --topology?"),
     (("zero-shot", "--modle", "hf:x"), "did you mean --model?"),
-    (("train", "tiny", "a=1", "--out", "x", "b=2"), "b=2: overrides stand before options"),
+    (("train", "tiny", "a=1", "--out", "x", "b=2"), "b=2: overrides go before options"),
     (("data", "prepare", "raf_db", "--fold", "x"), "--fold is x, wanted INT"),
     (("eval", "x", "--answering", "gues"), "invalid choice 'gues'"),
     (("train", "nope"), "no such config"),
@@ -88,7 +88,7 @@ BAD = [
     (("data", "prepare", "affectnet"), "did you mean affectnet"),
     (("data", "prepare", "actionfaces/films"), "films"),
     (("data", "prepare", "actionfaces/image"), "did you mean images?"),
-    (("data", "prepare", "raf_db"), "say where the set lies: --source DIR"),
+    (("data", "prepare", "raf_db"), "give its location: --source DIR"),
     (("data", "prepare", "actionfaces/clips", "--source", "."), "is drawn, not read"),
     (("data", "prepare", "raf_db", "--source", "none"), "--source none: no such file or folder"),
     (("data", "prepare", "dfew", "--source", ".", "--fold", "6"), "has the folds 1 … 5"),
@@ -241,7 +241,7 @@ def test_a_fault_of_ours_asks_for_a_report(capsys, monkeypatch, tmp_path, error)
     failing(monkeypatch, error)
     status, err = run(capsys, "train", "--steps", "7")
     assert status == 70
-    assert "probably a fault of ours" in err and "emollama train --steps 7" in err
+    assert "probably our bug" in err and "emollama train --steps 7" in err
     assert f"jax {jax.__version__}" in err and "in run\n" in err
     (saved,) = tmp_path.glob("emollama-*.txt")
     assert str(saved) in err and "Traceback" in saved.read_text()

@@ -31,7 +31,7 @@ class Chat:
             names = ", ".join("bos_token" if name == BOS else name for name in missing)
             raise UserError(
                 f"the conversation format {template.name} needs special tokens that the LLM's "
-                f"tokenizer lacks ({names}): name another data.template or data.llm_tokenizer"
+                f"tokenizer lacks ({names}): choose another data.template or data.llm_tokenizer"
             )
         self._ids = {token: int(i) for token, i in found.items() if i is not None}
         self.end = self._ids[template.end]

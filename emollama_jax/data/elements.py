@@ -68,7 +68,7 @@ class Encoder:
                 part = {"llm": "llama", "question": "qformer"}[name]
                 raise UserError(
                     f"data.{name}_tokenizer has {size} entries and model.{part}.vocab_size is "
-                    f"{rows}: name the tokenizer that the weights were trained with"
+                    f"{rows}: use the tokenizer that the weights were trained with"
                 )
         if not 3 <= cfg.data.question_length <= cfg.model.qformer.max_positions:
             raise UserError(

@@ -64,7 +64,7 @@ def crop_box(box: Float[np.ndarray, "4"], margin: float, *, width: int, height: 
     if not (np.isfinite([x1, y1, x2, y2]).all() and x1 < x2 and y1 < y2):
         raise UserError(f"box {_words(box)}: wanted finite x1 < x2 and y1 < y2")
     if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        raise UserError(f"box {_words(box)} lies outside its picture of {width}×{height} pixels")
+        raise UserError(f"box {_words(box)} is outside its picture of {width}×{height} pixels")
     across = np.float32(margin / 2) * (x2 - x1)
     down = np.float32(margin / 2) * (y2 - y1)
     left, top = int(max(x1 - across, 0)), int(max(y1 - down, 0))

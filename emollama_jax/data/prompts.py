@@ -107,7 +107,7 @@ def read_turns(conversation: Conversation) -> tuple[Turn, ...]:
         if sentence.get("from") != wanted:
             raise UserError(
                 f"sentence {number} of a conversation is from {sentence.get('from')!r}, wanted "
-                f"{wanted!r}: mend the data set's items"
+                f"{wanted!r}: fix the data set's items"
             )
         values.append(question_text(sentence["value"]))
         if wanted == "gpt" and not values[-1]:
@@ -306,7 +306,7 @@ def _encoded(pieces: Iterable[_Piece], chat: Chat) -> tuple[list[int], list[int]
             if new[: len(before)] != before:
                 raise UserError(
                     f"the LLM's tokenizer joins {piece.text.split(' ')[-1]!r} with the answer "
-                    f"{piece.answer.strip()!r}, so that the loss has no border; use one that "
+                    f"{piece.answer.strip()!r}, so that the loss has no boundary; use one that "
                     "splits words at spaces"
                 )
             borne = len(new) - len(before)

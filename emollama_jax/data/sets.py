@@ -120,7 +120,7 @@ def family_of(name: str) -> SetFamily:
         return _load(entry)
     known = [known for other in _entries().values() for known in _load(other).names]
     near = did_you_mean(name, known) or did_you_mean(family, known)
-    raise UserError(f"{name}: no such data set{near}; known are {', '.join(known)}")
+    raise UserError(f"{name}: no such data set{near}; known: {', '.join(known)}")
 
 
 def _entries() -> dict[str, EntryPoint]:
@@ -174,7 +174,7 @@ def check_source(name: str, how: Preparation) -> SetFamily:
     if family.drawn and source is not None:
         raise UserError(f"{name} is drawn, not read: leave --source out")
     if not family.drawn and source is None:
-        raise UserError(f"{name}: say where the set lies: --source DIR")
+        raise UserError(f"{name}: give its location: --source DIR")
     if source is not None and not source.exists():
         raise UserError(f"--source {source}: no such file or folder")
     if fold is not None and not family.folds:

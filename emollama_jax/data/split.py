@@ -149,7 +149,7 @@ class Split:
             UserError: no such split, or the same one.
         """
         if other == self.split:
-            raise UserError(f"--without {other}: it is the tested split itself: name another")
+            raise UserError(f"--without {other}: this is the tested split itself: choose another")
         here, there = self.index, Split(self.data_dir, self.name, other).index
         ids, digests = set(there.ids), set(there.digests)
         pairs = zip(here.ids, here.digests, strict=True)

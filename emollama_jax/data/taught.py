@@ -92,7 +92,7 @@ def read_labels(split: Split) -> Labels:
     words = f"{split.name} --data {split.data_dir} --split {split.split}"
     again = f"run `python -m tools.face_teacher {words}`"
     if not path.exists():
-        raise UserError(f"{path}: no labels of a teacher; {again}")
+        raise UserError(f"{path}: no teacher labels; {again}")
     columns = read_columns(path)
     of = json.loads(str(columns.pop("of")))
     if of["data"] != split.stored.fingerprint:

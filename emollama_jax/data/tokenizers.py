@@ -220,8 +220,8 @@ def carried_by(weights: str | tuple[str, ...], file: str, *, key: str) -> epath.
 def _carried(cfg: TokenizerConfig, weights: str | tuple[str, ...] | None) -> epath.Path:
     if weights is None:
         raise UserError(
-            "data.question_tokenizer: a folder of weights carries the LLM's tokenizer alone: name "
-            "the file of this one"
+            "data.question_tokenizer: a folder of weights holds only the LLM's tokenizer: give "
+            "this tokenizer's file"
         )
     if cfg.kind not in CARRIED:
         raise UserError(

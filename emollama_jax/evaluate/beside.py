@@ -56,7 +56,7 @@ def look_up(
         if not name:
             raise UserError("no set is named: --source NAME, prepared in --dir DIR")
         if not of and not named:
-            raise UserError("items are named by their line: name their column with --id-column")
+            raise UserError("items have only line numbers: name their column with --id-column")
         folder = place.dir or FOLDER
         check_prepared(folder, [name])  # before TFDS is imported
         names = match(

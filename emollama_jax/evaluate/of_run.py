@@ -184,7 +184,7 @@ def check_unseen(cfg: Config, name: str, split: str) -> None:
         if folds_of(name) > 1 and other == builder and trained != view:
             raise UserError(
                 f"{name}: the run was trained on {source.name}, whose training list holds test "
-                f"items of {view}: test it on {source.name}, or name one run a fold, RUN{{fold}}"
+                f"items of {view}: test it on {source.name}, or give one run per fold, RUN{{fold}}"
             )
 
 

@@ -201,7 +201,7 @@ def _check(predictions: Sequence[Prediction], space: LabelSpace) -> None:
         for role, name in (("label", item.label), ("predicted", item.predicted)):
             if name is not None and name not in space.classes:
                 raise UserError(
-                    f"item {item.id}: {role} {name!r} is no class of {space.title} "
+                    f"item {item.id}: {role} {name!r} is not a class of {space.title} "
                     f"(wanted one of {', '.join(space.classes)})"
                 )
 

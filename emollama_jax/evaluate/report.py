@@ -90,7 +90,7 @@ class Report:
 
 
 DEFINITIONS = (
-    "WAR: share of right answers. UAR: mean recall of the classes that occur. "
+    "WAR: share of correct answers. UAR: mean recall of the classes that occur. "
     "An answer that names no class, or two, is wrong."
 )
 

@@ -240,5 +240,5 @@ def best_label(scores: dict[str, float]) -> str:
         UserError: a score that is no number; a diverged model would get a class by chance.
     """
     if not all(map(math.isfinite, scores.values())):
-        raise UserError(f"label scores {scores}: wanted finite numbers; are the weights whole?")
+        raise UserError(f"label scores {scores}: wanted finite numbers; are the weights complete?")
     return max(scores, key=scores.__getitem__)

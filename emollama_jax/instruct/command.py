@@ -190,8 +190,8 @@ def _maker(options: InstructOptions, console: Console) -> str:
         if api_key() is not None:
             return "gemini"
         console.print(
-            f"no {KEYS[0]} in the environment: templates stand in for Gemini's conversations and "
-            'are marked "template"; do not train on them what anybody should believe'
+            f"no {KEYS[0]} in the environment: templates replace Gemini's conversations and "
+            'are marked "template"; use them for trials, not for a model that people rely on'
         )
         return "template"
     return options.by

@@ -61,7 +61,7 @@ class VisualTokens(nnx.Module):
         if cfg.encoder_width != visual_width:
             raise UserError(
                 f"model.qformer.encoder_width is {cfg.encoder_width}, but model.vision.width is "
-                f"{visual_width}: set both alike"
+                f"{visual_width}: set both to the same value"
             )
 
         def linear(i: int, o: int, axes: tuple[str, str]) -> Linear:

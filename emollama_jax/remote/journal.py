@@ -157,13 +157,13 @@ class Journal:
                     self._take(read)
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{self._path}, line {number}: damaged; take the line out, or the file away to "
-                    "begin (and pay) anew"
+                    f"{self._path}, line {number}: damaged; remove the line, or move the file away "
+                    "to start over (and pay again)"
                 ) from None
         if found != of:
             names = [name for name in {**found, **of} if found.get(name) != of.get(name)]
             name = names[0]
             raise UserError(
                 f"{self._path}: a journal of {name} = {found.get(name)!r}, and this is "
-                f"{of.get(name)!r}; move the file away to begin (and pay) anew"
+                f"{of.get(name)!r}; move the file away to start over (and pay again)"
             )

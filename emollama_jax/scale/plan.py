@@ -282,7 +282,7 @@ def check_arguments(program: steps.Program, module: hlo.Module, assigned: int) -
         raise UserError(
             f"{program.name}: the compiled step's arguments are not its parameters, state and "
             f"batch: {assigned:,} bytes a device for {padded:,}, too many: "
-            f"{', '.join(surplus[:5]) or 'none'}: something is held twice or not sharded"
+            f"{', '.join(surplus[:5]) or 'none'}: something is duplicated or not sharded"
         )
     return assigned - sum(array.bytes for array in arrays)
 

@@ -57,7 +57,7 @@ def start(cfg: DistributedConfig, *, saves_on_notice: bool) -> None:
         if cfg.coordinator == "auto" and (NO_CLUSTER in str(error) or TOO_LATE in str(error)):
             return
         raise UserError(
-            f"distributed.coordinator {cfg.coordinator}: the hosts did not come together "
+            f"distributed.coordinator {cfg.coordinator}: the hosts did not connect "
             f"({str(error).splitlines()[0]}): is every process started, with its own "
             "distributed.process_id, and the port open between the hosts?"
         ) from None
@@ -73,7 +73,7 @@ def _check(cfg: DistributedConfig) -> None:
     if not 0 <= cfg.process_id < cfg.processes:
         raise UserError(
             f"distributed.process_id is {cfg.process_id}, distributed.processes "
-            f"{cfg.processes}: every process has a number of its own, from 0 on"
+            f"{cfg.processes}: each process needs its own number, from 0"
         )
 
 
@@ -127,7 +127,7 @@ def share(mesh: Mesh) -> Share:
     if any(len(group) != size for group in groups) or size * len(groups) != parts:
         raise UserError(
             f"mesh: tensor {mesh.shape['tensor']} puts parts of a batch on hosts that share only "
-            "some of them: let tensor divide the devices of a host, or be a multiple of them"
+            "some of them: make tensor divide the devices of a host, or a multiple of them"
         )
     mine = frozenset(held[jax.process_index()])
     return Share(groups.index(mine), len(groups), tuple(sorted(mine)), parts)

@@ -190,16 +190,16 @@ def _prepare(cfg: Config, size: Size, console: Console) -> None:
 
 def _train_with_interruption(cfg: Config, out: pathlib.Path, size: Size, console: Console) -> bool:
     """Trains, stopped once by SIGTERM and resumed; whether the loss curve shows no trace of it."""
-    console.print(f"the first {size.compare} steps without a stop, to compare with")
+    console.print(f"training the first {size.compare} steps without interruption, for comparison")
     _whole(fit(cfg, out / "reference", until=size.compare, console=console))
     run = out / "run"
     if not (run / METRICS).exists():
-        console.print(f"the run, with a SIGTERM after step {size.interrupt}")
+        console.print(f"training the run, with a SIGTERM after step {size.interrupt}")
         with _signal_after(run / METRICS, size.interrupt):
             result = fit(cfg, run, console=console)
         if result.stopped_by is not signal.SIGTERM:
             _whole(result)
-        console.print("the same again: it resumes")
+        console.print("re-running the command: it resumes")
     _whole(fit(cfg, run, console=console))
     curves = [read_metrics(folder / METRICS) for folder in (out / "reference", run)]
     return curves[0] == curves[1][: size.compare]

@@ -208,7 +208,7 @@ def begin(
     model, cfg = setup.model, setup.model.cfg
     if model.replicated:
         console.print(
-            f"{len(model.replicated)} dimensions stay whole on every device, e.g. "
+            f"{len(model.replicated)} dimensions are replicated on every device, e.g. "
             f"{model.replicated[0]}"
         )
     resumes = checkpoints.latest is not None
@@ -257,7 +257,7 @@ def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:
     """
     if step > cfg.steps:
         raise UserError(
-            f"train.steps is {cfg.steps}, but the run is at step {step} already: raise it, or "
+            f"train.steps is {cfg.steps}, but the run is already at step {step}: raise it, or "
             "choose another --out"
         )
     if before == cfg.steps:
@@ -296,6 +296,6 @@ def _floats(metrics: Metrics, *, step: int, saved: int) -> dict[str, float]:
     if not np.isfinite(values["loss"]):
         raise UserError(
             f"step {step}: loss is {values['loss']}: lower train.learning_rate or "
-            f"train.clip_norm and start anew (the last checkpoint is step {saved})"
+            f"train.clip_norm and start again (the last checkpoint is step {saved})"
         )
     return values

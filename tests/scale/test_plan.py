@@ -268,7 +268,7 @@ def entry(*shapes):
 def test_arguments_may_only_be_what_they_should_be():
     program = steps.Program("train", "other", None, held((100,), (256,), (7,)))
     assert plan.check_arguments(program, entry(100, 256), 2 * 1024) == 156 * 4  # (7,) is not used
-    with pytest.raises(UserError, match=r"too many: f32\[256\]: something is held twice"):
+    with pytest.raises(UserError, match=r"too many: f32\[256\]: something is duplicated"):
         plan.check_arguments(program, entry(100, 256, 256), 3 * 1024)
     with pytest.raises(UserError, match="3,072 bytes a device for 2,048"):
         plan.check_arguments(program, entry(100, 256), 3 * 1024)

@@ -348,7 +348,7 @@ ODD = {
     ),
     "two adapters": (
         {f"{START}.0.self_attn.q_proj.lora_A.other.weight": np.ones((2, 32), np.float32)},
-        "several adapters in one file (one without a name, other): save one of them alone",
+        "several adapters in one file (one without a name, other): save only one of them",
     ),
 }
 

@@ -193,7 +193,7 @@ def convert(
     """
     start = time.monotonic()
     if out.exists():
-        raise UserError(f"{out}: is there already: delete it, or name another folder")
+        raise UserError(f"{out}: already exists: delete it, or choose another folder")
     plan = make_plan(source, paths, model)
     targets = {leaf.path: _dtype(leaf, dtype) for leaf in plan.leaves}
     devices = make_mesh(mesh)

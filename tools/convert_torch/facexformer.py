@@ -40,7 +40,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     if "linear_fuse.weight" not in state:
         raise UserError(
             f"not a FaceXFormer checkpoint: it holds {', '.join(sorted(map(str, state))[:5])}; "
-            f"wanted the release's model.pt with {CHECKPOINT_KEY!r}, or that state dict alone"
+            f"wanted the release's model.pt with {CHECKPOINT_KEY!r}, or the bare state dict"
         )
     return state
 

@@ -308,7 +308,7 @@ def _indexed(opened: Opened, index: pathlib.Path) -> set[pathlib.Path]:
     for shard in shards:
         path = index.parent / shard
         if path.resolve().parent != index.parent.resolve():
-            opened.problems.append(f"{index}: names {shard}, which lies outside its folder")
+            opened.problems.append(f"{index}: names {shard}, which is outside its folder")
         elif path.is_file():
             held[shard] = opened.add(path)
         else:
@@ -342,7 +342,7 @@ def _safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         with safe_open(path, framework="numpy"):  # checks the header and the file's length
             pass
     except (SafetensorError, OSError) as error:
-        raise Unreadable(f"not a whole safetensors file ({error})") from None
+        raise Unreadable(f"not a complete safetensors file ({error})") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

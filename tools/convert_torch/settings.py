@@ -223,7 +223,7 @@ def read_sizes(
     """
     if not found and opened.tensors:
         opened.problems.append(
-            f"no {CONFIG} beside the weights: it tells the number of heads and the norms' epsilon: "
+            f"no {CONFIG} beside the weights: it gives the number of heads and the norms' epsilon: "
             "put it there"
         )
     for path, held in found.items():

@@ -134,7 +134,8 @@ def named_label(space: LabelSpace, written: str, where: str) -> int:
              for i, name in enumerate(names)}  # fmt: skip
     if written.casefold() not in known:
         raise UserError(
-            f"{where}: label {written!r} is no class of {space.title} ({', '.join(space.classes)})"
+            f"{where}: label {written!r} is not a class of {space.title} "
+            f"({', '.join(space.classes)})"
         )
     return known[written.casefold()]
 
@@ -216,7 +217,7 @@ def find_root(
         UserError: no such folder, or several.
     """
     if not source.exists():
-        raise UserError(f"{source}: no such folder; --source names where {title} lies")
+        raise UserError(f"{source}: no such folder; --source must be the folder of {title}")
     level = [source] if source.is_dir() else []
     for _ in range(DEPTH + 1):
         found = [f for f in level if any(tree.find(f, marker) is not None for marker in markers)]

@@ -70,7 +70,7 @@ def pretrain(
     for tower in towers:
         path = out / tower_file(tower).name
         if path.exists():
-            console.print(f"{tower}: {path} is there already")
+            console.print(f"{tower}: {path} already exists")
             continue
         start = time.monotonic()
         module, metrics = stages[tower](config, recipe, out, console)
