@@ -97,7 +97,7 @@ def chosen(
 
     Args:
         cfg: the run.
-        key: which field of `train` holds the patterns.
+        key: name of the `train` field that holds the patterns.
         paths: all parameter paths of its model.
         build: makes the model.
 
@@ -133,7 +133,7 @@ def init_model(
 
     Args:
         cfg: the run.
-        mesh: of `make_mesh`.
+        mesh: mesh of `make_mesh`.
         given: paths of what the caller fills. It stays abstract: shape, dtype and sharding.
         build: makes the model.
     """
@@ -145,7 +145,7 @@ def base_values(whole: AbstractModel, *, given: Collection[str] = ()) -> dict[st
     """The parameters that a run starts from, by path, each on its devices.
 
     Args:
-        whole: what they fill.
+        whole: abstract model to fill.
         given: paths that are left out: the caller has them.
 
     Raises:

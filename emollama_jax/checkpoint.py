@@ -112,7 +112,7 @@ class Checkpoints:
         """Reads the newest checkpoint.
 
         Args:
-            state: what is wanted: shapes, dtypes and shardings.
+            state: wanted shapes, dtypes and shardings.
             data: is moved to where the run stopped.
 
         Raises:
@@ -152,7 +152,7 @@ def load_for_inference(
     Args:
         path: a run (its newest checkpoint is taken), one checkpoint of it, a packed run, or
             `package`.
-        mesh: where to put it; one device by default, whatever it was trained on.
+        mesh: mesh to load onto; one device by default, whatever it was trained on.
         build: makes the model, as it did in training.
 
     Raises:

@@ -53,7 +53,7 @@ def explain(error: pydantic.ValidationError, root: Any, section: str) -> str:
     """One line on what is wrong.
 
     Args:
-        error: of checking a section, or of all.
+        error: error from checking one section, or all.
         root: the class of the whole config.
         section: dotted, or empty for all.
     """

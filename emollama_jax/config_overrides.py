@@ -15,7 +15,7 @@ def apply(tree: dict[str, Any], override: str, root: Any) -> None:
     """Puts the value of one override where its key says.
 
     Args:
-        tree: of the whole config; changed.
+        tree: tree of the whole config; changed in place.
         override: "key=value".
         root: the class of the whole config.
 

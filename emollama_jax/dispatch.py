@@ -67,8 +67,8 @@ def main(
         verbs: by name.
         nested: verbs of a verb, by its name.
         args: words behind `emollama`.
-        about: of the program, for its help.
-        after_help: what the help of a verb ends with.
+        about: text about the program, for its help.
+        after_help: text to append to a verb's help.
     """
     with boundary(args):
         if not args or args[0] in ("-h", "--help"):

@@ -24,7 +24,7 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     Case and separators do not count: `RAF-DB`, `rafdb` and `raf_db` are one name.
 
     Args:
-        found: what was written.
+        found: word that the user wrote.
         known: names that exist.
     """
     plain = {}

@@ -63,7 +63,7 @@ def sizes(
     """The fields of a model's sections that weights must fit, e.g. heads, eps, theta.
 
     Args:
-        cfg: of the model.
+        cfg: config of the model.
         sections: names of its fields; "lora" stands for LLaMA's adapters.
         free: fields that they need not fit.
     """
@@ -89,8 +89,8 @@ class Writer:
 
         Args:
             out: its path.
-            manifest: what it will say of itself.
-            files: what else it will hold, by name.
+            manifest: manifest to write.
+            files: other files to write, by name.
 
         Raises:
             UserError: it is there already, cannot be made, or is a bucket's.
@@ -227,7 +227,7 @@ def _open(folder: epath.PathLike) -> _Folder:
 
 @functools.lru_cache(maxsize=8)
 def _read(folder: epath.Path, changed: int) -> _Folder:
-    """Reads it; `changed` is when it was written, so that a folder made anew is read anew."""
+    """Reads it; `changed` is when it was written, so that a folder made again is read again."""
     wanted = "wanted a folder that `python -m tools.convert_torch` wrote (docs/convert.md)"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {wanted}")
@@ -267,7 +267,7 @@ def load(
     """Reads leaves to their places, cast to the dtypes wanted.
 
     Args:
-        folder: of weights.
+        folder: folder of weights.
         wanted: by path; shape, dtype and, where it matters, sharding. Others are not read.
 
     Raises:
@@ -367,9 +367,9 @@ def check_base(
     """Which leaf comes from which folder of a base.
 
     Args:
-        folders: of weights.
-        cfg: of the model that is to be filled.
-        shapes: of its leaves, by path.
+        folders: folders of weights.
+        cfg: config of the model to fill.
+        shapes: shapes of the model's leaves, by path.
 
     Raises:
         UserError: a folder for another config, or leaves that two folders hold.

@@ -4,8 +4,8 @@ On a disk, the lock is the kernel's (`flock`): it ends with its process, however
 is ever stale. The file `.lock`, which stays, only says who holds it.
 
 A bucket has no such locks. There `lock.json` is created only if it is absent, and renewed while its
-process lives. Who finds one watches it: renewed, its process lives; not renewed, it died. No clocks
-are compared, since hosts' clocks differ.
+process lives. A process that finds one watches it: if it is renewed, its process lives; if not, it
+died. No clocks are compared, since hosts' clocks differ.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ def lock_file(path: pathlib.Path, *, busy: str) -> int:
     """Opens a file for reading and appending, and locks it until it is closed.
 
     Args:
-        path: of the file; made where it is missing.
-        busy: what to say if another process holds it.
+        path: file to lock; created if missing.
+        busy: message if another process holds it.
 
     Returns:
         The descriptor; child processes that are spawned do not get it.
@@ -74,7 +74,7 @@ def hold(folder: epath.PathLike, *, instead: str) -> Iterator[None]:
 
     Args:
         folder: on a disk or in a bucket; made where it is missing.
-        instead: what else the second process may do, e.g. "choose another --out".
+        instead: advice to the second process, e.g. "choose another --out".
 
     Raises:
         UserError: another process holds it, and which.

@@ -75,7 +75,7 @@ def is_run(path: epath.PathLike) -> bool:
 
 
 def refuse_packed(out: epath.PathLike) -> None:
-    """Refuses to train in a packed run, which has no optimizer's state to go on from.
+    """Refuses to train in a packed run, which has no optimizer state to resume from.
 
     Raises:
         UserError: it is one, or `package`.

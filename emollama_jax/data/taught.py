@@ -61,8 +61,8 @@ def write_labels(path: pathlib.Path, labels: Labels, of: Mapping[str, str]) -> N
     """Writes a file that appears whole or not at all.
 
     Args:
-        path: of `labels_path`.
-        labels: of the whole stored split, in its order.
+        path: file, as `labels_path` gives it.
+        labels: labels of the whole stored split, in its order.
         of: fingerprints, by `data` and `teacher`.
     """
     columns = {field.name: getattr(labels, field.name) for field in dataclasses.fields(Labels)}

@@ -136,8 +136,8 @@ def read_template(text: str, *, name: Any) -> Template:
     """What `written` made.
 
     Args:
-        text: of the file.
-        name: of the file, for messages.
+        text: text of the file.
+        name: name of the file, for messages.
 
     Raises:
         UserError: something else.

@@ -43,7 +43,7 @@ def opened(source: Source, *, formats: str = CONTAINERS) -> Iterator[tuple[Any, 
 
     Args:
         source: a path, or the file's content.
-        formats: that FFmpeg may open.
+        formats: formats that FFmpeg may open.
 
     Raises:
         UserError: no video, no decoder for it, frames over MAX_PIXELS, broken.

@@ -40,7 +40,7 @@ def look_up(
     Args:
         predictions: records of a file.
         source: the set; None: the one that a file of `emollama eval` names.
-        place: where the prepared set lies.
+        place: location of the prepared set.
         named: whether a column names the items.
 
     Returns:
@@ -86,7 +86,7 @@ def match(mine: Sequence[str], theirs: Sequence[str], *, where: str) -> Mapping[
     Args:
         mine: names in a file.
         theirs: the set's.
-        where: what the set is called.
+        where: name of the set, for messages.
 
     Raises:
         UserError: a name that means none, or several.

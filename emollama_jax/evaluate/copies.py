@@ -89,7 +89,7 @@ def leave_out(predictions: Sequence[Prediction], copies: Copies, space: LabelSpa
     """The numbers without some items.
 
     Args:
-        predictions: of the whole split.
+        predictions: predictions of the whole split.
         copies: items to leave out.
         space: the classes that count.
 

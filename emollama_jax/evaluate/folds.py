@@ -98,7 +98,7 @@ def join(results: Sequence[Result], source: str, *, what: str, command: str) -> 
         results: one for each fold, in order; their headlines count.
         source: the set.
         what: heading of the page.
-        command: that did it.
+        command: command that made them.
 
     Raises:
         UserError: a fold is missing, or two test the same item.

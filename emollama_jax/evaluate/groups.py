@@ -33,7 +33,7 @@ class Seen:
 
     Attributes:
         groups: item → its group by attribute, in the order of `ATTRIBUTES`.
-        race_labels: whose names the race classes bear.
+        race_labels: naming of the race classes.
         why: why nothing is known; "" where it is.
     """
 
@@ -62,7 +62,7 @@ class ByGroup:
 
     Attributes:
         groups: in the order of the face network's classes, `unknown` last.
-        classes: that occur in the whole set.
+        classes: classes that occur in the whole set.
         why: why there are none; "" where there are.
     """
 
@@ -148,8 +148,8 @@ def by_group(predictions: Sequence[Prediction], seen: Seen, space: LabelSpace) -
     """The numbers of each group.
 
     Args:
-        predictions: of a set, each about an item that `seen` knows.
-        seen: what the face network says.
+        predictions: predictions of a set, each about an item that `seen` knows.
+        seen: attributes that the face network reads.
         space: the classes that count.
     """
     if seen.why:

@@ -130,7 +130,7 @@ def bootstrap(
         predicted: int [N], UNPARSED allowed.
         classes: number of classes C.
         samples: resamples.
-        seed: of the draws.
+        seed: random seed of the draws.
         level: e.g. 0.95.
         clusters: one hashable per item, e.g. the subject.
 
@@ -214,7 +214,7 @@ def calibration(labels: ArrayLike, log_likelihood: ArrayLike, *, bins: int) -> C
     Args:
         labels: int [N], -1 where the true class is none of the scored ones.
         log_likelihood: float [N, C], natural logarithm.
-        bins: of equal width between 0 and 1.
+        bins: number of bins of equal width between 0 and 1.
     """
     labels, scores = np.asarray(labels), np.asarray(log_likelihood, np.float64)
     likelihood = np.exp(scores - scores.max(1, keepdims=True))

@@ -72,9 +72,9 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     """Asks about every example that has no answer yet.
 
     Args:
-        options: of the command.
-        out: gets the journal.
-        console: where progress goes.
+        options: options of the command.
+        out: folder for the journal.
+        console: terminal for progress.
 
     Raises:
         UserError: no such model or set, a service that refuses, or examples left without answer.
@@ -138,9 +138,9 @@ def evaluate_remote(options: ZeroShot, home: pathlib.Path, console: Console) -> 
     """Evaluates a model on a split, or on every fold of a set, and publishes every result.
 
     Args:
-        options: of the command.
+        options: options of the command.
         home: folder of the journal and the results.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         The result, or that of all folds.

@@ -146,9 +146,9 @@ def evaluate(
     Args:
         predictions: every item of the test set once.
         space: the classes that count.
-        samples: of the bootstrap; drawn by subject if every item names one.
-        seed: of the bootstrap.
-        level: of the intervals.
+        samples: bootstrap samples; drawn by subject if every item names one.
+        seed: random seed of the bootstrap.
+        level: confidence level of the intervals.
 
     Raises:
         UserError: no predictions, an item twice, or a class that the space does not have.
@@ -220,7 +220,7 @@ def unparsed_warning(evaluations: Sequence[Evaluation]) -> str:
     """A sentence to print before the numbers; "" where few answers are unparsed.
 
     Args:
-        evaluations: of one set, or of its folds.
+        evaluations: evaluations of one set, or of its folds.
     """
     total = sum(e.n for e in evaluations)
     lost = sum(round(e.unparsed * e.n) for e in evaluations)

@@ -47,7 +47,7 @@ class Answers:
             title: the way of answering, or the fold.
             predictions: every item once.
             space: the classes that count.
-            seen: what the face priors say of the items.
+            seen: face priors' attributes of the items.
             copies: items to leave out of a second number; None: there is none.
         """
         return cls(
@@ -84,14 +84,14 @@ class Result:
 
     Attributes:
         title: heading of its page.
-        lede: what was done, in a sentence or two.
+        lede: summary of what was done, in a sentence or two.
         source: the set, e.g. "dfew/fold1"; decides which published numbers stand beside it.
         answers: each way of answering, the headline first; or each fold, with `mean`.
         mean: mean and standard deviation over the folds; None where `answers` are no folds.
         pooled: groups of the items of all folds together.
         predictions: records by the name of their file.
-        settings: how it was made.
-        trace: where the numbers come from: what → file or hash.
+        settings: settings of the evaluation.
+        trace: origin of the numbers: what → file or hash.
         notes: more tables for the page.
         mistakes: pictures of the worst mistakes, where they may be shown.
     """

@@ -74,8 +74,8 @@ def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, 
     """Makes the instruction data of a split, or resumes.
 
     Args:
-        options: what to make.
-        console: where progress and remarks go.
+        options: options of the command.
+        console: terminal for progress and remarks.
 
     Returns:
         The folder, and how far it got.

@@ -197,10 +197,10 @@ class EmoLlama(nnx.Module):
         """All visual tokens of every (example, frame, round), the context token first.
 
         Args:
-            mined: of the frames of all examples, F = B · M.
+            mined: features of the frames of all examples, F = B · M.
             questions: the Q-Former's text.
             question_mask: False where it is padding.
-            dropout_key: of the Q-Former's dropout; None in evaluation.
+            dropout_key: key of the Q-Former's dropout; None in evaluation.
         """
         examples, rounds = questions.shape[:2]
         frames = mined.visual.shape[0] // examples

@@ -220,8 +220,8 @@ class Detector:
 
     Args:
         mtcnn: the networks; None loads the package's.
-        cfg: of the search.
-        mesh: of one axis, over which batches are split; None for one device.
+        cfg: config of the search.
+        mesh: mesh of one axis, over which batches are split; None for one device.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ def area_resize(
     """PyTorch's `interpolate(mode="area")` of rectangles, as P, R and O read it.
 
     Args:
-        integral: of the picture.
+        integral: integral image of the picture.
         crops: first row, rows, first column, columns of each rectangle.
         size: height and width of the result.
     """

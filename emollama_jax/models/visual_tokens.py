@@ -42,8 +42,8 @@ class VisualTokens(nnx.Module):
 
     Attributes:
         ln: norm of the vision tokens that the Q-Former reads (`vlm_att_ln`).
-        projector, key_projector, val_projector: of the context token (`vlm_att_…`).
-        mm_projector_in, mm_projector_out: of the content tokens (`mm_projector.0`, `.2`).
+        projector, key_projector, val_projector: layers of the context token (`vlm_att_…`).
+        mm_projector_in, mm_projector_out: layers of the content tokens (`mm_projector.0`, `.2`).
 
     Raises:
         UserError: a Q-Former that reads another width than the vision tower gives.
@@ -82,7 +82,7 @@ class VisualTokens(nnx.Module):
         Args:
             patches: vision tokens without the class token, not normed: keys after a projection,
                 and the values themselves.
-            queries: what the Q-Former gives; those of a picture's questions stand together.
+            queries: queries from the Q-Former; those of one picture's questions are adjacent.
         """
         asked = queries.shape[0] // patches.shape[0]  # questions of a picture
         q, k = self.projector(queries), self.key_projector(patches)

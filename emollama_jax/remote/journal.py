@@ -44,8 +44,8 @@ class Journal:
         """Opens or begins a journal.
 
         Args:
-            path: of the file.
-            of: what it is of; a journal of anything else is refused.
+            path: journal file.
+            of: subject of the journal; a journal of anything else is refused.
 
         Raises:
             UserError: another process writes it, it is of something else, or it is damaged.

@@ -77,8 +77,8 @@ def ask_all(
         tasks: with distinct keys.
         client: closed at the end.
         journal: knows what was asked before.
-        limits: of the asking.
-        price: of the client's answers.
+        limits: rate, retry and budget limits.
+        price: price of the client's answers.
         progress: called with the number of done tasks.
 
     Raises:

@@ -54,7 +54,7 @@ def train_flops(
     """A train step's.
 
     Args:
-        cfg: of the run.
+        cfg: config of the run.
         trainable: paths of the parameters that train.
         examples, frames, tokens, rounds: the batch's shape.
     """

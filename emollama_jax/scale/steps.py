@@ -60,9 +60,9 @@ def shapes(cfg: Config, kind: Kind, step: Step, *, examples: int | None) -> Shap
 
     Args:
         cfg: the run.
-        kind: of batch.
+        kind: kind of batch.
         step: training reads all rounds of a conversation, an answer follows one question.
-        examples: of all devices together; the config's training batch by default.
+        examples: examples over all devices; the config's training batch by default.
     """
     image = kind == "image"
     given = cfg.train.image_batch if image else cfg.train.clip_batch

@@ -102,8 +102,8 @@ def ask(wish: Wish, console: Console) -> None:
     """Answers.
 
     Args:
-        wish: what to answer.
-        console: where progress goes.
+        wish: request of the user.
+        console: terminal for progress.
 
     Raises:
         UserError: as of `check`, and what only the model can tell.
@@ -157,7 +157,7 @@ def _converse(talks: Sequence["_Talk"], status: Status, *, standard: bool) -> in
 
     Args:
         talks: about the pictures.
-        status: what is being done.
+        status: display of the current activity.
         standard: put the standard question first in a terminal, or where a pipe holds nothing.
     """
     for talk in talks:

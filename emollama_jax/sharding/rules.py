@@ -69,8 +69,8 @@ def param_shardings(params: Mapping[str, nnx.Param], mesh: Mesh, *, preset: Pres
 
     Args:
         params: by path; each has `axes`, one logical name per dimension.
-        mesh: of `make_mesh`.
-        preset: of `PRESETS`.
+        mesh: mesh of `make_mesh`.
+        preset: name in `PRESETS`.
 
     Raises:
         ValueError: a parameter without `axes`, with another number of them than dimensions, or

@@ -132,7 +132,7 @@ def toy_config(*, dropout: float = 0.1, **train) -> Config:
     """The tiny config, sized for the toy.
 
     Args:
-        dropout: of the adapters.
+        dropout: dropout of the adapters.
         **train: fields of `train`, e.g. `steps=4`.
     """
     lora = dataclasses.replace(TINY.model.llama.lora, rank=2, dropout=dropout)

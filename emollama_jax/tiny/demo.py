@@ -118,10 +118,10 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     """Runs the demo.
 
     Args:
-        out: gets the data, the run, predictions, `report.json` and `report.html`.
+        out: folder for the data, the run, predictions, `report.json` and `report.html`.
         quick: a shortened demo that shows that everything runs; its numbers mean nothing.
         ablation: trains four more variants and all five over three seeds.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         What `report.json` holds.

@@ -101,7 +101,7 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def agreed(self) -> signal.Signals | None:
-        """What any host received; to be asked once before every step, then all hear the same."""
+        """The signal of any host, or None; call exactly once per step so that all hosts agree."""
         # The service compares how often the hosts asked, which it counts from 0: not steps, since
         # a notice may come before a resumed run asks for the first time.
         self._asked += 1
@@ -136,10 +136,10 @@ def fit(
 
     Args:
         cfg: the run.
-        out: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`; on a disk that all hosts
-            share, or in a bucket.
+        out: folder for `checkpoints/`, `metrics.jsonl` and `tensorboard/`, on a disk that all
+            hosts share, or in a bucket.
         until: last step of this call, saved as after a signal; the next call resumes.
-        console: where progress goes; the terminal by default.
+        console: terminal for progress; standard output by default.
         build: makes the model; see `base.py`.
         data: opens this host's part of the batches; its state must be the same on all hosts.
 
@@ -200,8 +200,8 @@ def begin(
     """Frozen parameters and state at the newest checkpoint, or at the start.
 
     Args:
-        setup: of the run; its mesh is entered.
-        checkpoints: of the run.
+        setup: setup of the run; its mesh is entered.
+        checkpoints: checkpoints of the run.
         data: moved to where the checkpoint stands.
         console: told what is unusual.
     """
@@ -248,9 +248,9 @@ def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:
     """What another number of steps does to the learning rate; None if it is the same number.
 
     Args:
-        cfg: of now.
+        cfg: current config.
         before: `train.steps` that the checkpoint was trained for.
-        step: of the checkpoint.
+        step: step of the checkpoint.
 
     Raises:
         UserError: the checkpoint lies behind the last step.

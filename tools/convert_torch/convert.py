@@ -119,7 +119,7 @@ def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig)
     """Opens a checkpoint and lays its table against the model.
 
     Args:
-        source: of `SOURCES`.
+        source: name in `SOURCES`.
         paths: files or folders.
         model: sizes of what is to be filled; a `config.json` beside the weights overrides LLaMA's.
 
@@ -180,13 +180,13 @@ def convert(
     """Converts a checkpoint into a folder of weights.
 
     Args:
-        source: of `SOURCES`.
+        source: name in `SOURCES`.
         paths: files or folders.
         out: the folder, not there yet.
         dtype: "bf16", "f32", or "source" for each tensor's own.
         model: as of `make_plan`.
-        mesh: of devices that hold each leaf while it is written; one for one device.
-        console: where progress goes.
+        mesh: mesh that holds each leaf while it is written; one device by default.
+        console: terminal for progress.
 
     Raises:
         UserError: all that is wrong; nothing is left behind then.

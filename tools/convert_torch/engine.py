@@ -82,8 +82,8 @@ def vocabulary(ids: int, rows: int, *, transposed: bool) -> Transform:
     """A vocabulary of `ids` entries, torch [ids, D], padded with zeros to `rows` in ours.
 
     Args:
-        ids: of the tokenizer.
-        rows: that our leaf has, at least `ids`.
+        ids: number of the tokenizer's ids.
+        rows: rows of our leaf, at least `ids`.
         transposed: ours is [D, rows], as an output layer, instead of [rows, D].
     """
 
@@ -124,7 +124,7 @@ class Row:
 
     Attributes:
         torch: key, e.g. "model.layers.{i}.mlp.up_proj.weight"; `{i}` runs over our first axis.
-        path: of the leaf, e.g. "llama/layers/up_proj/kernel", or of each leaf.
+        path: path of the leaf, e.g. "llama/layers/up_proj/kernel", or of each leaf.
         transform: from one torch tensor to one layer of the leaf.
         first, stride: our j-th layer is torch's `first + stride · j`.
     """
@@ -212,7 +212,7 @@ class Leaf:
         """A window of a slot, the whole slot by default, in our layout.
 
         Args:
-            slot: of `slots`.
+            slot: slot of `slots`.
             dtype: to cast to.
             window: a slice for each dimension.
             empty: gives the array that is filled, by shape and dtype.
@@ -427,7 +427,7 @@ def fill(into: np.ndarray, part: np.ndarray) -> None:
 
     Args:
         into: C-contiguous.
-        part: of the same shape.
+        part: array of the same shape.
     """
     integer = np.dtype(f"u{into.dtype.itemsize}")
     if into.dtype == part.dtype:  # NumPy moves bfloat16 number by number, integers in a loop

@@ -132,14 +132,14 @@ def export(
     """Writes our weights in a format of PyTorch's.
 
     Args:
-        to: of `FORMATS`.
+        to: name in `FORMATS`.
         src: as of `open_ours`.
         out: the folder, or for "ours" the file, to make; not there yet.
         base: as of `open_ours`.
         merge: fold LoRA into the kernels; else the adapters are left out.
         dtype: "bf16", "f32", or "source" for each leaf's own.
         shard_gb: size at which a file is closed and another begun.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         What was written and what was left out, for a person.
@@ -201,7 +201,7 @@ def _merged(ours: Ours, *, dtype: np.dtype | None) -> Callable[[str], np.ndarray
 
     Args:
         ours: the leaves.
-        dtype: of those kernels; None for the dtype that they have.
+        dtype: dtype of those kernels; None for their own.
     """
     lora = ours.model.llama.lora
 

@@ -31,9 +31,9 @@ def inspect(
 
     Args:
         paths: weight files or folders of them, or one folder that this tool wrote.
-        source: of `SOURCES`; None: the one whose table reads most.
-        model: whose table it is; a `config.json` beside the weights overrides LLaMA's.
-        console: where to.
+        source: name in `SOURCES`; None: the one whose table reads most.
+        model: config for the table; a `config.json` beside the weights overrides LLaMA's.
+        console: terminal to print to.
 
     Raises:
         UserError: nothing that can be read.

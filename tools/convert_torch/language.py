@@ -118,7 +118,7 @@ def recognise(program: str, settings: Mapping) -> Found | None:
 
     Args:
         program: in Jinja.
-        settings: of `tokenizer_config.json`, whose special tokens it may name.
+        settings: settings of `tokenizer_config.json`, whose special tokens it may name.
     """
     tokens = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
     try:

@@ -149,7 +149,7 @@ def qformer(every: int, names: QFormerNames, *, prefix: str = "") -> list[Row]:
 
     Args:
         every: cross-attention in every n-th layer.
-        names: of the checkpoint.
+        names: key names of the checkpoint.
         prefix: before all of them.
     """
     rows = [

@@ -27,7 +27,7 @@ class Graph:
     """The constants and operators of one ONNX file, all in memory.
 
     Attributes:
-        names: of all constants; those that the exporter found equal share one under other names.
+        names: names of all constants; equal ones share one under other names.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -144,7 +144,7 @@ def read_dinov2(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any], 
     """The tensors of a DINOv2 in an ONNX file.
 
     Args:
-        path: of the file.
+        path: ONNX file.
 
     Returns:
         Tensors under `transformers`' names, behind what the export put before them; what a

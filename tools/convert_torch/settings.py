@@ -76,8 +76,8 @@ def from_transformers(
         cfg: the config to start from.
         opened: with the settings; what cannot be read goes to its problems, what a person should
             know to its notes.
-        sections: of the config that are read; with "vision", a `config.json` of another network
-            may lie beside the LLaMA's.
+        sections: sections of the config to read; with "vision", a `config.json` of another network
+            may be beside the LLaMA's.
     """
     sees = "vision" in sections
     found: dict[pathlib.Path, LlamaConfig] = {}
@@ -215,7 +215,7 @@ def read_sizes(
     """The config with the sizes that settings beside weights tell; what does not fit is a problem.
 
     Args:
-        opened: gets the problems.
+        opened: opened files, to which problems are added.
         found: settings by their file.
         cfg: to change.
         plain: key → the values it may have, wherever it is.
@@ -350,7 +350,7 @@ def check_tower(cfg: EmoLlamaConfig, opened: Opened, *, section: str) -> EmoLlam
     """Refuses a tower of BLIP-2 or InstructBLIP whose settings are not the config's.
 
     Args:
-        cfg: of the model, as it is returned.
+        cfg: config of the model, as it is returned.
         opened: with the settings; problems are added.
         section: "vision" or "qformer".
     """

@@ -50,7 +50,7 @@ class Naming:
         sign: a key by which it is known, as a regular expression; its group is what stands before
             all of its keys.
         rows: the table, for a config and that prefix.
-        ignore: what is not read, for a config: a pattern of the whole key → the reason.
+        ignore: keys not read, for a config: a pattern of the whole key → the reason.
     """
 
     name: str
@@ -109,13 +109,13 @@ class Source:
 
     Attributes:
         about: one line of help.
-        sections: of the model's config that its weights must fit.
-        parts: of `EmoLlama` that it fills, or MTCNN.
+        sections: sections of the model's config that its weights must fit.
+        parts: parts of `EmoLlama` that it fills, or MTCNN.
         fills: our leaves that it fills: a pattern of whole paths.
         namings: in the order in which they are tried.
         open: reads paths.
-        fit: what the settings beside the weights make of a config, and rows for tensors that the
-            naming does not know; its problems and notes go to what is opened.
+        fit: function that adapts a config to the settings beside the weights, and gives rows for
+            tensors that the naming lacks; it adds its problems and notes to what is opened.
         free: fields of its sections that its weights do not depend on.
     """
 

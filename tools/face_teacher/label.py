@@ -63,7 +63,7 @@ class Teacher:
     """The two networks, compiled once.
 
     Args:
-        weights: of `package.read_weights`.
+        weights: weights of `package.read_weights`.
     """
 
     def __init__(self, weights: Mapping[str, Weights]):
@@ -189,11 +189,11 @@ def label_split(
     """Labels a prepared split once; resumes where it was stopped.
 
     Args:
-        source: of `open_pictures`.
-        teacher: who reads.
-        fingerprint: of the teacher; another makes stored labels void.
+        source: pictures of `open_pictures`.
+        teacher: teacher to ask.
+        fingerprint: fingerprint of the teacher; another makes stored labels void.
         progress: called with (done, all) examples.
-        threads: that decode and read.
+        threads: number of threads.
     """
     path, total = source.path, len(source.examples)
     of = {"data": source.fingerprint, "teacher": fingerprint}

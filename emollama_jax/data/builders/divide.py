@@ -22,7 +22,7 @@ def divide(
     Args:
         ids: unique names; an id that comes twice gets one split.
         labels: their classes.
-        subjects: whose faces; "" where unknown.
+        subjects: subject of each example; "" where unknown.
 
     Returns:
         "train", "validation" or "test" for each, and the rule with its counts, in a line.

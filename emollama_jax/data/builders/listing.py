@@ -91,9 +91,9 @@ def read_columns(
     """(number, cells by name) of each row of an official table, which has exactly these columns.
 
     Args:
-        path: of the table.
+        path: table file.
         columns: in lower case, in any order.
-        row: what a row holds, in words, for messages.
+        row: content of a row, in words, for messages.
 
     Raises:
         UserError: another header, or a row of another length; the line is named.
@@ -207,10 +207,10 @@ def find_root(
     """The folder under `source` that holds one of the markers (relative paths).
 
     Args:
-        source: where to look, and in the folders below.
+        source: folder to search, with the folders below it.
         tree: looks them up.
         markers: any of them will do.
-        title: of the set, for messages.
+        title: title of the set, for messages.
         wanted: the markers in words; "" names each.
 
     Raises:

@@ -72,8 +72,8 @@ def list_own(source: pathlib.Path, name: str) -> listing.Listing:
     """Lists a folder or a table.
 
     Args:
-        source: which of the two.
-        name: of the set, e.g. "own/office".
+        source: folder or table.
+        name: name of the set, e.g. "own/office".
 
     Raises:
         UserError: no examples, a label that is a number, pictures mixed with clips.
