@@ -199,7 +199,7 @@ def _one_line(text: str) -> str:
         return f"{unfit[1]} is {unfit[3].strip(chr(39))}, wanted {wanted}"
     if unknown := re.match(r"Unrecognized options Unrecognized options: (.*)", said):
         late = [word for word in unknown[1].split() if "=" in word]
-        why = "overrides go before options" if late else "one word too many"
+        why = "overrides go before options" if late else "one argument too many"
         return f"{unknown[1]}: {why}"
     return re.sub(r"^[A-Z][a-z]+ \w+ ", "", said).rstrip(".")
 

@@ -135,4 +135,4 @@ def load(
 
 
 def _again(folder: epath.PathLike) -> str:
-    return f"install the package again, or pack the run again into {folder}"
+    return f"reinstall the package, or pack the run again into {folder}"

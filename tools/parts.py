@@ -284,7 +284,7 @@ def _why(part: Part, said: Sequence[str]) -> str:
     if "No space left" in text:
         return f"{part.wheel}: no room left on the disk: make some, then {AGAIN}"
     if UNREACHABLE.search(text):
-        return f"{part.wheel}: the package index is out of reach: check the network, then {AGAIN}"
+        return f"{part.wheel}: cannot reach the package index: check the network, then {AGAIN}"
     return f"{part.wheel}: pip failed: {last}: check the index that pip uses (pip config list)"
 
 

@@ -117,7 +117,8 @@ def table(speeds: Sequence[Speed]) -> str:
     ]
     ratios = sorted(s.ratio for s in speeds if s.torch)
     if not ratios:
-        return lines[0] + "\nPyTorch is not here to compare with: pip install -e '.[convert]'"
+        missing = "PyTorch is not installed, so there is no comparison: pip install -e '.[convert]'"
+        return f"{lines[0]}\n{missing}"
     torch = statistics.median(s.torch for s in speeds if s.torch)
     lines.append(f"{'PyTorch DataLoader, PyAV':<24}{torch:8.0f} frames/s")
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds"

@@ -189,7 +189,7 @@ def _refuse_urls(source: str | os.PathLike) -> None:
         raise UserError(f"{name_of(text)}: a data URI, wanted a file: decode it into one first")
     if _URL.match(text) and not os.path.exists(text):
         url = re.sub(r"^([^/]+:)/(?!/)", r"\1//", text)
-        advice = "give its path alone" if url.startswith("file:") else "download it first"
+        advice = "give only its path" if url.startswith("file:") else "download it first"
         raise UserError(f"{name_of(url)}: a URL, wanted a file: {advice}")
 
 

@@ -137,8 +137,8 @@ def _faults(splits: Sequence[Split]) -> list[str]:
     for first, second in itertools.combinations(tests, 2):
         if shared := sorted(tests[first] & tests[second]):
             faults.append(
-                f"wrong fold: {first} and {second} test {len(shared)} clips alike, and folds "
-                f"share none: {brief(shared)}"
+                f"wrong fold: {first} and {second} share {len(shared)} test clips, but folds "
+                f"must share none: {brief(shared)}"
             )
     return faults
 

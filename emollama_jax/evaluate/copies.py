@@ -65,7 +65,7 @@ class Without:
         interval = f"{100 * whole.level:g} %"
         return Table(
             title=f"Without items that are also in {self.split}: {title}",
-            note=f"{self.left_out:,} items have a name or a content that {self.split} has too.",
+            note=f"{self.left_out:,} items share their name or content with {self.split}.",
             head=("%", "all", interval, f"not in {self.split}", interval),
             rows=rows,
             own=(1, 2),

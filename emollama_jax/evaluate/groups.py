@@ -99,7 +99,7 @@ class ByGroup:
             for group in self.groups
         ]
         attributes = {group.attribute for group in self.groups}
-        note = _NOTE + ("" if "race" in attributes else " It is sure of the race of none.")
+        note = _NOTE + ("" if "race" in attributes else " It is not sure of anyone's race.")
         head = (
             *("as the face network sees it", "items", "classes"),
             *("WAR, %", "95 %", "UAR, %", "95 %"),

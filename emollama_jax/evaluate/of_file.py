@@ -70,7 +70,7 @@ def evaluate_files(
             folds.check_disjoint([item.predictions for item in answers])
     return Result(
         title=", ".join(path.name for path in paths),
-        lede=f"{sum(item.evaluation.n for item in answers):,} predictions, scored as they stand in "
+        lede=f"{sum(item.evaluation.n for item in answers):,} predictions, scored as given in "
         "the file.",
         source=source or answers[0].predictions[0].source.partition(":")[0],
         answers=answers,

@@ -177,7 +177,7 @@ def _evaluate(options: ZeroShot, out: pathlib.Path, console: Console) -> tuple[R
     (out / ASIDE).write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = [f"{len(predictions):,} examples; {options.model} was asked, zero-shot."]
     if options.limit is not None:
-        words.append("The first of the split only: a trial, no result.")
+        words.append("Only the first examples of the split: a trial, not a result.")
     if answered.aside:
         words.append(f"{len(answered.aside)} got no answer ({ASIDE} says why) and count as wrong.")
     settings = yaml.safe_dump(_settings(options), sort_keys=False, allow_unicode=True, width=1000)

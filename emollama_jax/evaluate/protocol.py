@@ -208,11 +208,11 @@ def _check(predictions: Sequence[Prediction], space: LabelSpace) -> None:
 
 SHARE = 0.1  # of unparsed answers, from which it is said
 _UNPARSED = {
-    "ambiguous": "name two classes, or two scores are alike",
+    "ambiguous": "name two classes, or two scores are equal",
     "none": "name no class",
-    "foreign": "have a best label that is no class",
+    "foreign": "have a best label that is not a class",
     "refusal": "are refusals",
-    "unfinished": "break off in their reasoning",
+    "unfinished": "stop in mid-reasoning",
 }
 
 

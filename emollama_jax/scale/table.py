@@ -110,8 +110,7 @@ def _work(plan: Plan, console: Console) -> None:
     )
     if plan.useful > 1:
         console.print(
-            "of a product with one row the compiler makes a loop that is no product any more: HLO "
-            "TFLOP leaves it out"
+            "products with one row are compiled to loops, not products: HLO TFLOP leaves them out"
         )
     if counted.kernels:
         names = ", ".join(f"{n} × {name}" for name, n in counted.kernels.items())

@@ -267,9 +267,9 @@ def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:
     ]
     old, new = (cfg.learning_rate * float(schedule(np.int32(step))) for schedule in schedules)
     return (
-        f"train.steps was {before} and is {cfg.steps} now: warm-up and cosine are those of "
-        f"{cfg.steps} steps from here on, and the learning rate goes from {old:.3g} to {new:.3g}; "
-        "the result differs from that of a run given so many steps from the start"
+        f"train.steps was {before} and is now {cfg.steps}: from here on, warm-up and cosine "
+        f"follow {cfg.steps} steps, and the learning rate changes from {old:.3g} to {new:.3g}; "
+        "the result differs from a run with that many steps from the start"
     )
 
 

@@ -332,7 +332,7 @@ def test_a_tenth_of_each_class_is_tested():
 def test_small_classes(count, tested):
     found, rule = splits_of(count, classes=("a",))
     assert (found.count("test"), found.count("validation")) == (tested, tested)
-    assert ("too few, train alone: a" in rule) == (count < 3)
+    assert ("too few, train only: a" in rule) == (count < 3)
 
 
 def test_a_name_that_comes_twice_has_one_split():

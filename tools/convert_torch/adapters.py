@@ -155,7 +155,7 @@ def _compare(opened: Opened, found: Mapping[str, re.Match[str]], targets: Any) -
     ]
     if more:
         said = ", ".join(dict.fromkeys(more))
-        opened.notes.append(f"{ADAPTER}: target_modules does not name {said}: read all the same")
+        opened.notes.append(f"{ADAPTER}: target_modules does not name {said}: read anyway")
     if isinstance(targets, list):
         none = [
             name

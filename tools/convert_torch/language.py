@@ -74,7 +74,7 @@ def carry(opened: Opened) -> None:
     found = recognise(program, settings)
     if found is None:
         opened.notes.append(
-            f"its chat template is none of {', '.join(TEMPLATES)}: name a data.template yourself"
+            f"its chat template is not one of {', '.join(TEMPLATES)}: name a data.template yourself"
         )
         return
     try:

@@ -87,7 +87,7 @@ def lora_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         try:
             re.compile(targets)
         except re.error as error:
-            problems.append(f"target_modules is {_said(targets)}, which is no pattern ({error})")
+            problems.append(f"target_modules is {_said(targets)}, which is not a pattern ({error})")
     if problems:
         return {}, problems
     scale = math.sqrt(rank) if rooted else 1.0

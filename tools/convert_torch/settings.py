@@ -174,7 +174,7 @@ def _llama(cfg: LlamaConfig, settings: Mapping[str, Any]) -> tuple[LlamaConfig, 
     heads, width = fields["heads"], fields["width"]
     fields["kv_heads"] = fields["kv_heads"] or heads
     if fields["head_dim"] is None and width % heads:
-        return cfg, [f"hidden_size {width} is no multiple of num_attention_heads {heads}"]
+        return cfg, [f"hidden_size {width} is not a multiple of num_attention_heads {heads}"]
     fields["head_dim"] = fields["head_dim"] or width // heads
     if heads % fields["kv_heads"] or fields["head_dim"] % 2:
         return cfg, [
@@ -317,8 +317,8 @@ def _window(text: Mapping[str, Any], kind: str | None, *, reach: int) -> list[st
         return []
     if isinstance(window, bool) or not isinstance(window, int) or window < reach:
         return [
-            f"sliding_window is {window!r} and positions reach {reach}, wanted null: for no longer "
-            "texts than the window, set max_position_embeddings to it"
+            f"sliding_window is {window!r} and positions reach {reach}, wanted null: for texts no "
+            "longer than the window, set max_position_embeddings to it"
         ]
     return []
 
@@ -361,7 +361,7 @@ def check_tower(cfg: EmoLlamaConfig, opened: Opened, *, section: str) -> EmoLlam
         held = held if isinstance(held, dict) else alone
         opened.problems += [
             f"{path}: {section}'s {key} is {held[key]!r}, wanted model.{section}.{name} "
-            f"{getattr(ours, name)!r}: name it by --set"
+            f"{getattr(ours, name)!r}: set it with --set"
             for name, key in TOWERS[section].items()
             if key in held and held[key] != getattr(ours, name)
         ]
