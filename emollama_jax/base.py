@@ -49,7 +49,7 @@ class AbstractModel:
 
     @property
     def places(self) -> dict[str, NamedSharding]:
-        """Where each parameter lives, by path."""
+        """Sharding of each parameter, by path."""
         return {path: leaf.sharding for path, leaf in self.params.items()}
 
     def with_values(self, values: Mapping[str, jax.Array]) -> Any:
@@ -212,7 +212,7 @@ def load_face(cfg: Config) -> FaceXFormer:
 
 
 def base_reference(cfg: Config) -> dict[str, Any]:
-    """What the base is made from, so that a checkpoint can tell whether it is on the same one."""
+    """Origin of the base, so that a checkpoint can check that it is on the same one."""
     if cfg.weights == "none":
         return {"weights": "none", "seed": cfg.train.seed}
     digests = {}
@@ -233,7 +233,7 @@ def base_reference(cfg: Config) -> dict[str, Any]:
 
 
 def tower_file(tower: str) -> pathlib.Path:
-    """Where the package keeps one of its towers."""
+    """File of one of the package's towers."""
     return parameters.WEIGHTS / f"tiny_{tower}.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down and restores: Orbax checkpoints of what trains.
+"""Orbax checkpoints of what trains: saved and restored.
 
 A checkpoint holds only what training changes, the parameters that `train.trainable` names with the
 optimizer's state, and what is needed to resume exactly: the step, the config, and the state of the

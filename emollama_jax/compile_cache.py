@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Compilations:
-    """What this process has compiled and what it found in the folder."""
+    """Programs that this process compiled, and those it found in the folder."""
 
     compiled: int = 0
     seconds: float = 0.0  # of compiling, and of reading what was found
@@ -51,7 +51,7 @@ _counting = False
 
 
 def folder() -> pathlib.Path | None:
-    """Where programs are kept; None where none are, or where JAX itself was told a place.
+    """Folder of compiled programs; None if none are kept, or if JAX was given one itself.
 
     Raises:
         UserError: a folder that cannot be one.

@@ -311,7 +311,7 @@ class MeshConfig:
 
 @_config
 class DistributedConfig:
-    """How the processes of a run on several hosts find one another; see docs/cloud_tpu.md."""
+    """How the processes of a run on several hosts connect; see docs/cloud_tpu.md."""
 
     coordinator: str = "auto"  # "auto": from Cloud TPU, GKE or Slurm; "none"; or "host:port"
     processes: Annotated[int, Bounds(1, 2**20)] = 1  # with "host:port": number of processes

@@ -1,4 +1,4 @@
-"""What the classes of a config say about themselves: keys, bounds, meaning, and what is wrong.
+"""Keys, bounds and meaning of a config's settings, read from its classes; messages on faults.
 
 The meaning of a field is the comment beside it, or the one above.
 """

@@ -239,7 +239,7 @@ def boundary(args: Sequence[str]) -> Iterator[None]:
 
 
 def disk_error(error: BaseException, out: object = None) -> str | None:
-    """One line about an error of the operating system; None if it is none that a user can mend.
+    """One line about an error of the operating system; None if a user cannot fix it.
 
     Args:
         error: the libraries below wrap it now and then: those that it came from are asked too.

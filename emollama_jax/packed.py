@@ -82,7 +82,7 @@ def write(
 
 
 def read_origin(folder: epath.PathLike) -> dict[str, Any]:
-    """What `run.json` says: `base`, `sha256`, `step`, `learned_from` and more.
+    """Entries of `run.json`: `base`, `sha256`, `step`, `learned_from` and more.
 
     Raises:
         UserError: it is missing or broken, or of another format.

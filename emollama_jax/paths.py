@@ -1,4 +1,4 @@
-"""Files on a disk or in a bucket: `gs://bucket/folder` may stand wherever a folder may.
+"""Files on a disk or in a bucket: `gs://bucket/folder` works wherever a folder does.
 
 `pathlib` makes `gs:/bucket` of `gs://bucket`, so what a user names stays text until `as_path` makes
 an `epath.Path` of it, which has pathlib's methods for both.

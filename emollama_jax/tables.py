@@ -120,7 +120,7 @@ def cells(
 
 
 def separator_of(header: str) -> str:
-    """The separator that stands most often outside of a header's quotes."""
+    """The separator that is most frequent outside a header's quotes."""
     bare = re.sub(r'"[^"]*("|$)', "", header)
     return max(SEPARATORS, key=bare.count)
 

@@ -69,7 +69,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of the file with the weights."""
+        """Name of the file with the weights."""
         return pathlib.PurePosixPath(next(iter(self.files))).name
 
 

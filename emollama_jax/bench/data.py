@@ -111,7 +111,7 @@ _COLUMNS = (
 
 
 def table(speeds: Sequence[Speed]) -> str:
-    """What the command prints: medians, and the ratio's spread over the rounds."""
+    """Output of the command: medians, and the ratio's spread over the rounds."""
     lines = [
         f"{'Grain (this package)':<24}{statistics.median(s.ours for s in speeds):8.0f} frames/s"
     ]

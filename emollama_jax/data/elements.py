@@ -286,13 +286,13 @@ class Encoder:
         )
 
     def question_ids(self, question: str) -> tuple[Int32[np.ndarray, " l"], Bool[np.ndarray, " l"]]:
-        """What the Q-Former reads of a question, and where it is not padding."""
+        """The Q-Former's tokens of a question, and where they are not padding."""
         return prompts.encode_question(
             question, tokenizer=self.question, length=self.cfg.data.question_length
         )
 
     def sentinel(self, kind: Kind, index: int, trouble: str) -> Row:
-        """What stands for a training row that cannot be made."""
+        """Stand-in for a training row that cannot be made."""
         encoded = prompts.Encoded(
             ids=np.full(self.text_length(kind), self.chat.pad, np.int32),
             labels=np.full(self.text_length(kind), IGNORE, np.int32),

@@ -194,7 +194,7 @@ def _refuse_urls(source: str | os.PathLike) -> None:
 
 
 def name_of(source: Source) -> str:
-    """How a message names a file."""
+    """Name of a file in messages."""
     if isinstance(source, bytes):
         return f"media of {len(source)} bytes"
     text = os.fspath(source)
@@ -208,6 +208,6 @@ def beginning(source: Source) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, as part of a message."""
+    """Text of an exception, as part of a message."""
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(words.split())

@@ -88,7 +88,7 @@ def inspect(folder: epath.PathLike, name: str, split: str | None = None) -> Insp
 
     Args:
         folder: `data.dir`.
-        name: a set, or one of its folds; a set with folds stands for all that are prepared.
+        name: a set, or one of its folds; a set with folds means all that are prepared.
         split: one alone, or all.
 
     Raises:

@@ -96,7 +96,7 @@ def agr_sentence(
 
 
 def read_turns(conversation: Conversation) -> tuple[Turn, ...]:
-    """The turns of a LLaVA conversation; place holders are taken out, wherever they stand.
+    """The turns of a LLaVA conversation; placeholders are removed, wherever they are.
 
     Raises:
         UserError: the turns do not alternate, human first, or an answer is empty.

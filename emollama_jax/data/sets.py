@@ -55,7 +55,7 @@ class SetName(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """How a set is prepared."""
+    """Options of preparing a set."""
 
     source: pathlib.Path | None = None  # its tree, or a user's folder or table; None: drawn
     fold: int | None = None  # of a set with folds; None: all that the tree has lists of
@@ -69,7 +69,7 @@ class SetFamily(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """What can be prepared, in words for messages: "raf_db", "own/NAME"."""
+        """Names that can be prepared, for messages: "raf_db", "own/NAME"."""
         ...
 
     @property
@@ -87,7 +87,7 @@ class SetFamily(Protocol):
         ...
 
     def stored(self, name: str) -> str:
-        """Where a set is stored under the data folder; several names may be views of one."""
+        """Folder of a set under the data folder; several names may share one."""
         ...
 
     def label_space(self, name: str, metadata: Mapping[str, Any] | None) -> LabelSpace:
@@ -185,7 +185,7 @@ def check_source(name: str, how: Preparation) -> SetFamily:
 
 
 def check_prepared(folder: str, names: Sequence[str]) -> None:
-    """Refuses sets of which nothing lies in a data folder; what lies there is checked when opened.
+    """Raises for sets that a data folder does not hold; their content is checked when opened.
 
     Args:
         folder: the data folder; in a bucket, nothing is looked up.

@@ -52,7 +52,7 @@ class Split:
 
     @property
     def place(self) -> str:
-        """Where its examples lie, e.g. "dfew/clips", and what else is kept once for all views."""
+        """Folder of its examples, e.g. "dfew/clips", and of other files shared by all views."""
         return f"{self.stored.name}/{self.stored_split}"
 
     @functools.cached_property
@@ -66,7 +66,7 @@ class Split:
 
     @functools.cached_property
     def priors(self) -> Sequence[Prior]:
-        """What is known of the face in each example, in their order.
+        """Face priors of the examples, in their order.
 
         Raises:
             UserError: they are not prepared.
@@ -76,7 +76,7 @@ class Split:
 
     @property
     def priors_folder(self) -> epath.Path:
-        """Where the priors of the stored split lie."""
+        """Folder of the stored split's priors."""
         return as_path(self.data_dir) / "priors" / self.place
 
     @functools.cached_property
@@ -101,7 +101,7 @@ class Split:
 
     @property
     def instruct_folder(self) -> epath.Path:
-        """Where `emollama data instruct` keeps what it made for this split."""
+        """Folder of the output of `emollama data instruct` for this split."""
         return as_path(self.data_dir) / "instruct" / self.name / self.split
 
     @property
@@ -157,7 +157,7 @@ class Split:
 
 
 class InMemory(Split):
-    """A split that lies nowhere, for tests and measurements.
+    """A split in memory, for tests and measurements.
 
     Args:
         name: name of the set to stand in for.

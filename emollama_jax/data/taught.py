@@ -53,7 +53,7 @@ def classes_of(age: np.ndarray, male: np.ndarray) -> np.ndarray:
 
 
 def labels_path(split: Split) -> epath.Path:
-    """Where the labels of the stored split lie, e.g. DATA/taught/ferplus/train.npz."""
+    """File of the stored split's labels, e.g. DATA/taught/ferplus/train.npz."""
     return as_path(split.data_dir) / "taught" / f"{split.place}.npz"
 
 
@@ -77,7 +77,7 @@ def write_columns(path: pathlib.Path, columns: Mapping[str, np.ndarray]) -> None
 
 
 def read_columns(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """What `write_columns` wrote."""
+    """Reads the output of `write_columns`."""
     with as_path(path).open("rb") as opened, np.load(opened) as file:
         return {name: file[name] for name in file.files}
 

@@ -191,7 +191,7 @@ def decoded(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Pictu
 
 
 def no_frames(source: Source) -> str:
-    """What is said of a video without frames."""
+    """Message about a video without frames."""
     return f"{name_of(source)}: video without frames"
 
 

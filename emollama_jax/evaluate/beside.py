@@ -20,7 +20,7 @@ FOLDER = "data"  # of prepared sets, as everywhere
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the prepared set lies, and what is wanted of it."""
+    """Location of the prepared set, and what is wanted from it."""
 
     split: str = "test"
     dir: str | None = None  # None: `FOLDER`
@@ -35,7 +35,7 @@ class Place:
 def look_up(
     predictions: Sequence[Prediction], source: str | None, place: Place, *, named: bool
 ) -> tuple[groups.Seen, Copies | None]:
-    """What the prepared set says of predicted items, by the predictions' own names.
+    """Looks predicted items up in the prepared set, by the predictions' own names.
 
     Args:
         predictions: records of a file.
@@ -44,7 +44,7 @@ def look_up(
         named: whether a column names the items.
 
     Returns:
-        What the face network says of them, and which of them also stand in `place.without`.
+        The face network's attributes of them, and those that are also in `place.without`.
 
     Raises:
         UserError: items that cannot be looked up, where `place.without` asks for it.
@@ -81,7 +81,7 @@ def look_up(
 
 
 def match(mine: Sequence[str], theirs: Sequence[str], *, where: str) -> Mapping[str, str]:
-    """Which item of a set each name means.
+    """Matches names to items of a set.
 
     Args:
         mine: names in a file.

@@ -46,7 +46,7 @@ def names(source: str, fold: str | None, *, without: str | None = None) -> list[
 
 
 def title_of(source: str) -> str:
-    """How a set is called in headings."""
+    """Title of a set in headings."""
     return label_space(source).title
 
 

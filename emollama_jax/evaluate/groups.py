@@ -29,7 +29,7 @@ RaceLabels = Literal["measured", "as_published", "untaught"]
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What the face network says of the items of a split.
+    """Attributes of a split's items, as the face network sees them.
 
     Attributes:
         groups: item → its group by attribute, in the order of `ATTRIBUTES`.
@@ -110,7 +110,7 @@ class ByGroup:
 def read_seen(
     data_dir: epath.PathLike, name: str, split: str, *, race_labels: RaceLabels = "measured"
 ) -> Seen:
-    """What the priors of a prepared split say; why nothing, where it has none."""
+    """Attributes in the priors of a prepared split, or why there are none."""
     from emollama_jax.data.split import Split  # TFDS, which plain files need not
 
     try:
@@ -137,7 +137,7 @@ def item_names(data_dir: epath.PathLike, name: str, split: str) -> Sequence[str]
 
 
 def joined(parts: Iterable[Seen]) -> Seen:
-    """What is known of several folds' items."""
+    """Attributes of several folds' items."""
     parts = list(parts)
     why = next((part.why for part in parts if part.why), "")
     groups = {item: names for part in parts for item, names in part.groups.items()}

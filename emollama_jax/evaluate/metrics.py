@@ -193,7 +193,7 @@ def wilson(right: int, items: int, *, level: float) -> Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How far stated probabilities are from the share of right answers.
+    """Distance of stated probabilities from the share of correct answers.
 
     Attributes:
         confidence: mean probability of the answered class, of each bin; nan for an empty one.
@@ -236,7 +236,7 @@ def calibration(labels: ArrayLike, log_likelihood: ArrayLike, *, bins: int) -> C
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What the place of an option in the question does; C places.
+    """Effect of an option's position in the question; C positions.
 
     Attributes:
         answered: share of the answers that named the option at each place.

@@ -59,7 +59,7 @@ MARGIN = 0.5  # of the face crop, FaceXFormer's
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What the model made of a split."""
+    """A model's answers about a split."""
 
     predictions: list[Prediction]
     aside: dict[str, str]  # id → why it was not answered
@@ -212,7 +212,7 @@ def _command(options: ZeroShot) -> str:
 
 
 def out_folder(options: ZeroShot) -> pathlib.Path:
-    """Where a run writes, unless it is told."""
+    """Default output folder of a run."""
     if options.out is not None:
         return options.out
     model = re.sub(r"[^\w.-]+", "_", options.model)

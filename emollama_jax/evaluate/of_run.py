@@ -58,7 +58,7 @@ def evaluate_runs(
         console: terminal for progress.
 
     Returns:
-        The result, or that of all folds, and the folder where it lies.
+        The result, or that of all folds, and its folder.
 
     Raises:
         UserError: no such fold, a run that saw what is tested, no or unfitting data.

@@ -23,7 +23,7 @@ from emollama_jax.paths import as_path, write_whole
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a set is tested, so that a number can stand beside those of other people."""
+    """How a set is tested, so that numbers can be compared with published ones."""
 
     name: str  # of the set, as in "dfew/fold1"
     frames: str  # of an example
@@ -86,7 +86,7 @@ class Prediction:
 
 
 def subject_of(example: Mapping[str, Any]) -> str | None:
-    """Whose face a prepared example shows; None where the set does not say."""
+    """Subject of a prepared example; None where the set does not say."""
     subject = int(example["subject"])
     return str(subject) if subject >= 0 else None
 

@@ -85,7 +85,7 @@ def _page(result: Result, others: Sequence[Published]) -> report.Report:
 
 
 def calibration(predictions: Sequence[Prediction]) -> metrics.Calibration | None:
-    """Of label scoring; None where text was generated.
+    """Calibration of label scoring; None where text was generated.
 
     An answer is right if it is the true class, also where the question listed other words.
     """

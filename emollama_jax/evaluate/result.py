@@ -41,7 +41,7 @@ class Answers:
         seen: Seen = NO_SET,
         copies: Copies | None = None,
     ) -> "Answers":
-        """The numbers of predictions, also by group and without items that stand elsewhere.
+        """The numbers of predictions, also by group and without items of another split.
 
         Args:
             title: the way of answering, or the fold.
@@ -71,7 +71,7 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a result was made, so that it can be made again."""
+    """Settings of a result, enough to reproduce it."""
 
     command: str
     config: str  # YAML
@@ -85,7 +85,7 @@ class Result:
     Attributes:
         title: heading of its page.
         lede: summary of what was done, in a sentence or two.
-        source: the set, e.g. "dfew/fold1"; decides which published numbers stand beside it.
+        source: the set, e.g. "dfew/fold1"; selects the published numbers to compare with.
         answers: each way of answering, the headline first; or each fold, with `mean`.
         mean: mean and standard deviation over the folds; None where `answers` are no folds.
         pooled: groups of the items of all folds together.
@@ -125,7 +125,7 @@ class Result:
         return unparsed_warning([item.evaluation for item in counted])
 
     def summary(self) -> dict[str, Any]:
-        """What `--json` prints: shares, 0 … 1."""
+        """Content of `--json`: shares, 0 … 1."""
         if self.mean is not None:
             groups = {} if self.groups.why else {"groups": self.groups.to_dict()}
             return _over_folds([item.evaluation for item in self.answers], self.mean) | groups
@@ -135,7 +135,7 @@ class Result:
         return found
 
     def lines(self, home: object) -> str:
-        """What a command prints: the numbers, and the page in the folder `home`."""
+        """Lines for a command to print: the numbers, and the page in the folder `home`."""
         mean, e, without = self.mean, self.headline.evaluation, self.headline.without
         if mean is not None:
             return (

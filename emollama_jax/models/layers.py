@@ -1,4 +1,4 @@
-"""What two networks share: Linear with an optional adapter, norms, rotary, layer stacks.
+"""Layers that networks share: Linear with an optional adapter, norms, rotary, layer stacks.
 
 Every parameter carries its logical axis names as the metadata `axes` (one name per dimension, see
 `sharding/rules.py`), parameters are float32 at birth, computation is in the network's `dtype`,

@@ -67,7 +67,7 @@ class KVCache:
 
 @flax.struct.dataclass
 class LlamaOutput:
-    """What a pass gives."""
+    """Outputs of a pass."""
 
     hidden: jax.Array  # [B, T, D], after the final norm
     cache: KVCache | None  # with this pass's keys and values written in; None if none was given

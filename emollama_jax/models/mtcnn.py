@@ -40,7 +40,7 @@ GROUP_PIXELS = 1 << 24  # of the pictures that are searched together: 200 MB of 
 
 @dataclasses.dataclass(frozen=True)
 class MtcnnConfig:
-    """What the detection does around its networks."""
+    """Config of the detection around its networks."""
 
     min_face: float  # pixels
     factor: float  # between two scales of the pyramid

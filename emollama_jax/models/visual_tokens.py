@@ -38,7 +38,7 @@ def pool(patches: Float[Array, "b p d"], kind: str) -> Float[Array, "b n d"]:
 
 
 class VisualTokens(nnx.Module):
-    """What stands between the vision tower, the Q-Former and the LLM.
+    """The projections between the vision tower, the Q-Former and the LLM.
 
     Attributes:
         ln: norm of the vision tokens that the Q-Former reads (`vlm_att_ln`).

@@ -11,7 +11,7 @@ def check_spec(spec: str) -> tuple[str, str]:
     """Splits a model's name.
 
     Returns:
-        Its kind, and what stands behind the colon.
+        Its kind, and the text after the colon.
 
     Raises:
         UserError: neither of the three kinds.

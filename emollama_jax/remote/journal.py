@@ -23,7 +23,7 @@ from emollama_jax.locks import lock_file
 
 @dataclasses.dataclass
 class Entry:
-    """What the journal knows of one item."""
+    """The journal's record of one item."""
 
     value: Any = None  # of the accepted answer
     rejections: list[str] = dataclasses.field(default_factory=list)
@@ -73,7 +73,7 @@ class Journal:
         os.close(self._file)
 
     def entry(self, key: str) -> Entry:
-        """What is known of an item; nothing, if it was never asked."""
+        """Record of an item; empty if it was never asked."""
         return self.entries.get(key) or Entry()
 
     def sent(self, key: str, cost: float) -> None:

@@ -1,4 +1,4 @@
-"""What is asked and what comes back, the same for every client."""
+"""Requests and answers, the same for every client."""
 
 import dataclasses
 import io

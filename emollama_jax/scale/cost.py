@@ -1,4 +1,4 @@
-"""What a compiled program costs one device: cycles, FLOPs, memory traffic, collectives.
+"""Cost of a compiled program on one device: cycles, FLOPs, memory traffic, collectives.
 
 Rules, as measured with libtpu 0.0.42:
 
@@ -72,7 +72,7 @@ class Traffic:
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device."""
+    """Cost on one device."""
 
     cycles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     flops: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)

@@ -55,7 +55,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compiled step tells. Costs are of one device; a chip may have two."""
+    """Facts about a compiled step. Costs are per device; a chip may have two."""
 
     config: str
     topology: str

@@ -36,7 +36,7 @@ DEMO = pathlib.Path("demo_out/run")  # of `make demo`
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What is to be answered, and how."""
+    """The request: what to answer, and how."""
 
     media: tuple[pathlib.Path, ...]
     question: str | None

@@ -58,7 +58,7 @@ PRESETS: dict[Preset, Rules] = {
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """Where every parameter lives."""
+    """Sharding of every parameter."""
 
     params: dict[str, NamedSharding]  # by path
     replicated: tuple[str, ...]  # one line for each dimension whose rule was not followed

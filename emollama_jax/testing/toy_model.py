@@ -24,7 +24,7 @@ TINY = load("tiny")
 
 
 class Decoder(nnx.Module):
-    """What stands for the LLM: each token sees the mean of those before it."""
+    """Stand-in for the LLM: each token sees the mean of those before it."""
 
     def __init__(self, cfg: EmoLlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg.llama
@@ -56,7 +56,7 @@ class Decoder(nnx.Module):
 
 
 class Toy(nnx.Module):
-    """What stands for `EmoLlama`."""
+    """Stand-in for `EmoLlama`."""
 
     def __init__(self, cfg: EmoLlamaConfig, *, rngs: nnx.Rngs):
         width = cfg.llama.width

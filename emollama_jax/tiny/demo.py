@@ -61,7 +61,7 @@ VARIANTS = {  # of the ablation: name → overrides
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Amounts of data and training."""
 
     images: Mapping[str, int]  # split → examples
     clips: Mapping[str, int]

@@ -202,7 +202,7 @@ def begin(
     Args:
         setup: setup of the run; its mesh is entered.
         checkpoints: checkpoints of the run.
-        data: moved to where the checkpoint stands.
+        data: iterator, moved to the checkpoint's position.
         console: told what is unusual.
     """
     model, cfg = setup.model, setup.model.cfg

@@ -1,4 +1,4 @@
-"""What a run writes about itself: `metrics.jsonl`, TensorBoard event files, a progress display.
+"""Logs of a run: `metrics.jsonl`, TensorBoard event files, a progress display.
 
 `metrics.jsonl` holds only what is the same in every repetition of a run, floats with all their
 digits, so that two loss curves can be compared bit for bit; a resumed run first cuts off what lies
@@ -281,7 +281,7 @@ class RunLog:
 
     @property
     def loss(self) -> float | None:
-        """Of the last logged step, on the first host."""
+        """Loss of the last logged step, on the first host."""
         return self._lines.last["loss"] if self._leads and self._lines.last else None
 
     def step(

@@ -44,7 +44,7 @@ class Sums:
 
 @flax.struct.dataclass
 class Metrics:
-    """Of one step; float32 []."""
+    """Metrics of one step; float32 []."""
 
     loss: jax.Array  # mean negative log-likelihood of the label tokens
     tokens: jax.Array  # label tokens, weighted

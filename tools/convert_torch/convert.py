@@ -61,7 +61,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a conversion did."""
+    """Summary of a conversion."""
 
     tensors: int
     leaves: int
@@ -116,7 +116,7 @@ class Reading:
 
 
 def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig) -> Plan:
-    """Opens a checkpoint and lays its table against the model.
+    """Opens a checkpoint and matches its table with the model.
 
     Args:
         source: name in `SOURCES`.

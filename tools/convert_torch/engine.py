@@ -189,7 +189,7 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        """Of what is read."""
+        """Bytes to read."""
         return sum(part.nbytes for part in self.parts) // len(self.row.paths)
 
     @property
@@ -199,7 +199,7 @@ class Leaf:
 
     @property
     def slot_shape(self) -> tuple[int, ...]:
-        """Of a layer, or of the whole."""
+        """Shape of a layer, or of the whole."""
         return self.shape[1:] if self.row.stacked else self.shape
 
     def read(
@@ -401,7 +401,7 @@ def matches_any(name: str, patterns: Mapping[str, str]) -> bool:
 
 
 def problem_of(row: Row, tensor: Tensor, wanted: Sequence[int]) -> str:
-    """What is wrong with a tensor's dtype or shape, or ""; nothing is read."""
+    """Fault of a tensor's dtype or shape, or ""; nothing is read."""
     name, path = row.transform.name, ", ".join(row.paths)
     if tensor.dtype not in FLOATS:
         known = " or ".join(str(dtype) for dtype in FLOATS)

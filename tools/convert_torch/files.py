@@ -167,7 +167,7 @@ def open_paths(
     """Opens files and folders, and the settings beside them.
 
     Args:
-        paths: weight files, index files, or folders of them as Hugging Face lays them out.
+        paths: weight files, index files, or folders of them in Hugging Face's layout.
         names: names of a folder's weight files; the first that exists is read.
         beside: names of files to read too, if they are in a folder.
         carried: names of files that are kept as they are, where they lie beside the weights.

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, beside what it becomes; or what a folder of our weights holds."""
+"""A checkpoint's tensors beside our leaves, or the content of a folder of our weights."""
 
 import collections
 import pathlib

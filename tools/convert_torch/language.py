@@ -1,4 +1,4 @@
-"""What a checkpoint carries of its language: tokenizer files, and its conversation format by name.
+"""Language files of a checkpoint: the tokenizer, and its conversation format by name.
 
 A chat template is a program (Jinja); which format it writes is found by letting it write, in the
 sandbox that `transformers` runs it in, and comparing with the formats of `data/templates.py`.
@@ -158,7 +158,7 @@ def _text(template: Template, system: str, *, turns: bool = True) -> str:
 
 
 def render(program: str, messages: Messages, tokens: Mapping[str, str | None]) -> str:
-    """What a chat template writes, its end open for an answer.
+    """Renders a chat template, with its end open for an answer.
 
     Raises:
         Exception: whatever the program raises.

@@ -1,4 +1,4 @@
-"""What can be converted: each source with its tables, its names, and what of it is left out."""
+"""Sources that can be converted, each with its tables, its names and the tensors left out."""
 
 import pathlib
 import re
@@ -59,7 +59,7 @@ class Naming:
     ignore: Callable[[EmoLlamaConfig], Mapping[str, str]] = lambda cfg: {}
 
     def prefix(self, keys: Collection[str]) -> str | None:
-        """What stands before this naming's keys; None: these are not its keys."""
+        """Prefix of this naming's keys; None: these are not its keys."""
         found = [match[1] for key in keys if (match := re.fullmatch(self.sign, key))]
         return min(found, key=len) if found else None
 

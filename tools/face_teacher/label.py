@@ -136,7 +136,7 @@ def cut_out(picture: np.ndarray, box: np.ndarray) -> Face:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a pass over a split found."""
+    """Summary of a pass over a split."""
 
     examples: int
     without_face: int

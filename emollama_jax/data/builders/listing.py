@@ -1,4 +1,4 @@
-"""What the readers of the official layouts share: lists of examples, and looking files up.
+"""Shared by the readers of official layouts: lists of examples, and finding files.
 
 A reader turns a tree into a `Listing`. It is tolerant where a layout is unambiguous (byte order
 marks, line ends, case of endings, spaces, the folder above the named one) and strict where a label
@@ -54,7 +54,7 @@ class Listing:
     layout: str = ""  # where the media were taken from
 
     def lines(self) -> list[str]:
-        """What the user should know of the tree, a line each."""
+        """Notes on the tree for the user, a line each."""
         layout = [f"media: {self.layout}"] if self.layout != "*" else []
         dropped = [f"dropped {rows} rows: {reason}" for reason, rows in self.dropped.items()]
         if self.missing:
@@ -249,7 +249,7 @@ def check_labels(rows: Iterable[Entry], classes: Sequence[str], *, title: str) -
 
 
 def repeated(name: str, splits: Mapping[str, Sequence[Entry]]) -> list[str]:
-    """Notes about ids that stand twice in a split, or in two splits."""
+    """Notes about ids that occur twice in a split, or in two splits."""
     notes = []
     for split, rows in splits.items():
         twice = [i for i, times in Counter(row.id for row in rows).items() if times > 1]

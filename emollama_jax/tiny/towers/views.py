@@ -17,7 +17,7 @@ from emollama_jax.tiny.towers.real_faces import real_pictures
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How much of everything."""
+    """Amounts of data and training."""
 
     pictures: int = 36_000
     clips: int = 1_200  # whose frames join the pictures, without an emotion
