@@ -291,7 +291,7 @@ def test_help_lists_every_setting():
     assert re.search(r"^model\.llama\.lora\.rank +int, 0 … 65,536  # 0: no adapters$", text, re.M)
     assert re.search(r"^mesh\.slices +int, 1 … 1,048,576; 1 if left out  # TPU slices", text, re.M)
     assert re.search(r"^model\.llama\.dtype +float32 \| bfloat16$", text, re.M)
-    assert re.search(r"^weights .*# What a run starts from", text, re.M)
+    assert re.search(r"^weights .*# Initial weights", text, re.M)
 
 
 def test_configs_are_read_without_jax(root):
