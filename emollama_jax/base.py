@@ -49,7 +49,7 @@ class AbstractModel:
 
     @property
     def places(self) -> dict[str, NamedSharding]:
-        """Where each parameter lives, by path."""
+        """Sharding of each parameter, by path."""
         return {path: leaf.sharding for path, leaf in self.params.items()}
 
     def with_values(self, values: Mapping[str, jax.Array]) -> Any:
@@ -97,7 +97,7 @@ def chosen(
 
     Args:
         cfg: the run.
-        key: which field of `train` holds the patterns.
+        key: name of the `train` field that holds the patterns.
         paths: all parameter paths of its model.
         build: makes the model.
 
@@ -114,7 +114,7 @@ def chosen(
     if key == "trainable" and not found:
         raise UserError(
             f"train.trainable: {', '.join(patterns) or 'no pattern'}: this model has no such part, "
-            "so nothing would train: name another"
+            "so nothing would train: choose others"
         )
     return found
 
@@ -133,7 +133,7 @@ def init_model(
 
     Args:
         cfg: the run.
-        mesh: of `make_mesh`.
+        mesh: mesh of `make_mesh`.
         given: paths of what the caller fills. It stays abstract: shape, dtype and sharding.
         build: makes the model.
     """
@@ -145,7 +145,7 @@ def base_values(whole: AbstractModel, *, given: Collection[str] = ()) -> dict[st
     """The parameters that a run starts from, by path, each on its devices.
 
     Args:
-        whole: what they fill.
+        whole: abstract model to fill.
         given: paths that are left out: the caller has them.
 
     Raises:
@@ -199,7 +199,7 @@ def load_face(cfg: Config) -> FaceXFormer:
     if absent := [path for path in leaves if path not in where]:
         raise UserError(
             f"weights: {absent[0]} is in none of {', '.join(config_weights.folders(cfg.weights))}: "
-            "import FaceXFormer with python -m tools.convert_torch and name its folder too"
+            "convert FaceXFormer with python -m tools.convert_torch and add its folder"
         )
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
@@ -212,14 +212,14 @@ def load_face(cfg: Config) -> FaceXFormer:
 
 
 def base_reference(cfg: Config) -> dict[str, Any]:
-    """What the base is made from, so that a checkpoint can tell whether it is on the same one."""
+    """Origin of the base, so that a checkpoint can check that it is on the same one."""
     if cfg.weights == "none":
         return {"weights": "none", "seed": cfg.train.seed}
     digests = {}
     for tower in _towers(cfg):
         path = tower_file(tower)
         if not path.is_file():
-            raise UserError(f"{path}: the package's weights are missing: install it again")
+            raise UserError(f"{path}: the package's weights are missing: reinstall it")
         digests[path.stem] = hashlib.sha256(path.read_bytes()).hexdigest()
     if cfg.weights == "tiny":
         return {"weights": "tiny", "sha256": digests}
@@ -233,7 +233,7 @@ def base_reference(cfg: Config) -> dict[str, Any]:
 
 
 def tower_file(tower: str) -> pathlib.Path:
-    """Where the package keeps one of its towers."""
+    """File of one of the package's towers."""
     return parameters.WEIGHTS / f"tiny_{tower}.safetensors"
 
 
@@ -271,7 +271,7 @@ def _folders(cfg: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ep
     where = imported.check_base(config_weights.folders(cfg.weights), cfg.model, shapes)
     for path in _tiny_paths(cfg, where):
         tower = f"{config_weights.ONE}{path.split('/')[0]}"
-        raise UserError(f"{path}: both in {where[path]} and in {tower}: name one of them")
+        raise UserError(f"{path}: both in {where[path]} and in {tower}: keep one of them")
     return where
 
 

@@ -16,7 +16,7 @@ class NotANumber(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The numbers from `low` to `high`, finite ones; what pydantic checks, and what is said."""
+    """The finite numbers from `low` to `high`, as pydantic checks and messages show them."""
 
     low: float
     high: float
@@ -61,12 +61,12 @@ def _digits(number: float) -> str:
 
 
 INT32 = 2**31 - 1  # what JAX counts in
-LARGEST = 1e30  # of a float that has no bound of its own, well within float32
+LARGEST = 1e30  # default bound of a float, well within float32
 
 Size = Annotated[int, Bounds(1, 2**24)]  # rows or columns of an array
-Number = Annotated[int, Bounds(1, INT32)]  # of steps, examples, files
+Number = Annotated[int, Bounds(1, INT32)]  # steps, examples, files
 Few = Annotated[int, Bounds(1, 1024)]
-Examples = Annotated[int, Bounds(1, 2**16)]  # of one step, whose pictures are in memory together
+Examples = Annotated[int, Bounds(1, 2**16)]  # per step, with all pictures in memory
 Side = Annotated[int, Bounds(1, 8192)]  # pixels
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # JAX drops higher bits without a word
 Axis = Annotated[int, Bounds(1, 2**20, also=-1)]  # devices

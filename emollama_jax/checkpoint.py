@@ -1,4 +1,4 @@
-"""What a run writes down and restores: Orbax checkpoints of what trains.
+"""Orbax checkpoints of what trains: saved and restored.
 
 A checkpoint holds only what training changes, the parameters that `train.trainable` names with the
 optimizer's state, and what is needed to resume exactly: the step, the config, and the state of the
@@ -112,7 +112,7 @@ class Checkpoints:
         """Reads the newest checkpoint.
 
         Args:
-            state: what is wanted: shapes, dtypes and shardings.
+            state: wanted shapes, dtypes and shardings.
             data: is moved to where the run stopped.
 
         Raises:
@@ -124,7 +124,7 @@ class Checkpoints:
         difference = _first_difference(before, self._metadata["config"])
         if difference is not None:
             raise UserError(
-                f"{path}: checkpoint of another config: {difference}; go back to that config or "
+                f"{path}: checkpoint of another config: {difference}; use that config or "
                 "choose another folder"
             )
         _check_base(path, saved["base"], self._metadata["base"])
@@ -152,7 +152,7 @@ def load_for_inference(
     Args:
         path: a run (its newest checkpoint is taken), one checkpoint of it, a packed run, or
             `package`.
-        mesh: where to put it; one device by default, whatever it was trained on.
+        mesh: mesh to load onto; one device by default, whatever it was trained on.
         build: makes the model, as it did in training.
 
     Raises:
@@ -219,7 +219,7 @@ def _instead(path: epath.Path) -> str:
     steps = sorted(int(p.name) for p in path.parent.iterdir() if p.name.isdigit())
     older = [step for step in steps if step < int(path.name)]
     if not older:
-        return "delete this folder and train anew; there is no earlier step"
+        return "delete this folder and train again; there is no earlier step"
     there = ", ".join(map(str, older))
     return f"delete this folder to go back to step {older[-1]} (earlier steps there: {there})"
 

@@ -1,4 +1,4 @@
-"""The program `emollama`: one verb per wish. Bad input is one line and exit status 2.
+"""The program `emollama`: one verb per task. Bad input is one line and exit status 2.
 
 Each verb refuses what it can before it imports JAX: a wrong word costs less than a second.
 """
@@ -38,12 +38,12 @@ Inline = tyro.conf.OmitArgPrefixes
 def demo(
     out: pathlib.Path = pathlib.Path("demo_out"), quick: bool = False, ablation: bool = False
 ) -> None:
-    """The whole story on the embedded data set, ends with a report page: prepare, face priors,
+    """Runs every step on the embedded data set and writes a report page: prepare, face priors,
     train, stop and resume, evaluate, ask. Stopped? Re-run the command to resume.
 
     Args:
-        out: folder of everything it writes; open report.html there.
-        quick: a shortened run that shows that everything works; its numbers mean nothing.
+        out: output folder; open report.html there.
+        quick: shortened run to check that everything works; its numbers mean nothing.
         ablation: also train without FIM, without its branches and without AGR, three seeds each.
     """
     check_writable(out)
@@ -66,10 +66,10 @@ def data_prepare(
     missing_share: float = 0.01,
     processes: int = 2,
 ) -> None:
-    """Prepares a data set: its examples as ArrayRecord, and the priors of every face, once.
+    """Prepares a data set: stores its examples as ArrayRecord and computes the face priors once.
 
     Sets: raf_db, ferplus, affectnet7, affectnet8, dfew, ferv39k, mafw from their official layouts;
-    own/NAME from your own folder per class, or table of paths and labels; actionfaces/images and
+    own/NAME from a folder per class or a table of paths and labels; actionfaces/images and
     actionfaces/clips, which are drawn. Stopped? Re-run the command to resume.
 
     Args:
@@ -77,11 +77,11 @@ def data_prepare(
         overrides: changes of the config, e.g. data.face_margin=0.4.
         source: folder of the official layout; for own/NAME a folder, or a .csv, .tsv, .txt, .json
             or .jsonl file.
-        fold: fold of dfew and mafw, 1 … 5; all that --source has lists of by default.
+        fold: fold of dfew and mafw, 1 … 5; all that --source lists by default.
         config: config of FaceXFormer and the face margin: a name in configs/ or a .yaml file.
         dir: data folder; the config's data.dir by default.
-        splits: splits that get face priors; none after --splits computes none.
-        missing_share: share of the listed files that may be missing; more stop the preparation.
+        splits: splits to compute face priors for; --splits without a name computes none.
+        missing_share: largest share of the listed files that may be missing.
         processes: number of worker processes.
     """
     how = sets.Preparation(
@@ -111,15 +111,15 @@ def data_inspect(
     fold: int | None = None,
     sheet: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None,
 ) -> None:
-    """Counts of a prepared data set beside the published ones, faults, and a contact sheet.
+    """Shows a prepared data set: counts beside the published ones, faults, and a contact sheet.
 
-    ≠ marks a count that differs from the published one. Faults are examples that are listed twice
-    or are in two splits, by their name or their content, and folds that test the same clip.
+    ≠ marks a count that differs from the published one. Faults are examples that occur twice or
+    in two splits, by name or by content, and folds that test the same clip.
 
     Args:
         name: data set, e.g. raf_db, dfew, dfew/fold1, own/NAME, actionfaces/images.
         dir: data folder.
-        split: one split; all by default.
+        split: name of one split; all by default.
         fold: fold of dfew and mafw; all that are prepared by default.
         sheet: file of the contact sheet; NAME-SPLIT.png by default.
     """
@@ -139,16 +139,16 @@ def data_inspect(
 
 def data_instruct(options: Inline[InstructOptions], dry_run: bool = False) -> None:
     """Makes the instruction data of a prepared split: the category question of every example, and
-    conversations that Gemini writes about picture and label. Training then reads them.
+    conversations that Gemini writes from picture and label. Training then uses them.
 
-    Begin with --dry-run, which says what it would cost and sends nothing; then --limit 20, and
-    read DIR/instruct/NAME/SPLIT/conversations.json; then all, with a --budget. Stopped or killed?
-    Re-run the command to resume: what was paid is not asked again. The key is read from
-    GEMINI_API_KEY; without one, templates stand in, at no cost, marked as such.
+    Start with --dry-run, which estimates the cost and sends nothing; then try --limit 20 and read
+    DIR/instruct/NAME/SPLIT/conversations.json; then run it all with a --budget. Stopped or killed?
+    Re-run the command to resume: nothing is paid for twice. The key is read from GEMINI_API_KEY;
+    without one, templates are used instead, at no cost and marked as such.
 
     Args:
-        options: what to make.
-        dry_run: print items, tokens and estimated cost, send nothing.
+        options: split, generator and limits.
+        dry_run: print items, tokens and estimated cost; send nothing.
     """
     sets.check_prepared(options.dir, [options.name])
     if not dry_run:
@@ -180,27 +180,27 @@ def pretrain(
     seed: int = 0,
     towers: tuple[str, ...] = ("llama", "vision", "face"),
 ) -> None:
-    """Makes the small pretrained towers that the package carries (hours on two cores).
+    """Trains the small towers that ship with the package (hours on two cores).
 
     Stopped? Re-run the command to resume.
 
     Args:
         config: config whose model section gives the sizes.
-        out: folder of the weights, their metrics and the pictures.
+        out: folder for the weights, their metrics and the pictures.
         real: prepared sets of real faces to learn from beside the drawn ones, e.g. ferplus.
         data: folder of the prepared sets.
         pictures: drawn pictures of training identities.
-        clips: clips whose frames join them.
-        teacher_steps: training steps of the real faces' teacher; 0 for none.
+        clips: drawn clips, whose frames are added to the pictures.
+        teacher_steps: training steps of the teacher for real faces; 0 for none.
         vision_steps: training steps of the vision tower.
         face_steps: training steps of FaceXFormer.
         llama_steps: training steps of the language model.
-        batch: pictures of a training step.
-        learning_rate: at the peak; the language model's is twice that.
-        start: folder of an earlier `--out` whose picture towers are trained further.
-        seed: seed of everything.
-        towers: towers to train; once pictures and teacher are there, two processes in one folder
-            may share the work.
+        batch: pictures per training step.
+        learning_rate: peak learning rate; the language model's is twice that.
+        start: earlier `--out` folder, to train its picture towers further.
+        seed: random seed.
+        towers: towers to train; once pictures and teacher exist, two processes can share the work
+            in one folder.
     """
     if unknown := set(towers) - {"llama", "vision", "face"}:
         raise UserError(f"--towers: unknown {', '.join(sorted(unknown))} (llama, vision, face)")
@@ -239,19 +239,19 @@ def train(
 ) -> None:
     """Trains a run. Ctrl-C or SIGTERM saves and stops; re-run the command to resume.
 
-    On several hosts, the same command runs on each: docs/cloud_tpu.md. Exit status 143: stopped by
-    SIGTERM, start it again; 2: an error that a restart does not heal. The learning rate follows
-    train.steps: more steps for a run that has begun stretch its schedule, and a line says how.
+    On several hosts, run the command on each (docs/cloud_tpu.md). Exit status 143: stopped by
+    SIGTERM, re-run to resume; 2: an error that a restart does not fix. The learning-rate schedule
+    spans train.steps: raising it on resume stretches the schedule, and a line says how.
 
     Args:
         config: a name in configs/ or a .yaml file.
         overrides: changes of the config, e.g. train.steps=200 model.fim.branches=global; settings
             and their bounds are listed below.
         data: prepared sets in place of the config's sources, e.g. own/mine; kind and split are
-            found.
-        out: folder of the run: checkpoints, metrics.jsonl, tensorboard; gs:// too.
+            detected.
+        out: run folder: checkpoints, metrics.jsonl, tensorboard; gs:// too.
     """
-    # "=" stands in no set's name: what has one behind --data is a setting.
+    # No set's name contains "=": a word after --data that does is a setting.
     overrides = (*overrides, *(word for word in data if "=" in word))
     data = tuple(word for word in data if "=" not in word)
     cfg = load_config(config, overrides)
@@ -298,14 +298,14 @@ def ask(
 
     Args:
         media: picture files, video files or folders of frames, then the question in plain words.
-        run: trained run, e.g. what `make demo` left in demo_out/run; the one that the package
-            carries by default.
-        face: which face of a picture, 0 the largest; the largest by default.
-        temperature: 0 gives the likeliest answer; the run's by default.
-        max_new_tokens: longest answer; the run's by default.
+        run: trained run, e.g. demo_out/run after `make demo`; the run that ships with the package
+            by default.
+        face: index of the face in a picture, by size; 0, the largest, by default.
+        temperature: sampling temperature, 0 for the likeliest answer; the run's by default.
+        max_new_tokens: longest answer in tokens; the run's by default.
         chat: read more questions after the first.
-        without_face: ask the model even where no face was found; it may make one up.
-        json: one line of JSON for each answer: question, answer, faces, label scores, seconds.
+        without_face: answer even if no face was found; the model may make one up.
+        json: print one line of JSON per answer: question, answer, faces, label scores, seconds.
     """
     from emollama_jax.serve import terminal
 
@@ -327,7 +327,7 @@ def ask(
 
 
 def bench() -> None:
-    """Speed, against PyTorch in one run: data, train, decode."""
+    """Speed compared with PyTorch: data, train, decode."""
 
 
 def data() -> None:

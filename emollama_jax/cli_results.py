@@ -1,4 +1,4 @@
-"""The verbs that measure: a run, anybody's predictions in a file, other models asked zero-shot."""
+"""The verbs that measure: a run, a file of predictions, another model zero-shot."""
 
 import json
 import sys
@@ -24,11 +24,11 @@ def evaluate(
     output: Annotated[Output, FLAT],
 ) -> None:
     """WAR, UAR, per-class recall and confusion matrix of a trained run on a prepared split, or of
-    anyone's predictions in a file (--predictions), for which no model is needed.
+    predictions in a file (--predictions), which needs no model.
 
-    WAR is the share of right answers; UAR, the mean of the classes' recalls, weighs rare classes
-    as much as frequent ones. The model is spread over devices as it was in training; to change
-    that: mesh.fsdp=-1. On several hosts, the same command runs on each, as for training.
+    WAR is the share of correct answers; UAR, the mean recall over the classes, weighs rare classes
+    as much as frequent ones. The model is sharded as in training; override that with e.g.
+    mesh.fsdp=-1. On several hosts, run the command on each, as for training.
     """
     if output.out is not None:
         check_writable(output.out)
@@ -91,15 +91,15 @@ def _print_json(tree: dict) -> None:
 
 
 def zero_shot(options: Inline[ZeroShot]) -> None:
-    """WAR, UAR and the rest of any other model, under the same protocol: a Hugging Face
-    image-text model, an OpenAI-compatible endpoint, or Gemini.
+    """Evaluates any other model under the same protocol: a Hugging Face image-text model, an
+    OpenAI-compatible endpoint, or Gemini.
 
-    Begin with --limit 20. Answers are kept in the journal of the output folder. Stopped or killed?
-    Re-run the command to resume; a finished one asks nothing. Keys are read from the environment:
-    GEMINI_API_KEY, and OPENAI_API_KEY where the endpoint wants one.
+    Start with --limit 20. Answers are cached in the journal of the output folder. Stopped or
+    killed? Re-run the command to resume; a finished run asks nothing. Keys are read from the
+    environment: GEMINI_API_KEY, and OPENAI_API_KEY if the endpoint needs one.
 
     Args:
-        options: the model, the data and the limits.
+        options: model, data and limits.
     """
     from emollama_jax.remote.clients import check_spec
 

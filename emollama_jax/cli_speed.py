@@ -1,4 +1,4 @@
-"""The verbs about speed: what a TPU slice would take, and what is measured against PyTorch."""
+"""The verbs about speed: plans for a TPU slice, and measurements against PyTorch."""
 
 import pathlib
 from typing import Literal
@@ -24,18 +24,18 @@ def plan(
     json: bool = False,
     search: bool = False,
 ) -> None:
-    """Compiles the real step for a TPU slice that need not be here, and says what it would take:
-    memory, FLOPs, collectives, and estimates of the time. Needs the extra `plan` (libtpu).
+    """Compiles the real step for a TPU slice, without that TPU, and reports memory, FLOPs,
+    collectives and estimated time. Needs the extra `plan` (libtpu).
 
-    No weights are read. A 7B takes minutes: of compiling on this machine, not of a TPU.
+    No weights are read. A 7B model takes minutes to compile on the CPU.
 
     Args:
         config: a name in configs/ or a .yaml file.
         overrides: changes of the config, e.g. mesh.fsdp=-1 model.llama.remat=dots.
-        topology: TPU slice, e.g. v5e:2x4 (8 chips) or v5p:4x4x4; a wrong one lists them all.
+        topology: TPU slice, e.g. v5e:2x4 (8 chips) or v5p:4x4x4; an unknown one lists them all.
         step: train, prefill (towers, prompt, first token), or decode (one more token).
-        kind: kind of batch; clips where the config has some.
-        batch: examples of a step, all chips together; the config's training batch by default.
+        kind: kind of batch; clip by default if the config has clips.
+        batch: examples per step over all chips; the config's training batch by default.
         json: print JSON instead of tables.
         search: find the largest batch that fits and the best preset; many compilations.
     """
@@ -63,14 +63,14 @@ def bench_data(
     config: str = "emollama_7b", clips: int = 8, batch: int = 4, batches: int = 10, rounds: int = 5
 ) -> None:
     """Frames per second of the input pipeline (decode, sample, crop, resize, tokenise, batch) on
-    clips that are drawn, against PyTorch's DataLoader with PyAV, two workers each, in turns.
+    drawn clips, against PyTorch's DataLoader with PyAV, two workers each, measured in turns.
 
     Args:
-        config: config whose shapes are made: a name in configs/ or a .yaml file.
+        config: config of the shapes: a name in configs/ or a .yaml file.
         clips: clips to draw: H.264 in MP4, 640 × 360, 4 s.
-        batch: clips in a batch.
-        batches: batches of a timing.
-        rounds: timings of each side.
+        batch: clips per batch.
+        batches: batches per timing.
+        rounds: timings per side.
     """
     at_least(1, clips=clips, batch=batch, batches=batches, rounds=rounds)
     load_config(config)
@@ -85,12 +85,12 @@ def bench_train(
     sizes: Inline[TrainSizes], steps: int = 5, warm: int = 2, json: bool = False
 ) -> None:
     """Tokens per second of a LoRA train step on this CPU, against the same model, weights and batch
-    in PyTorch, in turns; needs the extra `parity`. Losses must agree.
+    in PyTorch, measured in turns; needs the extra `parity`. Losses must agree.
 
     Args:
         sizes: sizes of the LLaMA and its batch.
-        steps: steps that count, on each side.
-        warm: steps before them.
+        steps: timed steps per side.
+        warm: warm-up steps per side.
         json: print JSON instead of the table.
     """
     at_least(1, steps=steps)
@@ -110,14 +110,14 @@ def bench_decode(
     json: bool = False,
 ) -> None:
     """Tokens per second of greedy decoding on this CPU, against the same LLaMA, weights and prompts
-    in `transformers`, in turns; needs the extra `parity`. Tokens must be the same.
+    in `transformers`, measured in turns; needs the extra `parity`. Tokens must be equal.
 
     Args:
-        folder: a LLaMA that tools.convert_torch wrote; random weights of emollama_135m's shape
-            where none is named.
+        folder: LLaMA that tools.convert_torch wrote; random weights of emollama_135m's shape by
+            default.
         sizes: tokens of prompts and answers.
-        batch: numbers of prompts answered at once, measured one after the other.
-        rounds: rounds that count, of each batch.
+        batch: batch sizes to measure, one after the other.
+        rounds: timed rounds per batch size.
         json: print JSON instead of the table.
     """
     at_least(1, prompt=sizes.prompt, new=sizes.new, rounds=rounds)

@@ -1,4 +1,4 @@
-"""What the verbs share: names of their arguments in --help, the config, the terminal."""
+"""Shared by the verbs: names of arguments in --help, the config, the terminal."""
 
 import logging
 import sys

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Compilations:
-    """What this process has compiled and what it found in the folder."""
+    """Programs that this process compiled, and those it found in the folder."""
 
     compiled: int = 0
     seconds: float = 0.0  # of compiling, and of reading what was found
@@ -51,7 +51,7 @@ _counting = False
 
 
 def folder() -> pathlib.Path | None:
-    """Where programs are kept; None where none are, or where JAX itself was told a place.
+    """Folder of compiled programs; None if none are kept, or if JAX was given one itself.
 
     Raises:
         UserError: a folder that cannot be one.
@@ -62,7 +62,7 @@ def folder() -> pathlib.Path | None:
     if wish:
         root = pathlib.Path(wish).expanduser()
         if root.exists() and not root.is_dir():
-            raise UserError(f"{VARIABLE}={wish}: not a folder; name one, or none")
+            raise UserError(f"{VARIABLE}={wish}: not a folder; set it to a folder, or to none")
     else:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         root = pathlib.Path(home).expanduser() / "emollama_jax"
@@ -92,8 +92,8 @@ def start() -> None:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         _log.warning(
-            "%s: compiled programs cannot be kept there (%s): every command compiles anew; name "
-            "another folder with %s, or none",
+            "%s: cannot cache compiled programs there (%s): every command recompiles; set "
+            "%s to another folder, or to none",
             place,
             error.strerror,
             VARIABLE,

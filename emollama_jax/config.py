@@ -42,10 +42,10 @@ DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 Branches = Literal["both", "global", "local", "none"]
 Attention = Literal["xla", "auto", "splash", "cudnn"]  # see models/attention.py
-RUN_SECTIONS = ("mesh", "distributed", "generate")  # that a trained run may be used with others
+RUN_SECTIONS = ("mesh", "distributed", "generate")  # may be overridden for a trained run
 Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
 Template = Literal["vicuna", "chatml", "llama3", "weights"]  # see data/templates.py
-# What files and runs from before a setting mean.
+# Values of settings that older files and runs lack.
 BEFORE = {
     "model.llama.tied": False,
     "model.llama.rope_llama3": None,
@@ -91,15 +91,15 @@ class RopeLlama3Config:
     factor: Rate
     low_freq_factor: Rate
     high_freq_factor: Rate  # above low_freq_factor
-    original_max_positions: Number  # that the model was first trained with
+    original_max_positions: Number  # positions of the original training
 
 
 @_config
 class LlamaConfig:
     """LLaMA / Vicuna decoder (`transformers` `LlamaConfig`, renamed to axis words)."""
 
-    vocab_size: Size  # the tokenizer's ids
-    vocab_multiple: Size  # embedding and head are padded to a multiple of it, for the mesh
+    vocab_size: Size  # number of token ids
+    vocab_multiple: Size  # embedding and head are padded to a multiple of this, for the mesh
     width: Size
     mlp_width: Size
     layers: Few
@@ -108,10 +108,10 @@ class LlamaConfig:
     head_dim: Size
     norm_eps: Epsilon
     rope_theta: Rate
-    rope_scaling: Rate  # positions are divided by it; 1 for none (LLaMA-VID stage 3: 16)
+    rope_scaling: Rate  # divisor of positions; 1 for none (LLaMA-VID stage 3: 16)
     rope_llama3: RopeLlama3Config | None  # Llama 3.1's scaling, where rope_scaling is 1
     max_positions: Number
-    tied: bool  # the embedding is the head too: one array
+    tied: bool  # embedding and head share one array
     dtype: DType
     remat: Remat
     attention: Attention
@@ -139,7 +139,7 @@ class EvaVitConfig:
     heads: Size
     mlp_width: Size
     norm_eps: Epsilon
-    last_norm: bool  # a norm after the last block: DINOv2 has it, LLaMA-VID's EVA has not
+    last_norm: bool  # norm after the last block: in DINOv2, not in LLaMA-VID's EVA
     image_mean: tuple[Brightness, Brightness, Brightness]
     image_std: tuple[Spread, Spread, Spread]
     dtype: DType
@@ -162,7 +162,7 @@ class QFormerConfig:
     mlp_width: Size
     max_positions: Number
     encoder_width: Size
-    encoder_norm_eps: Epsilon  # of the norm over the vision tokens (LLaMA-VID's vlm_att_ln)
+    encoder_norm_eps: Epsilon  # norm over the vision tokens (LLaMA-VID's vlm_att_ln)
     cross_attention_every: Few
     queries: Size
     norm_eps: Epsilon
@@ -177,7 +177,7 @@ class SwinConfig:
 
     image_size: Side
     patch_size: Side
-    width: Size  # of stage 0; doubles at each stage
+    width: Size  # width of stage 0; doubles at each stage
     depths: tuple[Few, ...]
     heads: tuple[Size, ...]
     window: Side
@@ -190,12 +190,12 @@ class FaceXFormerConfig:
     """FaceXFormer (Narayan et al. 2024): Swin, multi-scale fusion, two-way decoder, eight heads."""
 
     swin: SwinConfig
-    width: Size  # of the fused face map and the task tokens
+    width: Size  # width of the fused face map and the task tokens
     decoder_depth: Few
     decoder_heads: Size
     decoder_mlp_width: Size
-    attention_downsample: Size  # of the cross-attentions' inner width
-    upscale_widths: tuple[Size, Size]  # of the parsing head
+    attention_downsample: Size  # divisor of the cross-attentions' inner width
+    upscale_widths: tuple[Size, Size]  # widths of the parsing head
     norm_eps: Epsilon
     parsing_norm_eps: Epsilon
     race_labels: Literal["measured", "as_published", "untaught"]  # see docs/model.md
@@ -213,7 +213,7 @@ class FaceInfoMiningConfig:
     heads: Size
     head_dim: Size
     pool: Side  # the face map is pooled to pool × pool keys for the global branch
-    fourier_bands: Annotated[int, Bounds(1, 64)]  # of a landmark's position
+    fourier_bands: Annotated[int, Bounds(1, 64)]  # frequencies per landmark coordinate
     norm_eps: Epsilon
 
 
@@ -227,9 +227,9 @@ class EmoLlamaConfig:
     face: FaceXFormerConfig
     fim: FaceInfoMiningConfig
     content: str  # "all", "mean" or "grid:n": LLaMA-VID's content tokens
-    frames_at_once: Number  # frames of a device that pass the frozen towers together
-    # The mesh axes over which the towers' frames are split: all of them, or "batch": those of the
-    # batch alone, with the towers' heads and feed-forward over `tensor` as in the LLM.
+    frames_at_once: Number  # frames per device in one pass of the frozen towers
+    # Mesh axes that split the towers' frames: all of them, or "batch": the batch axes alone, with
+    # the towers' heads and feed-forward over `tensor` as in the LLM.
     frames_over: Literal["mesh", "batch"]
 
     @property
@@ -255,8 +255,8 @@ class EmoLlamaConfig:
 
 @_config
 class TokenizerConfig:
-    """A tokenizer file. `tiny` names the one that the package carries, `weights` the LLM's that a
-    folder of `weights` carries."""
+    """A tokenizer file: `tiny` is the package's own, `weights` the LLM's in a folder of
+    `weights`."""
 
     kind: Literal["sentencepiece", "bpe", "bert", "json"]  # "json": tokenizer.json, or its folder
     path: str
@@ -266,7 +266,7 @@ class TokenizerConfig:
 class SourceConfig:
     """One data set of a mixture."""
 
-    name: str  # builder and its config, e.g. "actionfaces/images"
+    name: str  # name of the data set, e.g. "actionfaces/images"
     split: str
     kind: Kind
     weight: Rate
@@ -275,60 +275,60 @@ class SourceConfig:
 
 @_config
 class DataConfig:
-    """What the pipeline reads and the static shapes it makes."""
+    """Data sources and the static shapes of batches."""
 
     dir: str
     sources: tuple[SourceConfig, ...]
     clip_frames: Annotated[int, Bounds(1, 2**16)]  # M of a clip batch; an image batch has M = 1
     sampling: Literal["segments", "fps"]
-    fps: Annotated[float, Bounds(0.0, 1000.0, above=True)]  # of "fps" sampling
+    fps: Annotated[float, Bounds(0.0, 1000.0, above=True)]  # frame rate of "fps" sampling
     pad_images: bool  # LLaMA-VID's image_aspect_ratio: pad
     text_length: Size  # T of an image batch, visual tokens included
     clip_text_length: Size  # T of a clip batch
     rounds: Few  # R: human turns of a training prompt, each with its own visual tokens
-    question_length: Size  # L, tokens the Q-Former reads
-    agr: bool  # the age-gender-race sentence
-    agr_threshold: Share  # attributes below this probability are left out of it
-    face_margin: Margin  # of the face crop, as a share of the box (FaceXFormer: 0.5)
-    workers: Annotated[int, Bounds(0, 1024)]  # Grain worker processes; 0 reads in the main process
-    blank_share: Share  # of training examples shown black, without a face: trains "no face"
-    broken_share: Share  # of media that may be unreadable before the run stops
-    template: Template  # of conversations; "weights": what a folder of `weights` carries
+    question_length: Size  # L: question tokens of the Q-Former
+    agr: bool  # add the age-gender-race sentence
+    agr_threshold: Share  # attributes below this probability are left out of the sentence
+    face_margin: Margin  # margin of the face crop, as a share of the box (FaceXFormer: 0.5)
+    workers: Annotated[int, Bounds(0, 1024)]  # Grain worker processes; 0: the main process reads
+    blank_share: Share  # share of training examples shown black: teaches "no face"
+    broken_share: Share  # share of unreadable media above which the run stops
+    template: Template  # conversation format; "weights": as in a folder of `weights`
     llm_tokenizer: TokenizerConfig
     question_tokenizer: TokenizerConfig
 
 
 @_config
 class MeshConfig:
-    """How many devices along each axis; −1 in one of them takes all that are left."""
+    """Number of devices along each axis; −1 in one of them takes all that are left."""
 
-    data: Axis  # copies of the parameters; over several slices, a multiple of their number
+    data: Axis  # copies of the parameters; with several slices, a multiple of their number
     fsdp: Axis  # parts of the parameters and of the batch
     tensor: Axis  # parts of heads, feed-forward and vocabulary
-    slices: Annotated[int, Bounds(1, 2**20)] = 1  # TPU slices that the data-centre network joins
+    slices: Annotated[int, Bounds(1, 2**20)] = 1  # TPU slices joined by the data-centre network
     preset: Preset = "fsdp+tensor"
 
 
 @_config
 class DistributedConfig:
-    """How the processes of a run on several hosts find one another; see docs/cloud_tpu.md."""
+    """How the processes of a run on several hosts connect; see docs/cloud_tpu.md."""
 
-    coordinator: str = "auto"  # "auto": as Cloud TPU, GKE or Slurm say; "none"; or "host:port"
-    processes: Annotated[int, Bounds(1, 2**20)] = 1  # with "host:port": how many there are,
-    process_id: Annotated[int, Bounds(0, 2**20)] = 0  # and which of them this is
+    coordinator: str = "auto"  # "auto": from Cloud TPU, GKE or Slurm; "none"; or "host:port"
+    processes: Annotated[int, Bounds(1, 2**20)] = 1  # with "host:port": number of processes
+    process_id: Annotated[int, Bounds(0, 2**20)] = 0  # with "host:port": index of this one
 
 
 @_config
 class TrainConfig:
     steps: Number
     seed: Seed
-    image_batch: Examples  # examples of an image step, all hosts together
-    clip_batch: Examples
-    accumulation: Number  # micro-batches of an optimizer step
-    loss_chunk: Number  # text positions whose logits exist together
+    image_batch: Examples  # examples per image step, over all hosts
+    clip_batch: Examples  # examples per clip step, over all hosts
+    accumulation: Number  # micro-batches per optimizer step
+    loss_chunk: Number  # text positions with logits in memory at once
     trainable: tuple[str, ...]  # regular expressions over parameter paths, "llama/.*lora_[AB]"
     learning_rate: Rate
-    projector_learning_rate: Rate  # of what `projector` matches
+    projector_learning_rate: Rate  # for parameters that `projector` matches
     projector: tuple[str, ...]
     warmup: Share  # share of the steps
     weight_decay: Amount
@@ -359,10 +359,10 @@ class Config:
     mesh: MeshConfig
     train: TrainConfig
     generate: GenerateConfig
-    # What a run starts from: the package's tiny towers, random numbers, or a list of folders that
-    # `python -m tools.convert_torch` wrote, and of the package's towers, e.g. "tiny:face".
+    # Initial weights: the package's tiny towers, random numbers, or a list of folders that
+    # `python -m tools.convert_torch` wrote and of package towers, e.g. "tiny:face".
     weights: str | tuple[str, ...] = "none"
-    # Flags of XLA for what trains and answers on a TPU, each "name=value", e.g.
+    # XLA flags for training and answering on a TPU, each "name=value", e.g.
     # "xla_tpu_enable_async_collective_fusion=true"; `emollama plan` shows what they change.
     xla: tuple[str, ...] = ()
     distributed: DistributedConfig = DistributedConfig()

@@ -1,4 +1,4 @@
-"""What the classes of a config say about themselves: keys, bounds, meaning, and what is wrong.
+"""Keys, bounds and meaning of a config's settings, read from its classes; messages on faults.
 
 The meaning of a field is the comment beside it, or the one above.
 """
@@ -53,7 +53,7 @@ def explain(error: pydantic.ValidationError, root: Any, section: str) -> str:
     """One line on what is wrong.
 
     Args:
-        error: of checking a section, or of all.
+        error: error from checking one section, or all.
         root: the class of the whole config.
         section: dotted, or empty for all.
     """

@@ -15,7 +15,7 @@ def apply(tree: dict[str, Any], override: str, root: Any) -> None:
     """Puts the value of one override where its key says.
 
     Args:
-        tree: of the whole config; changed.
+        tree: tree of the whole config; changed in place.
         override: "key=value".
         root: the class of the whole config.
 
@@ -36,5 +36,6 @@ def apply(tree: dict[str, Any], override: str, root: Any) -> None:
             raise UserError(f"{name}: no section {part!r} in the config{hint}")
         node = node[part]
         if not isinstance(node, dict):
-            raise UserError(f"{name}: {'.'.join(parents[: place + 1])} is no section; set it whole")
+            section = ".".join(parents[: place + 1])
+            raise UserError(f"{name}: {section} is not a section; set the whole value")
     node[leaf] = yaml_file.parse(value, name=name)

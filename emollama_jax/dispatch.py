@@ -42,9 +42,9 @@ MENDABLE = {
     errno.EPERM: "check its permissions",
     errno.EROFS: "choose a place that can be written",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path: a file stands where a folder is wanted",
-    errno.EISDIR: "check the path: a folder stands where a file is wanted",
-    errno.EEXIST: "check the path: a file stands where a folder is wanted",
+    errno.ENOTDIR: "check the path: found a file, wanted a folder",
+    errno.EISDIR: "check the path: found a folder, wanted a file",
+    errno.EEXIST: "check the path: found a file, wanted a folder",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EIO: "check the disk",
     errno.ESTALE: "check the disk",
@@ -67,8 +67,8 @@ def main(
         verbs: by name.
         nested: verbs of a verb, by its name.
         args: words behind `emollama`.
-        about: of the program, for its help.
-        after_help: what the help of a verb ends with.
+        about: text about the program, for its help.
+        after_help: text to append to a verb's help.
     """
     with boundary(args):
         if not args or args[0] in ("-h", "--help"):
@@ -162,7 +162,7 @@ def _choose(verbs: Verbs, name: str, prog: str) -> Verb:
         what, known = "command", list(verbs)
         if name.startswith("-"):
             what, known = "option", ["--help", *(["--version"] if prog == "emollama" else [])]
-        near = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+        near = did_you_mean(name, known) or f"; known: {', '.join(known)}"
         raise UserError(f"{name}: no such {what}{near}: see {prog} --help")
     return verbs[name]
 
@@ -199,7 +199,7 @@ def _one_line(text: str) -> str:
         return f"{unfit[1]} is {unfit[3].strip(chr(39))}, wanted {wanted}"
     if unknown := re.match(r"Unrecognized options Unrecognized options: (.*)", said):
         late = [word for word in unknown[1].split() if "=" in word]
-        why = "overrides stand before options" if late else "one word too many"
+        why = "overrides go before options" if late else "one argument too many"
         return f"{unknown[1]}: {why}"
     return re.sub(r"^[A-Z][a-z]+ \w+ ", "", said).rstrip(".")
 
@@ -239,7 +239,7 @@ def boundary(args: Sequence[str]) -> Iterator[None]:
 
 
 def disk_error(error: BaseException, out: object = None) -> str | None:
-    """One line about an error of the operating system; None if it is none that a user can mend.
+    """One line about an error of the operating system; None if a user cannot fix it.
 
     Args:
         error: the libraries below wrap it now and then: those that it came from are asked too.
@@ -311,15 +311,14 @@ def _report(error: Exception, args: Sequence[str], beside: Sequence[str]) -> str
             "w", prefix="emollama-", suffix=".txt", delete=False
         ) as file:
             file.write(words)
-        saved = f"the whole traceback is in {file.name}"
+        saved = f"the full traceback is in {file.name}"
     except OSError:
-        saved = f"the whole traceback:\n{whole}"
+        saved = f"the full traceback:\n{whole}"
     return "\n".join(
         [
             *lines,
             f"emollama: {what[:500]}",
-            "emollama did not expect this: probably a fault of ours. Please report it with these "
-            "lines:",
+            "emollama did not expect this: probably our bug. Please report it with these lines:",
             f"  command   {command}",
             f"  versions  {version()}, {platform.platform()}",
             f"  and attach the file: {saved}",

@@ -1,4 +1,4 @@
-"""Errors that the user can mend: one line, exit status 2; and what Orbax raises, as one line."""
+"""Errors that the user can fix: one line, exit status 2; and Orbax' errors, as one line."""
 
 import contextlib
 import difflib
@@ -24,7 +24,7 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     Case and separators do not count: `RAF-DB`, `rafdb` and `raf_db` are one name.
 
     Args:
-        found: what was written.
+        found: word that the user wrote.
         known: names that exist.
     """
     plain = {}
@@ -58,7 +58,7 @@ def quiet_orbax() -> Iterator[None]:
 
 
 def attempt(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """What a read of Orbax gives and [], or {} and the texts of its error and of its causes.
+    """Result of an Orbax read and [], or {} and the texts of its error and that error's causes.
 
     Its readers raise anything. A failed read leaves other reads on a loop that is closed: they
     complain when they come back, or when they are collected. Both are waited for here.

@@ -63,7 +63,7 @@ def sizes(
     """The fields of a model's sections that weights must fit, e.g. heads, eps, theta.
 
     Args:
-        cfg: of the model.
+        cfg: config of the model.
         sections: names of its fields; "lora" stands for LLaMA's adapters.
         free: fields that they need not fit.
     """
@@ -89,8 +89,8 @@ class Writer:
 
         Args:
             out: its path.
-            manifest: what it will say of itself.
-            files: what else it will hold, by name.
+            manifest: manifest to write.
+            files: other files to write, by name.
 
         Raises:
             UserError: it is there already, cannot be made, or is a bucket's.
@@ -99,7 +99,7 @@ class Writer:
         self.out = out.absolute()
         self._files = dict(files or {})
         if out.exists():
-            raise UserError(f"{out}: is there already: delete it, or name another folder")
+            raise UserError(f"{out}: already exists: delete it, or choose another folder")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -227,7 +227,7 @@ def _open(folder: epath.PathLike) -> _Folder:
 
 @functools.lru_cache(maxsize=8)
 def _read(folder: epath.Path, changed: int) -> _Folder:
-    """Reads it; `changed` is when it was written, so that a folder made anew is read anew."""
+    """Reads it; `changed` is when it was written, so that a folder made again is read again."""
     wanted = "wanted a folder that `python -m tools.convert_torch` wrote (docs/convert.md)"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {wanted}")
@@ -267,7 +267,7 @@ def load(
     """Reads leaves to their places, cast to the dtypes wanted.
 
     Args:
-        folder: of weights.
+        folder: folder of weights.
         wanted: by path; shape, dtype and, where it matters, sharding. Others are not read.
 
     Raises:
@@ -367,9 +367,9 @@ def check_base(
     """Which leaf comes from which folder of a base.
 
     Args:
-        folders: of weights.
-        cfg: of the model that is to be filled.
-        shapes: of its leaves, by path.
+        folders: folders of weights.
+        cfg: config of the model to fill.
+        shapes: shapes of the model's leaves, by path.
 
     Raises:
         UserError: a folder for another config, or leaves that two folders hold.
@@ -383,11 +383,11 @@ def check_base(
                 if now.get(section, {}).get(key) != value:
                     raise UserError(
                         f"{folder}: made for model.{section}.{key} {value!r}, the config has "
-                        f"{now.get(section, {}).get(key)!r}: set it alike"
+                        f"{now.get(section, {}).get(key)!r}: set both to the same value"
                     )
         for path, leaf in leaves.items():
             if path in where:
-                raise UserError(f"{path}: both in {where[path]} and in {folder}: name one of them")
+                raise UserError(f"{path}: both in {where[path]} and in {folder}: keep one of them")
             if path not in shapes:
                 raise UserError(f"{folder}: {path} has no place in this model")
             if tuple(leaf.shape) != tuple(shapes[path]):

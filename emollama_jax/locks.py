@@ -4,8 +4,8 @@ On a disk, the lock is the kernel's (`flock`): it ends with its process, however
 is ever stale. The file `.lock`, which stays, only says who holds it.
 
 A bucket has no such locks. There `lock.json` is created only if it is absent, and renewed while its
-process lives. Who finds one watches it: renewed, its process lives; not renewed, it died. No clocks
-are compared, since hosts' clocks differ.
+process lives. A process that finds one watches it: if it is renewed, its process lives; if not, it
+died. No clocks are compared, since hosts' clocks differ.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ def lock_file(path: pathlib.Path, *, busy: str) -> int:
     """Opens a file for reading and appending, and locks it until it is closed.
 
     Args:
-        path: of the file; made where it is missing.
-        busy: what to say if another process holds it.
+        path: file to lock; created if missing.
+        busy: message if another process holds it.
 
     Returns:
         The descriptor; child processes that are spawned do not get it.
@@ -61,7 +61,7 @@ def lock_file(path: pathlib.Path, *, busy: str) -> int:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             os.close(file)
             raise
-        _log.warning("%s: this disk has no locks: run one process at a time", path)
+        _log.warning("%s: this disk does not support locks: run one process at a time", path)
     except BaseException:
         os.close(file)
         raise
@@ -74,7 +74,7 @@ def hold(folder: epath.PathLike, *, instead: str) -> Iterator[None]:
 
     Args:
         folder: on a disk or in a bucket; made where it is missing.
-        instead: what else the second process may do, e.g. "choose another --out".
+        instead: advice to the second process, e.g. "choose another --out".
 
     Raises:
         UserError: another process holds it, and which.
@@ -109,7 +109,7 @@ def _hold_object(folder: epath.Path, instead: str) -> Iterator[None]:
         if holder is None:
             continue  # it was released just now
         if not _died(holder):
-            _log.warning("%s: watching for %g s if it lives", _where(folder, holder), WATCH)
+            _log.warning("%s: waiting %g s to see if it is alive", _where(folder, holder), WATCH)
             if _renewed(storage, name, holder):
                 raise UserError(_busy(folder, holder, instead))
         _log.warning("%s: that process died; its lock is removed", _where(folder, holder))
@@ -160,7 +160,7 @@ def _renew(storage: Any, name: str, holder: dict[str, Any], over: threading.Even
             count += 1
             storage.pipe_file(name, json.dumps(holder | {"renewed": count}).encode())
         except Exception as error:  # a bucket that fails now and then must not end a run
-            _log.warning("%s: cannot be renewed: %s", name, error)
+            _log.warning("%s: cannot renew the lock: %s", name, error)
 
 
 def _renewed(storage: Any, name: str, holder: dict[str, Any]) -> bool:

@@ -43,12 +43,12 @@ def write(
     """Writes a packed run; its parameters, which make it one, appear last.
 
     Args:
-        folder: gets the three files.
-        tensors: what training changed, by path.
-        cfg: of the run.
-        base: of `base.base_reference`.
+        folder: folder for the three files.
+        tensors: trained tensors, by path.
+        cfg: config of the run.
+        base: reference from `base.base_reference`.
         learned_from: sets and splits, e.g. "ferplus:train".
-        about: what else `run.json` says of where it comes from.
+        about: other entries of `run.json` about its origin.
 
     Raises:
         UserError: a number that float16 cannot hold.
@@ -82,7 +82,7 @@ def write(
 
 
 def read_origin(folder: epath.PathLike) -> dict[str, Any]:
-    """What `run.json` says: `base`, `sha256`, `step`, `learned_from` and more.
+    """Entries of `run.json`: `base`, `sha256`, `step`, `learned_from` and more.
 
     Raises:
         UserError: it is missing or broken, or of another format.
@@ -121,9 +121,9 @@ def load(
     """The parameters as float32, all of these names and shapes.
 
     Args:
-        folder: of a packed run.
+        folder: folder of a packed run.
         shapes: by path.
-        sha256: of the file, as `read_about` says.
+        sha256: expected hash of the file, from `read_about`.
 
     Raises:
         UserError: another file than was packed, or one that does not fit.
@@ -135,4 +135,4 @@ def load(
 
 
 def _again(folder: epath.PathLike) -> str:
-    return f"install the package again, or pack the run again into {folder}"
+    return f"reinstall the package, or pack the run again into {folder}"

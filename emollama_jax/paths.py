@@ -1,4 +1,4 @@
-"""Files on a disk or in a bucket: `gs://bucket/folder` may stand wherever a folder may.
+"""Files on a disk or in a bucket: `gs://bucket/folder` works wherever a folder does.
 
 `pathlib` makes `gs:/bucket` of `gs://bucket`, so what a user names stays text until `as_path` makes
 an `epath.Path` of it, which has pathlib's methods for both.
@@ -43,8 +43,8 @@ def on_disk(path: epath.PathLike, *, instead: str) -> epath.Path:
     """A path that must not be a bucket's.
 
     Args:
-        path: what the user named.
-        instead: what to do.
+        path: path that the user gave.
+        instead: advice to the user.
 
     Raises:
         UserError: it is one.
@@ -64,8 +64,8 @@ def parts_folder(folder: pathlib.Path, of: Any) -> pathlib.Path:
     """A folder for the parts of long work, so that it resumes; parts of other work are removed.
 
     Args:
-        folder: where they go.
-        of: what the work depends on, as JSON.
+        folder: parent folder of the parts.
+        of: values that the work depends on, as JSON.
     """
     mark = folder / "of.json"
     if not mark.exists() or json.loads(mark.read_text()) != of:

@@ -1,4 +1,4 @@
-"""What a command can refuse before it does anything: light, so that a wrong word costs no time."""
+"""Checks that a command makes before any work: light, so that a typo fails at once."""
 
 import itertools
 import os
@@ -9,10 +9,10 @@ from emollama_jax.errors import UserError
 
 
 def at_least(least: float, **values: float | None) -> None:
-    """Refuses numbers of the command line that are too small; None is fine.
+    """Raises for numbers on the command line that are too small; None is fine.
 
     Raises:
-        UserError: naming the option.
+        UserError: names the option.
     """
     for name, value in values.items():
         if value is not None and not value >= least:
@@ -21,14 +21,14 @@ def at_least(least: float, **values: float | None) -> None:
 
 
 def check_writable(folder: str | os.PathLike, *, option: str = "--out") -> None:
-    """Refuses a folder that cannot be made or written; leaves nothing behind.
+    """Raises for a folder that cannot be made or written; leaves nothing behind.
 
     Args:
-        folder: what the user named; in a bucket, nothing is tried.
-        option: that named it.
+        folder: folder that the user gave; in a bucket, nothing is tried.
+        option: option that it was given with.
 
     Raises:
-        UserError: a file stands in its way, no right to write, a full or read-only disk.
+        UserError: a file is in its place, no permission to write, a full or read-only disk.
     """
     if "://" in os.fspath(folder):
         return
@@ -56,7 +56,7 @@ def check_writable(folder: str | os.PathLike, *, option: str = "--out") -> None:
 
 
 def check_picture(file: pathlib.Path, *, option: str) -> None:
-    """Refuses a picture file that cannot be written.
+    """Raises for a picture file that cannot be written.
 
     Raises:
         UserError: a folder, one in a folder that cannot be written, or not PNG, JPEG or WebP.

@@ -30,12 +30,12 @@ def prepare_source(
     """Prepares a data set under `data.dir`; what is complete is kept.
 
     Args:
-        cfg: whose `data` holds.
+        cfg: config with the `data` section to use.
         face: reads the faces.
         name: the set, e.g. "dfew", "own/office" or "actionfaces/images".
         how: from what, and with what limits; its processes also decode for the faces.
-        splits: that get face priors, as far as the set has them.
-        console: where progress goes.
+        splits: splits to compute face priors for, as far as the set has them.
+        console: terminal for progress.
 
     Returns:
         The folder of the examples.

@@ -31,15 +31,15 @@ def find(path: epath.PathLike) -> epath.Path:
     if os.fspath(path) == PACKAGE:
         if not (SHIPPED / PACKED).is_file():
             raise UserError(
-                f"{PACKAGE}: this installation carries no trained run ({SHIPPED / PACKED} is "
-                "missing): install it again, or name a run of `emollama train` with --run"
+                f"{PACKAGE}: this installation has no trained run ({SHIPPED / PACKED} is "
+                "missing): reinstall it, or name a run of `emollama train` with --run"
             )
         return as_path(SHIPPED)
     path = as_path(path)
     if not path.is_dir():
         raise UserError(
             f"{path}: no such folder (wanted: a run of `emollama train`; `make demo` leaves one in "
-            f"demo_out/run; {PACKAGE} is the one that the package carries)"
+            f"demo_out/run; {PACKAGE} is the run that ships with the package)"
         )
     if path.parent.name == FOLDER and path.name.isdigit():
         return path
@@ -75,7 +75,7 @@ def is_run(path: epath.PathLike) -> bool:
 
 
 def refuse_packed(out: epath.PathLike) -> None:
-    """Refuses to train in a packed run, which has no optimizer's state to go on from.
+    """Refuses to train in a packed run, which has no optimizer state to resume from.
 
     Raises:
         UserError: it is one, or `package`.

@@ -1,4 +1,4 @@
-"""What a command is busy with: one line for a short one, progress bars for a long one."""
+"""Display of a command's activity: one line for a short one, progress bars for a long one."""
 
 from collections.abc import Callable
 

@@ -58,7 +58,7 @@ def read_text(path: pathlib.Path, *, fallback: Sequence[str] = ()) -> str:
     """The text of a file: UTF-8 with or without a mark, UTF-16 and UTF-32 with one.
 
     Args:
-        path: of the file.
+        path: text file.
         fallback: encodings to try where it is not UTF-8.
 
     Raises:
@@ -98,8 +98,8 @@ def cells(
 
     Args:
         path: for messages.
-        text: of the table.
-        separator: of cells.
+        text: text of the table.
+        separator: separator of cells.
         first: number of the text's first line.
 
     Raises:
@@ -120,7 +120,7 @@ def cells(
 
 
 def separator_of(header: str) -> str:
-    """The separator that stands most often outside of a header's quotes."""
+    """The separator that is most frequent outside a header's quotes."""
     bare = re.sub(r'"[^"]*("|$)', "", header)
     return max(SEPARATORS, key=bare.count)
 
@@ -144,7 +144,7 @@ def _named(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, str]]
         elif len(row) != len(names):
             raise UserError(
                 f"{path}, line {line}: {len(row)} cells under a header of {len(names)}; "
-                "put text that holds the separator into quotes"
+                "quote text that contains the separator"
             )
         else:
             yield line, {n: cell for n, cell in zip(names, row, strict=True) if n}
@@ -195,7 +195,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {name!r} stands twice")
+        raise ValueError(f"the key {name!r} is given twice")
     return found
 
 

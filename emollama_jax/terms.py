@@ -1,4 +1,4 @@
-"""What every part of the package means by a word or a number, in one place and without imports."""
+"""Words and numbers that every part of the package shares, in one place and without imports."""
 
 from typing import Literal
 

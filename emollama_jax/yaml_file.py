@@ -37,8 +37,8 @@ def parse(text: str, *, name: str) -> Any:
     """The data in a YAML text.
 
     Args:
-        text: of a file, or of one value.
-        name: how a message names it.
+        text: text of a file, or of one value.
+        name: name for messages.
 
     Raises:
         UserError: not YAML, a tag or a nesting that configs have no use for, a key given twice.

@@ -255,7 +255,7 @@ def test_a_number_beside_its_bounds_is_refused(key, field):
         (f"train.steps={'9' * 4000}", "train.steps: found 9999"),
         (f"name=[{'[' * 50}{']' * 50}]", "name: found [[[...]]], wanted text"),
         ("train.trainable=fim", "train.trainable: found 'fim', wanted a list"),
-        ("data.sources.0.weight=1", "data.sources is no section; set it whole"),
+        ("data.sources.0.weight=1", "data.sources is not a section; set the whole value"),
         ("=3", "an override is key=value"),
         ("train.=3", "an override is key=value"),
         ("train.steps={a: 1, a: 2}", "key 'a' is given twice"),
@@ -291,7 +291,7 @@ def test_help_lists_every_setting():
     assert re.search(r"^model\.llama\.lora\.rank +int, 0 … 65,536  # 0: no adapters$", text, re.M)
     assert re.search(r"^mesh\.slices +int, 1 … 1,048,576; 1 if left out  # TPU slices", text, re.M)
     assert re.search(r"^model\.llama\.dtype +float32 \| bfloat16$", text, re.M)
-    assert re.search(r"^weights .*# What a run starts from", text, re.M)
+    assert re.search(r"^weights .*# Initial weights", text, re.M)
 
 
 def test_configs_are_read_without_jax(root):

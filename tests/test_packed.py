@@ -144,7 +144,7 @@ def test_a_missing_shipped_run_is_one_line(tmp_path, monkeypatch, capsys):
             cli.main(args)
         err = capsys.readouterr().err
         assert (stop.value.code, err.count("\n")) == (2, 1)
-        assert "package: this installation carries no trained run" in err
+        assert "package: this installation has no trained run" in err
 
 
 def test_nobody_trains_in_a_packed_run(shipped, capsys):

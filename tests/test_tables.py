@@ -61,8 +61,8 @@ def test_json_is_a_table_too(tmp_path):
     [
         ("path,label,label\na,b,c\n", "line 1: 2 columns are called 'label'"),
         ("\npath; x;path \na;b;c\n", "line 2: 2 columns are called 'path'"),
-        ('{"path": "a", "label": "b", "label": "c"}\n', "line 1: .*key 'label' stands twice"),
-        ('[{"path": "a", "path": "b"}]', "the key 'path' stands twice"),
+        ('{"path": "a", "label": "b", "label": "c"}\n', "line 1: .*key 'label' is given twice"),
+        ('[{"path": "a", "path": "b"}]', "the key 'path' is given twice"),
         ("path,label\na,b\na,b,c\n", "line 3: 3 cells under a header of 2"),
         ('path,label\n"a\nb",c\nd\n', "line 4: 1 cells under a header of 2"),
         ('path,label\na,"b\n', "line 2: broken CSV"),

@@ -10,8 +10,8 @@ def run(name: str, command: Callable[[], object]) -> None:
     """Runs a command.
 
     Args:
-        name: stands before an error.
-        command: what to run.
+        name: name of the tool, shown before an error.
+        command: function to run.
     """
     try:
         command()

@@ -41,7 +41,7 @@ def pack(
     """
     path = runs.find(run)
     if runs.is_packed(path):
-        raise UserError(f"{run}: packed already: copy it, or name the run that it was made of")
+        raise UserError(f"{run}: already packed: copy it, or name the run that it was packed from")
     cfg, model = checkpoint.load_for_inference(path)
     shipped = out.resolve() == runs.SHIPPED.resolve()
     if shipped and cfg.weights != "tiny":

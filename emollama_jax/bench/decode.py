@@ -259,11 +259,11 @@ def run(
 
     Args:
         work: the model.
-        sizes: of prompts and answers.
+        sizes: sizes of prompts and answers.
         batches: numbers of prompts answered at once.
-        rounds: that count, for each batch; one more goes before them, in which programs are
-            compiled and memory is first touched.
-        console: where progress goes.
+        rounds: timed rounds per batch size; an untimed one before them compiles the programs and
+            touches memory first.
+        console: terminal for progress.
 
     Raises:
         UserError: PyTorch is missing, or answers that differ.

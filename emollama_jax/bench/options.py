@@ -1,33 +1,33 @@
-"""What `emollama bench train` and `decode` take."""
+"""Options of `emollama bench train` and `decode`."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSizes:
-    """Of the model and the batch; the defaults are a LLaMA of 160 M parameters."""
+    """Sizes of the model and the batch; the defaults are a LLaMA of 160 M parameters."""
 
     width: int = 768
     """width of the residual stream."""
     mlp_width: int = 3072
     """width of the feed-forward layers."""
     layers: int = 12
-    """layers of the decoder."""
+    """decoder layers."""
     heads: int = 12
-    """heads of attention."""
+    """attention heads."""
     vocab: int = 32000
-    """words of the vocabulary."""
+    """vocabulary size."""
     rank: int = 16
-    """rank of LoRA, on q, k, v and o."""
+    """LoRA rank, on q, k, v and o."""
     batch: int = 4
-    """examples in a batch."""
+    """examples per batch."""
     length: int = 512
-    """tokens of an example."""
+    """tokens per example."""
     answer: int | None = None
-    """last tokens of an example that bear loss; all by default."""
+    """tokens at the end of an example that bear loss; all by default."""
 
     def parameters(self) -> int:
-        """Without adapters."""
+        """Parameters without adapters."""
         return (
             2 * self.vocab * self.width
             + self.layers * (self._matrices() + 2 * self.width)
@@ -35,7 +35,7 @@ class TrainSizes:
         )
 
     def flops(self) -> float:
-        """Of a step's products: forward, and backward to activations and adapters.
+        """FLOPs of a step's products: forward, and backward to activations and adapters.
 
         Attention counts what a causal mask leaves; the head counts the tokens that bear loss.
         """
@@ -71,9 +71,9 @@ class TrainSizes:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSizes:
-    """Of a call that answers prompts."""
+    """Sizes of a decoding call."""
 
     prompt: int = 128
-    """tokens of a prompt."""
+    """tokens per prompt."""
     new: int = 64
-    """tokens of an answer; nothing ends it before."""
+    """tokens per answer; none ends earlier."""

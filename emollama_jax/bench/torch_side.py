@@ -41,7 +41,7 @@ def check_cpu(command: str) -> None:
     """
     if jax.default_backend() != "cpu":
         raise UserError(
-            f"{command} compares CPUs, found {jax.default_backend()}: JAX_PLATFORMS=cpu"
+            f"{command} compares CPUs, found {jax.default_backend()}: set JAX_PLATFORMS=cpu"
         )
 
 

@@ -174,7 +174,7 @@ def make_work(sizes: TrainSizes, *, seed: int = 0) -> Work:
     if sizes.width % (2 * sizes.heads):
         raise UserError(f"--width {sizes.width}: must be an even multiple of --heads {sizes.heads}")
     if sizes.answer is not None and not 0 < sizes.answer < sizes.length:
-        raise UserError(f"--answer {sizes.answer}: must lie between 0 and --length {sizes.length}")
+        raise UserError(f"--answer {sizes.answer}: must be between 0 and --length {sizes.length}")
     setup = set_up(_config(sizes), make_mesh(ONE_DEVICE), build=TextModel)
     rng = np.random.Generator(np.random.PCG64(seed))
 
@@ -317,10 +317,10 @@ def run(sizes: TrainSizes, *, steps: int, warm: int, console: Console) -> Compar
     """Measures all sides in turns, step after step.
 
     Args:
-        sizes: of model and batch.
-        steps: that count, of each side.
+        sizes: sizes of model and batch.
+        steps: timed steps per side.
         warm: steps before them, in which programs are compiled and memory is first touched.
-        console: where progress goes.
+        console: terminal for progress.
 
     Raises:
         UserError: PyTorch is missing, sizes that do not fit, or losses that differ.

@@ -11,10 +11,10 @@ class Chat:
     """A format with its tokenizer; pickles with it.
 
     Attributes:
-        end: the token that ends an answer and bears loss.
+        end: token that ends an answer and counts in the loss.
         stop: tokens that end a generated answer: `end`, and the tokenizer's own.
         pad: fills up.
-        first: stands alone in a row without text.
+        first: only token of a row without text.
     """
 
     def __init__(self, template: Template, tokenizer: Tokenizer):
@@ -31,7 +31,7 @@ class Chat:
             names = ", ".join("bos_token" if name == BOS else name for name in missing)
             raise UserError(
                 f"the conversation format {template.name} needs special tokens that the LLM's "
-                f"tokenizer lacks ({names}): name another data.template or data.llm_tokenizer"
+                f"tokenizer lacks ({names}): choose another data.template or data.llm_tokenizer"
             )
         self._ids = {token: int(i) for token, i in found.items() if i is not None}
         self.end = self._ids[template.end]
@@ -40,7 +40,7 @@ class Chat:
         self.first = self.end if tokenizer.bos is None else tokenizer.bos
 
     def id(self, token: Token) -> int:
-        """Of a token of the format."""
+        """Id of a token of the format."""
         return self._ids[token]
 
 

@@ -68,7 +68,7 @@ class Encoder:
                 part = {"llm": "llama", "question": "qformer"}[name]
                 raise UserError(
                     f"data.{name}_tokenizer has {size} entries and model.{part}.vocab_size is "
-                    f"{rows}: name the tokenizer that the weights were trained with"
+                    f"{rows}: use the tokenizer that the weights were trained with"
                 )
         if not 3 <= cfg.data.question_length <= cfg.model.qformer.max_positions:
             raise UserError(
@@ -127,8 +127,8 @@ class Encoder:
 
         Args:
             media: the encoded file or its path.
-            kind: which of the two.
-            prior: of its face.
+            kind: kind of media.
+            prior: face prior.
             rng: as in `indices`.
             shown: "middle" repeats a clip's middle frame; "blank" shows black frames and no face.
 
@@ -177,9 +177,9 @@ class Encoder:
 
         Args:
             pictures: the M frames.
-            kind: of the media.
+            kind: kind of media.
             which: stored frame of each; short clips repeat frames.
-            boxes: of the face, (x1, y1, x2, y2) in pixels.
+            boxes: face boxes, (x1, y1, x2, y2) in pixels.
             found: whether there is one.
         """
         data = self.cfg.data
@@ -248,7 +248,7 @@ class Encoder:
 
         Args:
             question: to be answered.
-            kind: of the media.
+            kind: kind of media.
             agr: the AGR sentence, or "".
             earlier: turns of the same conversation.
             room: tokens that will follow; prompt and they share the model's positions.
@@ -286,13 +286,13 @@ class Encoder:
         )
 
     def question_ids(self, question: str) -> tuple[Int32[np.ndarray, " l"], Bool[np.ndarray, " l"]]:
-        """What the Q-Former reads of a question, and where it is not padding."""
+        """The Q-Former's tokens of a question, and where they are not padding."""
         return prompts.encode_question(
             question, tokenizer=self.question, length=self.cfg.data.question_length
         )
 
     def sentinel(self, kind: Kind, index: int, trouble: str) -> Row:
-        """What stands for a training row that cannot be made."""
+        """Stand-in for a training row that cannot be made."""
         encoded = prompts.Encoded(
             ids=np.full(self.text_length(kind), self.chat.pad, np.int32),
             labels=np.full(self.text_length(kind), IGNORE, np.int32),
@@ -358,9 +358,9 @@ class Examples:
     """A split's examples as rows. Pickles, so that worker processes can hold it.
 
     Args:
-        encoder: of the config.
-        split: what is read.
-        kind: of the split.
+        encoder: encoder of the config.
+        split: split to read.
+        kind: kind of the split.
         items: those that training draws from: "category", "conversation" or "both".
 
     Raises:

@@ -29,7 +29,7 @@ class LabelSpace:
         """
         if written not in self.written:
             known = ", ".join(map("=".join, zip(self.written, self.classes, strict=True)))
-            raise UserError(f"{self.title}: label {written!r} is none of {known}")
+            raise UserError(f"{self.title}: label {written!r} is not one of {known}")
         return self.written.index(written)
 
     @property

@@ -52,8 +52,8 @@ def crop_box(box: Real[np.ndarray, "4"], margin: float, *, width: int, height: i
     Args:
         box: (x1, y1, x2, y2) in pixels.
         margin: both sides together, as a share of the box: 0.5 adds a quarter on each side.
-        width: of the picture.
-        height: of the picture.
+        width: width of the picture.
+        height: height of the picture.
 
     Raises:
         UserError: the box is not finite, is empty, or has no pixel inside the picture.
@@ -64,7 +64,7 @@ def crop_box(box: Real[np.ndarray, "4"], margin: float, *, width: int, height: i
     if not (np.isfinite([x1, y1, x2, y2]).all() and x1 < x2 and y1 < y2):
         raise UserError(f"box {_words(box)}: wanted finite x1 < x2 and y1 < y2")
     if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        raise UserError(f"box {_words(box)} lies outside its picture of {width}×{height} pixels")
+        raise UserError(f"box {_words(box)} is outside its picture of {width}×{height} pixels")
     across = np.float32(margin / 2) * (x2 - x1)
     down = np.float32(margin / 2) * (y2 - y1)
     left, top = int(max(x1 - across, 0)), int(max(y1 - down, 0))
@@ -81,7 +81,7 @@ def crop_face(
         picture: the frame.
         box: (x1, y1, x2, y2) in pixels.
         margin: as in `crop_box`.
-        size: of the result in pixels.
+        size: side of the result in pixels.
 
     Returns:
         The face, and the rectangle that it was cut from.
@@ -109,14 +109,14 @@ def from_crop(points: Float[np.ndarray, "... 2"], crop: Crop) -> Float32[np.ndar
 def track(frames: Sequence[Faces], *, patience: int = 8, smoothing: int = 1) -> Track:
     """Follows one face through a clip.
 
-    It begins with the largest face of the first frame that has one and goes on with the face that
+    It begins with the largest face of the first frame that has one and continues with the face that
     overlaps most with the last one. Where no face overlaps it looks ahead: if the face comes back
     within `patience` frames, the detector only missed it; otherwise the scene was cut, and the
     largest face is the new one. Frames without the face take the box of the nearest frame with it.
 
     Args:
         frames: the faces of each frame, F frames.
-        patience: how many frames to look ahead.
+        patience: number of frames to look ahead.
         smoothing: width in frames of a centred mean over the boxes, against jitter; 1 for none.
 
     Raises:

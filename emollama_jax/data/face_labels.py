@@ -1,4 +1,4 @@
-"""What FaceXFormer's classes are called, in the order of its outputs. Pure data.
+"""Names of FaceXFormer's classes, in the order of its outputs. Pure data.
 
 Age, gender, race, attributes: github.com/Kartik-3004/facexformer, issues 5, 7 and 15. Race has two
 orders: the authors published one, measurements of the released weights (98.0 % on UTKFace, whose

@@ -189,12 +189,12 @@ def _refuse_urls(source: str | os.PathLike) -> None:
         raise UserError(f"{name_of(text)}: a data URI, wanted a file: decode it into one first")
     if _URL.match(text) and not os.path.exists(text):
         url = re.sub(r"^([^/]+:)/(?!/)", r"\1//", text)
-        advice = "give its path alone" if url.startswith("file:") else "download it first"
+        advice = "give only its path" if url.startswith("file:") else "download it first"
         raise UserError(f"{name_of(url)}: a URL, wanted a file: {advice}")
 
 
 def name_of(source: Source) -> str:
-    """How a message names a file."""
+    """Name of a file in messages."""
     if isinstance(source, bytes):
         return f"media of {len(source)} bytes"
     text = os.fspath(source)
@@ -208,6 +208,6 @@ def beginning(source: Source) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, as part of a message."""
+    """Text of an exception, as part of a message."""
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(words.split())

@@ -88,7 +88,7 @@ def inspect(folder: epath.PathLike, name: str, split: str | None = None) -> Insp
 
     Args:
         folder: `data.dir`.
-        name: a set, or one of its folds; a set with folds stands for all that are prepared.
+        name: a set, or one of its folds; a set with folds means all that are prepared.
         split: one alone, or all.
 
     Raises:
@@ -137,8 +137,8 @@ def _faults(splits: Sequence[Split]) -> list[str]:
     for first, second in itertools.combinations(tests, 2):
         if shared := sorted(tests[first] & tests[second]):
             faults.append(
-                f"wrong fold: {first} and {second} test {len(shared)} clips alike, and folds "
-                f"share none: {brief(shared)}"
+                f"wrong fold: {first} and {second} share {len(shared)} test clips, but folds "
+                f"must share none: {brief(shared)}"
             )
     return faults
 

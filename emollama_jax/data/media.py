@@ -200,7 +200,7 @@ def segment_indices(
     Args:
         count: frames of the clip, at least 1. If fewer than segments, each is taken once and the
             last is repeated.
-        segments: how many.
+        segments: number of segments.
         rng: draws a frame of each segment (training); None takes its centre (evaluation).
     """
     if count < segments:
@@ -232,7 +232,7 @@ def to_model_frame(
     Args:
         picture: any size. Beyond MAX_ASPECT : 1 the far ends, which the crop drops, are cut before
             the resize; beyond MAX_SIDE a picture to be padded is shrunk before.
-        size: of the result in pixels.
+        size: side of the result in pixels.
         pad: first pastes the picture onto a square of PAD_COLOUR, so that nothing is cropped.
             LLaMA-VID pads images, never frames of a video.
     """

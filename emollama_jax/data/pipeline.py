@@ -63,10 +63,10 @@ def make_train_iterator(
     Args:
         cfg: the sources' weights are shares of the steps between the two kinds, and of the examples
             between the sources of a kind.
-        splits: of the sources, in their order; None: `open_sources`.
-        host_index: which part of every batch is this process's.
-        host_count: how many parts there are: consecutive rows, so that a batch of all hosts is the
-            batch of one.
+        splits: splits of the sources, in their order; None: `open_sources`.
+        host_index: index of this process's part of every batch.
+        host_count: number of parts; they are consecutive rows, so that all hosts together get the
+            batch that one host would.
 
     Raises:
         UserError: a source, its priors or a size does not fit.
@@ -175,7 +175,7 @@ def make_eval_batches(
 
     Args:
         cfg: the run's.
-        split: what is evaluated.
+        split: split to evaluate.
         batch: rows of a batch, all hosts together; the last ones are padded, so that every host
             gets the same number of batches.
         shown: "all" frames, a clip's "middle" frame alone, or a "blank".

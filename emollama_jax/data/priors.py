@@ -24,7 +24,7 @@ PER_EXAMPLE = ("agr", "agr_probability")
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    """What is known of the face of one example; F = all stored frames of its media."""
+    """Face priors of one example; F = all stored frames of its media."""
 
     boxes: Float32[np.ndarray, "f 4"]  # (x1, y1, x2, y2) in pixels; zeros where not found
     found: Bool[np.ndarray, " f"]

@@ -74,9 +74,9 @@ def agr_sentence(
         age: FaceXFormer's class, as are `gender` and `race`.
         gender: 0 male, 1 female.
         race: "Others" says nothing and is left out.
-        probability: of the three classes, in this order.
+        probability: probabilities of the three classes, in this order.
         threshold: attributes below it are left out.
-        race_labels: which order of the race classes holds (`face_labels.py`).
+        race_labels: order of the race classes (`face_labels.py`).
 
     Returns:
         The sentence; "" where nothing is left to say.
@@ -96,7 +96,7 @@ def agr_sentence(
 
 
 def read_turns(conversation: Conversation) -> tuple[Turn, ...]:
-    """The turns of a LLaVA conversation; place holders are taken out, wherever they stand.
+    """The turns of a LLaVA conversation; placeholders are removed, wherever they are.
 
     Raises:
         UserError: the turns do not alternate, human first, or an answer is empty.
@@ -107,7 +107,7 @@ def read_turns(conversation: Conversation) -> tuple[Turn, ...]:
         if sentence.get("from") != wanted:
             raise UserError(
                 f"sentence {number} of a conversation is from {sentence.get('from')!r}, wanted "
-                f"{wanted!r}: mend the data set's items"
+                f"{wanted!r}: fix the data set's items"
             )
         values.append(question_text(sentence["value"]))
         if wanted == "gpt" and not values[-1]:
@@ -139,7 +139,7 @@ def build_training(
     """A training prompt.
 
     Args:
-        turns: of one conversation.
+        turns: turns of one conversation.
         n_visual: visual tokens of a turn (frames × tokens of a frame); 0 for text alone.
         agr: the AGR sentence, or "".
         chat: the conversation format and the LLM's tokenizer.
@@ -250,7 +250,7 @@ def _pieces(
     """A conversation piece by piece. Text that stands beside text is one piece with it.
 
     Args:
-        turns: of it.
+        turns: turns of one conversation.
         n_visual: visual tokens of a turn.
         agr: the AGR sentence, or "".
         template: the format.
@@ -306,7 +306,7 @@ def _encoded(pieces: Iterable[_Piece], chat: Chat) -> tuple[list[int], list[int]
             if new[: len(before)] != before:
                 raise UserError(
                     f"the LLM's tokenizer joins {piece.text.split(' ')[-1]!r} with the answer "
-                    f"{piece.answer.strip()!r}, so that the loss has no border; use one that "
+                    f"{piece.answer.strip()!r}, so that the loss has no boundary; use one that "
                     "splits words at spaces"
                 )
             borne = len(new) - len(before)

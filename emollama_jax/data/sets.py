@@ -55,7 +55,7 @@ class SetName(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """How a set is prepared."""
+    """Options of preparing a set."""
 
     source: pathlib.Path | None = None  # its tree, or a user's folder or table; None: drawn
     fold: int | None = None  # of a set with folds; None: all that the tree has lists of
@@ -69,7 +69,7 @@ class SetFamily(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """What can be prepared, in words for messages: "raf_db", "own/NAME"."""
+        """Names that can be prepared, for messages: "raf_db", "own/NAME"."""
         ...
 
     @property
@@ -87,7 +87,7 @@ class SetFamily(Protocol):
         ...
 
     def stored(self, name: str) -> str:
-        """Where a set is stored under the data folder; several names may be views of one."""
+        """Folder of a set under the data folder; several names may share one."""
         ...
 
     def label_space(self, name: str, metadata: Mapping[str, Any] | None) -> LabelSpace:
@@ -120,7 +120,7 @@ def family_of(name: str) -> SetFamily:
         return _load(entry)
     known = [known for other in _entries().values() for known in _load(other).names]
     near = did_you_mean(name, known) or did_you_mean(family, known)
-    raise UserError(f"{name}: no such data set{near}; known are {', '.join(known)}")
+    raise UserError(f"{name}: no such data set{near}; known: {', '.join(known)}")
 
 
 def _entries() -> dict[str, EntryPoint]:
@@ -174,7 +174,7 @@ def check_source(name: str, how: Preparation) -> SetFamily:
     if family.drawn and source is not None:
         raise UserError(f"{name} is drawn, not read: leave --source out")
     if not family.drawn and source is None:
-        raise UserError(f"{name}: say where the set lies: --source DIR")
+        raise UserError(f"{name}: give its location: --source DIR")
     if source is not None and not source.exists():
         raise UserError(f"--source {source}: no such file or folder")
     if fold is not None and not family.folds:
@@ -185,11 +185,11 @@ def check_source(name: str, how: Preparation) -> SetFamily:
 
 
 def check_prepared(folder: str, names: Sequence[str]) -> None:
-    """Refuses sets of which nothing lies in a data folder; what lies there is checked when opened.
+    """Raises for sets that a data folder does not hold; their content is checked when opened.
 
     Args:
         folder: the data folder; in a bucket, nothing is looked up.
-        names: of the sets.
+        names: names of the sets.
 
     Raises:
         UserError: with the command that prepares the set.
@@ -221,8 +221,8 @@ def prepare(
     """Prepares the examples of a set; what is complete is kept, what was stopped resumes.
 
     Args:
-        name: of the set; "dfew/fold1" is "dfew" and fold 1.
-        data_dir: where sets are prepared.
+        name: name of the set; "dfew/fold1" is "dfew" and fold 1.
+        data_dir: folder of prepared sets.
         how: from what, and with what limits.
         progress: called with (done, all) examples.
 

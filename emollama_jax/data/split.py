@@ -30,9 +30,9 @@ class Split:
     """A split of a prepared set; picklable.
 
     Args:
-        data_dir: where sets are prepared.
-        name: of the set, e.g. "raf_db", "dfew/fold1", "own/office", "actionfaces/images".
-        split: of it.
+        data_dir: folder of prepared sets.
+        name: name of the set, e.g. "raf_db", "dfew/fold1", "own/office", "actionfaces/images".
+        split: name of the split.
 
     Raises:
         UserError: no such set, not prepared, or no such split.
@@ -52,7 +52,7 @@ class Split:
 
     @property
     def place(self) -> str:
-        """Where its examples lie, e.g. "dfew/clips", and what else is kept once for all views."""
+        """Folder of its examples, e.g. "dfew/clips", and of other files shared by all views."""
         return f"{self.stored.name}/{self.stored_split}"
 
     @functools.cached_property
@@ -66,7 +66,7 @@ class Split:
 
     @functools.cached_property
     def priors(self) -> Sequence[Prior]:
-        """What is known of the face in each example, in their order.
+        """Face priors of the examples, in their order.
 
         Raises:
             UserError: they are not prepared.
@@ -76,7 +76,7 @@ class Split:
 
     @property
     def priors_folder(self) -> epath.Path:
-        """Where the priors of the stored split lie."""
+        """Folder of the stored split's priors."""
         return as_path(self.data_dir) / "priors" / self.place
 
     @functools.cached_property
@@ -101,7 +101,7 @@ class Split:
 
     @property
     def instruct_folder(self) -> epath.Path:
-        """Where `emollama data instruct` keeps what it made for this split."""
+        """Folder of the output of `emollama data instruct` for this split."""
         return as_path(self.data_dir) / "instruct" / self.name / self.split
 
     @property
@@ -132,7 +132,7 @@ class Split:
         aside, or not asked about yet.
 
         Args:
-            items: of the source: "category", "conversation" or "both".
+            items: items setting of the source: "category", "conversation" or "both".
         """
         if items != "conversation" or not self.has_conversations:
             return range(len(self.examples))
@@ -149,7 +149,7 @@ class Split:
             UserError: no such split, or the same one.
         """
         if other == self.split:
-            raise UserError(f"--without {other}: it is the tested split itself: name another")
+            raise UserError(f"--without {other}: this is the tested split itself: choose another")
         here, there = self.index, Split(self.data_dir, self.name, other).index
         ids, digests = set(there.ids), set(there.digests)
         pairs = zip(here.ids, here.digests, strict=True)
@@ -157,13 +157,13 @@ class Split:
 
 
 class InMemory(Split):
-    """A split that lies nowhere, for tests and measurements.
+    """A split in memory, for tests and measurements.
 
     Args:
-        name: of the set that it stands for.
-        split: of it.
+        name: name of the set to stand in for.
+        split: name of the split.
         examples: with the fields of `schema.features` that are read.
-        priors: of their faces.
+        priors: face priors of the examples.
     """
 
     has_conversations = False

@@ -373,5 +373,5 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 
 def too_large(name: str, found: str, *, what: str = "picture") -> str:
-    """What is said of a picture, or of frames, over MAX_PIXELS."""
+    """Message about a picture, or frames, over MAX_PIXELS."""
     return f"{name}: {what} of {found} pixels, wanted at most {MAX_PIXELS:,}; shrink it first"

@@ -53,7 +53,7 @@ def classes_of(age: np.ndarray, male: np.ndarray) -> np.ndarray:
 
 
 def labels_path(split: Split) -> epath.Path:
-    """Where the labels of the stored split lie, e.g. DATA/taught/ferplus/train.npz."""
+    """File of the stored split's labels, e.g. DATA/taught/ferplus/train.npz."""
     return as_path(split.data_dir) / "taught" / f"{split.place}.npz"
 
 
@@ -61,8 +61,8 @@ def write_labels(path: pathlib.Path, labels: Labels, of: Mapping[str, str]) -> N
     """Writes a file that appears whole or not at all.
 
     Args:
-        path: of `labels_path`.
-        labels: of the whole stored split, in its order.
+        path: file, as `labels_path` gives it.
+        labels: labels of the whole stored split, in its order.
         of: fingerprints, by `data` and `teacher`.
     """
     columns = {field.name: getattr(labels, field.name) for field in dataclasses.fields(Labels)}
@@ -77,7 +77,7 @@ def write_columns(path: pathlib.Path, columns: Mapping[str, np.ndarray]) -> None
 
 
 def read_columns(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """What `write_columns` wrote."""
+    """Reads the output of `write_columns`."""
     with as_path(path).open("rb") as opened, np.load(opened) as file:
         return {name: file[name] for name in file.files}
 
@@ -92,7 +92,7 @@ def read_labels(split: Split) -> Labels:
     words = f"{split.name} --data {split.data_dir} --split {split.split}"
     again = f"run `python -m tools.face_teacher {words}`"
     if not path.exists():
-        raise UserError(f"{path}: no labels of a teacher; {again}")
+        raise UserError(f"{path}: no teacher labels; {again}")
     columns = read_columns(path)
     of = json.loads(str(columns.pop("of")))
     if of["data"] != split.stored.fingerprint:

@@ -1,4 +1,4 @@
-"""Conversation formats by name: what stands around questions and answers, and what ends an answer.
+"""Conversation formats by name: the text around questions and answers, and the end of an answer.
 
     vicuna   <s>SYSTEM USER: [question] ASSISTANT: answer</s>USER: …          (LLaMA-VID's imgsp_v1)
     chatml   <|im_start|>system⏎SYSTEM<|im_end|>⏎<|im_start|>user⏎[question]<|im_end|>⏎
@@ -62,7 +62,7 @@ class Template:
 
     @property
     def start(self) -> Pieces:
-        """What stands before the first question's own pieces."""
+        """Text before the first question's own pieces."""
         if not self.system:
             return self.opening
         return (*self.opening, *self.system_before, self.system, *self.system_after)
@@ -133,11 +133,11 @@ def written(template: Template) -> str:
 
 
 def read_template(text: str, *, name: Any) -> Template:
-    """What `written` made.
+    """Reads the output of `written`.
 
     Args:
-        text: of the file.
-        name: of the file, for messages.
+        text: text of the file.
+        name: name of the file, for messages.
 
     Raises:
         UserError: something else.

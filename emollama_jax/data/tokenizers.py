@@ -129,8 +129,8 @@ def from_files(text: str, settings: Mapping[str, Any]) -> JsonTokenizer:
     """A tokenizer of Hugging Face's files.
 
     Args:
-        text: of `tokenizer.json`.
-        settings: of `tokenizer_config.json`, which names the special tokens.
+        text: text of `tokenizer.json`.
+        settings: text of `tokenizer_config.json`, which names the special tokens.
 
     Raises:
         ValueError: no end of a text is named, or tokens that the vocabulary lacks.
@@ -162,8 +162,8 @@ def load_tokenizer(
 
     Args:
         cfg: kind and path.
-        weights: of the config, one of whose folders the path "weights" means; None where that path
-            is not allowed.
+        weights: the config's `weights`, one of whose folders the path "weights" means; None where
+            that path is not allowed.
 
     Raises:
         UserError: no such file, or a file of another kind.
@@ -200,9 +200,9 @@ def carried_by(weights: str | tuple[str, ...], file: str, *, key: str) -> epath.
     """A file of the folder of converted weights that carries it.
 
     Args:
-        weights: of the config.
+        weights: the config's `weights`.
         file: its name.
-        key: of the config that asks for it, for messages.
+        key: config key that asks for it, for messages.
 
     Raises:
         UserError: no such folder, or several.
@@ -222,8 +222,8 @@ def carried_by(weights: str | tuple[str, ...], file: str, *, key: str) -> epath.
 def _carried(cfg: TokenizerConfig, weights: str | tuple[str, ...] | None) -> epath.Path:
     if weights is None:
         raise UserError(
-            "data.question_tokenizer: a folder of weights carries the LLM's tokenizer alone: name "
-            "the file of this one"
+            "data.question_tokenizer: a folder of weights holds only the LLM's tokenizer: give "
+            "this tokenizer's file"
         )
     if cfg.kind not in CARRIED:
         raise UserError(

@@ -43,7 +43,7 @@ def opened(source: Source, *, formats: str = CONTAINERS) -> Iterator[tuple[Any, 
 
     Args:
         source: a path, or the file's content.
-        formats: that FFmpeg may open.
+        formats: formats that FFmpeg may open.
 
     Raises:
         UserError: no video, no decoder for it, frames over MAX_PIXELS, broken.
@@ -191,7 +191,7 @@ def decoded(source: Source, wanted: Container[int]) -> Iterator[tuple[int, Pictu
 
 
 def no_frames(source: Source) -> str:
-    """What is said of a video without frames."""
+    """Message about a video without frames."""
     return f"{name_of(source)}: video without frames"
 
 

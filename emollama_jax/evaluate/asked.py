@@ -76,7 +76,7 @@ def unanswerable(asked: LabelSpace, tested: LabelSpace) -> tuple[str, ...]:
 
 
 def position_bias(predictions: Sequence[Prediction]) -> metrics.Positions | None:
-    """How much the place of an option decides, over the items whose options were shuffled.
+    """Influence of an option's position, over the items with shuffled options.
 
     None where no item has both a true and an answered class among its options.
     """

@@ -20,7 +20,7 @@ FOLDER = "data"  # of prepared sets, as everywhere
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the prepared set lies, and what is wanted of it."""
+    """Location of the prepared set, and what is wanted from it."""
 
     split: str = "test"
     dir: str | None = None  # None: `FOLDER`
@@ -35,16 +35,16 @@ class Place:
 def look_up(
     predictions: Sequence[Prediction], source: str | None, place: Place, *, named: bool
 ) -> tuple[groups.Seen, Copies | None]:
-    """What the prepared set says of predicted items, by the predictions' own names.
+    """Looks predicted items up in the prepared set, by the predictions' own names.
 
     Args:
         predictions: records of a file.
         source: the set; None: the one that a file of `emollama eval` names.
-        place: where the prepared set lies.
+        place: location of the prepared set.
         named: whether a column names the items.
 
     Returns:
-        What the face network says of them, and which of them also stand in `place.without`.
+        The face network's attributes of them, and those that are also in `place.without`.
 
     Raises:
         UserError: items that cannot be looked up, where `place.without` asks for it.
@@ -56,7 +56,7 @@ def look_up(
         if not name:
             raise UserError("no set is named: --source NAME, prepared in --dir DIR")
         if not of and not named:
-            raise UserError("items are named by their line: name their column with --id-column")
+            raise UserError("items have only line numbers: name their column with --id-column")
         folder = place.dir or FOLDER
         check_prepared(folder, [name])  # before TFDS is imported
         names = match(
@@ -81,12 +81,12 @@ def look_up(
 
 
 def match(mine: Sequence[str], theirs: Sequence[str], *, where: str) -> Mapping[str, str]:
-    """Which item of a set each name means.
+    """Matches names to items of a set.
 
     Args:
         mine: names in a file.
         theirs: the set's.
-        where: what the set is called.
+        where: name of the set, for messages.
 
     Raises:
         UserError: a name that means none, or several.

@@ -40,7 +40,7 @@ def curve(
     Args:
         steps: ascending.
         values: one a step, 0 or more; where one is not finite, the line has a gap.
-        label: of the values.
+        label: label of the values.
         marks: (step, text) of vertical lines, e.g. an interruption.
     """
     x, y = np.asarray(steps, float), np.asarray(values, float)
@@ -170,10 +170,11 @@ def faces(
     """Frames side by side with their landmarks.
 
     Args:
-        frames: of one size.
-        landmarks: of each frame, pixels with integers at pixel centres; None where no face is.
-        alt: what is shown, for those who cannot see it.
-        boxes: of the faces in a picture: left, top, right, bottom, pixels.
+        frames: frames of one size.
+        landmarks: landmarks of each frame, pixels with integers at pixel centres; None without a
+            face.
+        alt: alternative text of the picture.
+        boxes: face boxes of a picture: left, top, right, bottom, pixels.
     """
     height, width = frames[0].shape[:2]
     gap = round(width / 24) if len(frames) > 1 else 0

@@ -1,4 +1,4 @@
-"""A second number: the same answers without the items that also stand in another split.
+"""A second number: the same answers without the items that are also in another split.
 
 Official lists hold pictures twice: FERPlus' test list has 288 that its train list has too. The
 official list is what others report; without them is what nobody could have learned by heart.
@@ -16,7 +16,7 @@ from emollama_jax.evaluate.report import Table, percent, spread
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Items of a set that also stand in another split, by their name or their content."""
+    """Items of a set that are also in another split, by their name or their content."""
 
     split: str  # the other
     items: Collection[str]
@@ -34,7 +34,7 @@ class Without:
         """For the terminal; `shown` writes a share as the line above it does."""
         e = self.evaluation
         return (
-            f"without the {self.left_out:,} that also stand in {self.split}: "
+            f"without the {self.left_out:,} that are also in {self.split}: "
             f"WAR {shown(e.war)}  UAR {shown(e.uar)}  n {e.n}"
         )
 
@@ -64,8 +64,8 @@ class Without:
             rows.append(row(f"recall of {name}", *cells))
         interval = f"{100 * whole.level:g} %"
         return Table(
-            title=f"Without what also stands in {self.split}: {title}",
-            note=f"{self.left_out:,} items have a name or a content that {self.split} has too.",
+            title=f"Without items that are also in {self.split}: {title}",
+            note=f"{self.left_out:,} items share their name or content with {self.split}.",
             head=("%", "all", interval, f"not in {self.split}", interval),
             rows=rows,
             own=(1, 2),
@@ -73,7 +73,7 @@ class Without:
 
 
 def find_copies(folder: str, name: str, split: str, other: str | None) -> Copies | None:
-    """The items of a prepared split that also stand in another; None where none is named.
+    """The items of a prepared split that are also in another; None where none is named.
 
     Raises:
         UserError: no such split, or the tested one itself.
@@ -89,7 +89,7 @@ def leave_out(predictions: Sequence[Prediction], copies: Copies, space: LabelSpa
     """The numbers without some items.
 
     Args:
-        predictions: of the whole split.
+        predictions: predictions of the whole split.
         copies: items to leave out.
         space: the classes that count.
 
@@ -99,5 +99,5 @@ def leave_out(predictions: Sequence[Prediction], copies: Copies, space: LabelSpa
     items = set(copies.items)
     kept = [one for one in predictions if one.id not in items]
     if not kept:
-        raise UserError(f"--without {copies.split}: every item also stands in it; nothing is left")
+        raise UserError(f"--without {copies.split}: every item is also in it; nothing is left")
     return Without(copies.split, len(predictions) - len(kept), evaluate(kept, space))

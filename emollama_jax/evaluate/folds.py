@@ -38,7 +38,7 @@ def names(source: str, fold: str | None, *, without: str | None = None) -> list[
         raise UserError(f"{source} has {count} folds: name one with --fold 1, or --fold all")
     if fold == "all":
         if without is not None:
-            raise UserError(f"--without {without}: of one fold, not of all")
+            raise UserError(f"--without {without}: works for one fold, not for all")
         return [(number, f"{builder}/fold{number}") for number in range(1, count + 1)]
     if not fold.isdigit() or not 1 <= int(fold) <= count:
         raise UserError(f"--fold {fold}: {builder} has the folds 1 … {count}, or all")
@@ -46,7 +46,7 @@ def names(source: str, fold: str | None, *, without: str | None = None) -> list[
 
 
 def title_of(source: str) -> str:
-    """How a set is called in headings."""
+    """Title of a set in headings."""
     return label_space(source).title
 
 
@@ -98,7 +98,7 @@ def join(results: Sequence[Result], source: str, *, what: str, command: str) -> 
         results: one for each fold, in order; their headlines count.
         source: the set.
         what: heading of the page.
-        command: that did it.
+        command: command that made them.
 
     Raises:
         UserError: a fold is missing, or two test the same item.

@@ -74,8 +74,8 @@ def read_foreign(
     for (line, row), truth, cell, text in zip(rows, truths, cells, texts, strict=True):
         if truth not in words:
             raise UserError(
-                f"{path}, line {line}: truth {truth!r} is no class of {space.title} (wanted one of "
-                f"{', '.join(space.classes)}; name other classes with --classes)"
+                f"{path}, line {line}: truth {truth!r} is not a class of {space.title} (wanted one "
+                f"of {', '.join(space.classes)}; name other classes with --classes)"
             )
         parsed = parse_answer(cell, space, form=form)
         found.append(
@@ -160,7 +160,7 @@ def _infer(path: pathlib.Path, rows: Rows, truths: Sequence[str]) -> LabelSpace:
         common = SYNONYMS.get(truth, truth)
         if common not in _ALL:
             raise UserError(
-                f"{path}, line {line}: truth {truth!r} is no emotion class (known: "
+                f"{path}, line {line}: truth {truth!r} is not an emotion class (known: "
                 f"{', '.join(_ALL)} and their synonyms; name other classes with --classes)"
             )
         other, where = first.setdefault(common, (truth, line))
@@ -192,7 +192,7 @@ def _own_space(path: pathlib.Path, found: Sequence[Prediction]) -> LabelSpace:
     spelled = {SYNONYMS.get(word.casefold(), word.casefold()): word for word in words}
     if len(spelled) < len(words) or not spelled.keys() <= set(_ALL):
         raise UserError(
-            f"{path}: classes {', '.join(words)} of no set that is known here: list the classes "
+            f"{path}: classes {', '.join(words)} match no known set: list the classes "
             "with --classes"
         )
     return _usual(path.name, spelled)

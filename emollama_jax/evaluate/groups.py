@@ -29,11 +29,11 @@ RaceLabels = Literal["measured", "as_published", "untaught"]
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What the face network says of the items of a split.
+    """Attributes of a split's items, as the face network sees them.
 
     Attributes:
         groups: item → its group by attribute, in the order of `ATTRIBUTES`.
-        race_labels: whose names the race classes bear.
+        race_labels: naming of the race classes.
         why: why nothing is known; "" where it is.
     """
 
@@ -62,7 +62,7 @@ class ByGroup:
 
     Attributes:
         groups: in the order of the face network's classes, `unknown` last.
-        classes: that occur in the whole set.
+        classes: classes that occur in the whole set.
         why: why there are none; "" where there are.
     """
 
@@ -99,7 +99,7 @@ class ByGroup:
             for group in self.groups
         ]
         attributes = {group.attribute for group in self.groups}
-        note = _NOTE + ("" if "race" in attributes else " It is sure of the race of none.")
+        note = _NOTE + ("" if "race" in attributes else " It is not sure of anyone's race.")
         head = (
             *("as the face network sees it", "items", "classes"),
             *("WAR, %", "95 %", "UAR, %", "95 %"),
@@ -110,7 +110,7 @@ class ByGroup:
 def read_seen(
     data_dir: epath.PathLike, name: str, split: str, *, race_labels: RaceLabels = "measured"
 ) -> Seen:
-    """What the priors of a prepared split say; why nothing, where it has none."""
+    """Attributes in the priors of a prepared split, or why there are none."""
     from emollama_jax.data.split import Split  # TFDS, which plain files need not
 
     try:
@@ -137,7 +137,7 @@ def item_names(data_dir: epath.PathLike, name: str, split: str) -> Sequence[str]
 
 
 def joined(parts: Iterable[Seen]) -> Seen:
-    """What is known of several folds' items."""
+    """Attributes of several folds' items."""
     parts = list(parts)
     why = next((part.why for part in parts if part.why), "")
     groups = {item: names for part in parts for item, names in part.groups.items()}
@@ -148,8 +148,8 @@ def by_group(predictions: Sequence[Prediction], seen: Seen, space: LabelSpace) -
     """The numbers of each group.
 
     Args:
-        predictions: of a set, each about an item that `seen` knows.
-        seen: what the face network says.
+        predictions: predictions of a set, each about an item that `seen` knows.
+        seen: attributes that the face network reads.
         space: the classes that count.
     """
     if seen.why:

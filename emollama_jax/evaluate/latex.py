@@ -21,7 +21,7 @@ def table(
     """The whole `table` environment.
 
     Args:
-        title: of the caption.
+        title: title for the caption.
         rows: name of the row and its numbers, all over the same classes.
         others: published results, which have no recalls.
         folds: mean and standard deviation over the rows, where they are folds.

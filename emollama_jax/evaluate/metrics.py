@@ -130,7 +130,7 @@ def bootstrap(
         predicted: int [N], UNPARSED allowed.
         classes: number of classes C.
         samples: resamples.
-        seed: of the draws.
+        seed: random seed of the draws.
         level: e.g. 0.95.
         clusters: one hashable per item, e.g. the subject.
 
@@ -194,7 +194,7 @@ def wilson(right: int, items: int, *, level: float) -> Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How far stated probabilities are from the share of right answers.
+    """Distance of stated probabilities from the share of correct answers.
 
     Attributes:
         confidence: mean probability of the answered class, of each bin; nan for an empty one.
@@ -215,7 +215,7 @@ def calibration(labels: ArrayLike, log_likelihood: ArrayLike, *, bins: int) -> C
     Args:
         labels: int [N], -1 where the true class is none of the scored ones.
         log_likelihood: float [N, C], natural logarithm.
-        bins: of equal width between 0 and 1.
+        bins: number of bins of equal width between 0 and 1.
     """
     labels, scores = np.asarray(labels), np.asarray(log_likelihood, np.float64)
     likelihood = np.exp(scores - scores.max(1, keepdims=True))
@@ -237,7 +237,7 @@ def calibration(labels: ArrayLike, log_likelihood: ArrayLike, *, bins: int) -> C
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What the place of an option in the question does; C places.
+    """Effect of an option's position in the question; C positions.
 
     Attributes:
         answered: share of the answers that named the option at each place.

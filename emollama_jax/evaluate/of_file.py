@@ -46,7 +46,7 @@ def evaluate_files(
         space = named_classes(files.classes)
     if many and place.without is not None:
         count = len(files.predictions)
-        raise UserError(f"--without {place.without}: of one file, not of {count} folds")
+        raise UserError(f"--without {place.without}: works for one file, not for {count} folds")
     if many and (source is None or folds_of(source) == 1):
         raise UserError(
             f"{len(files.predictions)} predictions files: name the set whose folds they are with "
@@ -70,7 +70,7 @@ def evaluate_files(
             folds.check_disjoint([item.predictions for item in answers])
     return Result(
         title=", ".join(path.name for path in paths),
-        lede=f"{sum(item.evaluation.n for item in answers):,} predictions, scored as they stand in "
+        lede=f"{sum(item.evaluation.n for item in answers):,} predictions, scored as given in "
         "the file.",
         source=source or answers[0].predictions[0].source.partition(":")[0],
         answers=answers,
@@ -98,7 +98,7 @@ def check_kept(result: Result, out: epath.Path, given: Sequence[pathlib.Path]) -
         if is_remote(file) or not file.exists():
             continue
         if any(path.exists() and pathlib.Path(file).samefile(path) for path in given):
-            raise UserError(f"{file}: --out would overwrite these predictions; name another")
+            raise UserError(f"{file}: --out would overwrite these predictions; choose another")
 
 
 def lines(result: Result) -> str:

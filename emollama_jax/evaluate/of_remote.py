@@ -59,7 +59,7 @@ MARGIN = 0.5  # of the face crop, FaceXFormer's
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What the model made of a split."""
+    """A model's answers about a split."""
 
     predictions: list[Prediction]
     aside: dict[str, str]  # id → why it was not answered
@@ -72,9 +72,9 @@ def answer(options: ZeroShot, out: pathlib.Path, console: Console) -> Answered:
     """Asks about every example that has no answer yet.
 
     Args:
-        options: of the command.
-        out: gets the journal.
-        console: where progress goes.
+        options: options of the command.
+        out: folder for the journal.
+        console: terminal for progress.
 
     Raises:
         UserError: no such model or set, a service that refuses, or examples left without answer.
@@ -138,9 +138,9 @@ def evaluate_remote(options: ZeroShot, home: pathlib.Path, console: Console) -> 
     """Evaluates a model on a split, or on every fold of a set, and publishes every result.
 
     Args:
-        options: of the command.
+        options: options of the command.
         home: folder of the journal and the results.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         The result, or that of all folds.
@@ -177,7 +177,7 @@ def _evaluate(options: ZeroShot, out: pathlib.Path, console: Console) -> tuple[R
     (out / ASIDE).write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = [f"{len(predictions):,} examples; {options.model} was asked, zero-shot."]
     if options.limit is not None:
-        words.append("The first of the split only: a trial, no result.")
+        words.append("Only the first examples of the split: a trial, not a result.")
     if answered.aside:
         words.append(f"{len(answered.aside)} got no answer ({ASIDE} says why) and count as wrong.")
     settings = yaml.safe_dump(_settings(options), sort_keys=False, allow_unicode=True, width=1000)
@@ -212,7 +212,7 @@ def _command(options: ZeroShot) -> str:
 
 
 def out_folder(options: ZeroShot) -> pathlib.Path:
-    """Where a run writes, unless it is told."""
+    """Default output folder of a run."""
     if options.out is not None:
         return options.out
     model = re.sub(r"[^\w.-]+", "_", options.model)

@@ -53,12 +53,12 @@ def evaluate_runs(
 
     Args:
         what: run, changes of its config, set, split and fold.
-        how: how it is asked.
+        how: way of asking.
         out: folder of the results; None: RUN/eval, or runs/package/eval.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
-        The result, or that of all folds, and the folder where it lies.
+        The result, or that of all folds, and its folder.
 
     Raises:
         UserError: no such fold, a run that saw what is tested, no or unfitting data.
@@ -113,10 +113,10 @@ def evaluate_run(
         model: trained.
         name: data set and builder config, e.g. "actionfaces/clips".
         split: split of it.
-        how: how it is asked.
-        console: where progress goes.
+        how: way of asking.
+        console: terminal for progress.
         mesh: mesh that the model is spread over; None for one device.
-        run: where the model came from, to be traced; None: untraced.
+        run: origin of the model, for the trace; None: untraced.
 
     Returns:
         The result, whose headline are written answers, if there are any; hashes of what it was
@@ -184,7 +184,7 @@ def check_unseen(cfg: Config, name: str, split: str) -> None:
         if folds_of(name) > 1 and other == builder and trained != view:
             raise UserError(
                 f"{name}: the run was trained on {source.name}, whose training list holds test "
-                f"items of {view}: test it on {source.name}, or name one run a fold, RUN{{fold}}"
+                f"items of {view}: test it on {source.name}, or give one run per fold, RUN{{fold}}"
             )
 
 

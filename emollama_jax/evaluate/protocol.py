@@ -23,7 +23,7 @@ from emollama_jax.paths import as_path, write_whole
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a set is tested, so that a number can stand beside those of other people."""
+    """How a set is tested, so that numbers can be compared with published ones."""
 
     name: str  # of the set, as in "dfew/fold1"
     frames: str  # of an example
@@ -86,7 +86,7 @@ class Prediction:
 
 
 def subject_of(example: Mapping[str, Any]) -> str | None:
-    """Whose face a prepared example shows; None where the set does not say."""
+    """Subject of a prepared example; None where the set does not say."""
     subject = int(example["subject"])
     return str(subject) if subject >= 0 else None
 
@@ -146,9 +146,9 @@ def evaluate(
     Args:
         predictions: every item of the test set once.
         space: the classes that count.
-        samples: of the bootstrap; drawn by subject if every item names one.
-        seed: of the bootstrap.
-        level: of the intervals.
+        samples: bootstrap samples; drawn by subject if every item names one.
+        seed: random seed of the bootstrap.
+        level: confidence level of the intervals.
 
     Raises:
         UserError: no predictions, an item twice, or a class that the space does not have.
@@ -201,18 +201,18 @@ def _check(predictions: Sequence[Prediction], space: LabelSpace) -> None:
         for role, name in (("label", item.label), ("predicted", item.predicted)):
             if name is not None and name not in space.classes:
                 raise UserError(
-                    f"item {item.id}: {role} {name!r} is no class of {space.title} "
+                    f"item {item.id}: {role} {name!r} is not a class of {space.title} "
                     f"(wanted one of {', '.join(space.classes)})"
                 )
 
 
 SHARE = 0.1  # of unparsed answers, from which it is said
 _UNPARSED = {
-    "ambiguous": "name two classes, or two scores are alike",
+    "ambiguous": "name two classes, or two scores are equal",
     "none": "name no class",
-    "foreign": "have a best label that is no class",
+    "foreign": "have a best label that is not a class",
     "refusal": "are refusals",
-    "unfinished": "break off in their reasoning",
+    "unfinished": "stop in mid-reasoning",
 }
 
 
@@ -220,7 +220,7 @@ def unparsed_warning(evaluations: Sequence[Evaluation]) -> str:
     """A sentence to print before the numbers; "" where few answers are unparsed.
 
     Args:
-        evaluations: of one set, or of its folds.
+        evaluations: evaluations of one set, or of its folds.
     """
     total = sum(e.n for e in evaluations)
     lost = sum(round(e.unparsed * e.n) for e in evaluations)

@@ -85,7 +85,7 @@ def _page(result: Result, others: Sequence[Published]) -> report.Report:
 
 
 def calibration(predictions: Sequence[Prediction]) -> metrics.Calibration | None:
-    """Of label scoring; None where text was generated.
+    """Calibration of label scoring; None where text was generated.
 
     An answer is right if it is the true class, also where the question listed other words.
     """
@@ -203,7 +203,7 @@ def _positions(item: Answers) -> Table | None:
     ]
     note = (
         f"{item.title}: bias {found.bias:.3f}, half the summed distance between the first two "
-        "columns; 0 for a model to which the order of the options means nothing."
+        "columns; 0 for a model that ignores the order of the options."
     )
     head = ("of the option in the question", "answered, %", "true, %", "recall, %")
     return Table(title="Position bias", note=note, head=head, rows=rows)
@@ -215,7 +215,10 @@ def _mistakes(item: Answers) -> Table:
         (one.id, one.label, one.predicted or "no class named", _short(one.text or ""))
         for one in (item.predictions[n] for n in worst(item.predictions))
     ]
-    note = "Pictures are left out. Surest first where labels were scored, else the most frequent."
+    note = (
+        "Pictures are left out. Most confident first where labels were scored, else the most "
+        "frequent."
+    )
     head = ("item", "true", "answered", "in its words")
     return Table(title="Worst mistakes", note=note, head=head, rows=rows)
 

@@ -1,4 +1,4 @@
-"""The field's numbers, to stand beside a result: UAR and WAR in per cent, as published.
+"""The field's numbers, for comparison with a result: UAR and WAR in per cent, as published.
 
 Quoted, not measured here: other frames, crops, prompts and training data are behind each.
 Only numbers whose origin is public are listed; None is what was not published.

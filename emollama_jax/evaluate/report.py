@@ -90,7 +90,7 @@ class Report:
 
 
 DEFINITIONS = (
-    "WAR: share of right answers. UAR: mean recall of the classes that occur. "
+    "WAR: share of correct answers. UAR: mean recall of the classes that occur. "
     "An answer that names no class, or two, is wrong."
 )
 
@@ -134,13 +134,13 @@ _SEEN = (
     "wrong, then the question and the answer. Wrong ones are framed, with the true emotion beside."
 )
 _WORST = (
-    "Wrong answers of which the model was surest, by its scores where labels were scored; else the "
+    "Wrong answers with the highest scores where labels were scored; else the "
     "first of the most frequent confusions."
 )
 _CALIBRATION = (
-    "Of label scoring: the probability that the model gives its answer (softmax over the labels) "
-    "against how often it is right. On the dashed line it knows what it knows; below, it is too "
-    "sure. Larger dots stand for more answers."
+    "Label scoring: the probability that the model gives its answer (softmax over the labels) "
+    "against how often it is right. On the dashed line it is calibrated; below, "
+    "overconfident. Larger dots stand for more answers."
 )
 _SEEN_CLIPS = "From left to right in time. Wrong answers are framed."
 

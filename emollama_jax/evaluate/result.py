@@ -41,13 +41,13 @@ class Answers:
         seen: Seen = NO_SET,
         copies: Copies | None = None,
     ) -> "Answers":
-        """The numbers of predictions, also by group and without items that stand elsewhere.
+        """The numbers of predictions, also by group and without items of another split.
 
         Args:
             title: the way of answering, or the fold.
             predictions: every item once.
             space: the classes that count.
-            seen: what the face priors say of the items.
+            seen: face priors' attributes of the items.
             copies: items to leave out of a second number; None: there is none.
         """
         return cls(
@@ -71,7 +71,7 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a result was made, so that it can be made again."""
+    """Settings of a result, enough to reproduce it."""
 
     command: str
     config: str  # YAML
@@ -84,14 +84,14 @@ class Result:
 
     Attributes:
         title: heading of its page.
-        lede: what was done, in a sentence or two.
-        source: the set, e.g. "dfew/fold1"; decides which published numbers stand beside it.
+        lede: summary of what was done, in a sentence or two.
+        source: the set, e.g. "dfew/fold1"; selects the published numbers to compare with.
         answers: each way of answering, the headline first; or each fold, with `mean`.
         mean: mean and standard deviation over the folds; None where `answers` are no folds.
         pooled: groups of the items of all folds together.
         predictions: records by the name of their file.
-        settings: how it was made.
-        trace: where the numbers come from: what → file or hash.
+        settings: settings of the evaluation.
+        trace: origin of the numbers: what → file or hash.
         notes: more tables for the page.
         mistakes: pictures of the worst mistakes, where they may be shown.
     """
@@ -125,7 +125,7 @@ class Result:
         return unparsed_warning([item.evaluation for item in counted])
 
     def summary(self) -> dict[str, Any]:
-        """What `--json` prints: shares, 0 … 1."""
+        """Content of `--json`: shares, 0 … 1."""
         if self.mean is not None:
             groups = {} if self.groups.why else {"groups": self.groups.to_dict()}
             return _over_folds([item.evaluation for item in self.answers], self.mean) | groups
@@ -135,7 +135,7 @@ class Result:
         return found
 
     def lines(self, home: object) -> str:
-        """What a command prints: the numbers, and the page in the folder `home`."""
+        """Lines for a command to print: the numbers, and the page in the folder `home`."""
         mean, e, without = self.mean, self.headline.evaluation, self.headline.without
         if mean is not None:
             return (

@@ -139,7 +139,7 @@ def _in_order(hosts: Iterable[Mapping[int, Prediction]]) -> list[Prediction]:
 
 
 def asked_in(cfg: Config, name: str, how: Asking) -> Asked:
-    """What the question lists about a set: its own classes, or those of `how.asked`."""
+    """Classes that the question lists for a set: its own, or those of `how.asked`."""
     space = space_of(cfg.data.dir, name if how.asked is None else how.asked)
     native = how.asked is None and how.order == "native"
     return Asked(space, how.order, how.seed, native=native)
@@ -240,5 +240,5 @@ def best_label(scores: dict[str, float]) -> str:
         UserError: a score that is no number; a diverged model would get a class by chance.
     """
     if not all(map(math.isfinite, scores.values())):
-        raise UserError(f"label scores {scores}: wanted finite numbers; are the weights whole?")
+        raise UserError(f"label scores {scores}: wanted finite numbers; are the weights complete?")
     return max(scores, key=scores.__getitem__)

@@ -73,13 +73,14 @@ def prepare_priors(
     """Computes and stores the priors of a split once; resumes where it was stopped.
 
     Args:
-        examples: of the split, with `media`, `kind` and `boxes` ([F, 4], or empty to detect).
-        folder: of the split's priors.
+        examples: examples of the split, with `media`, `kind` and `boxes` ([F, 4], or empty to
+            detect).
+        folder: folder of the split's priors.
         reader: FaceXFormer; other weights or another margin make the stored priors void.
         detect: for examples without boxes, e.g. `Detector.many`.
         progress: called with (done, all) examples.
-        fingerprint: of the examples; others make the stored priors void.
-        threads: that decode.
+        fingerprint: fingerprint of the examples; another makes stored priors void.
+        threads: number of decoding threads.
     """
     mark = {
         "examples": len(examples),

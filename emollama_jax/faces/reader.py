@@ -39,9 +39,9 @@ class Reader:
 
     Args:
         face: the network.
-        margin: of the crop, as in `crop_box`.
+        margin: margin of the crop, as in `crop_box`.
         batch: crops at a time on each device.
-        mesh: of `local_mesh`, whose devices share a batch; None for the device of the weights.
+        mesh: mesh of `local_mesh`, whose devices share a batch; None for the device of the weights.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ def cut_out(
         frames: F uint8 pictures.
         boxes: float32 [F, 4], (x1, y1, x2, y2) in pixels.
         found: bool [F].
-        reader: whose crop size and margin hold.
+        reader: reader with the crop size and margin.
     """
     crops = np.zeros((len(frames), reader.size, reader.size, 3), np.uint8)
     for i in np.flatnonzero(found):

@@ -35,7 +35,7 @@ def prefill(llama: Llama, prompt: Prompt, *, extra: int) -> tuple[KVCache, Float
 
     Args:
         llama: the decoder.
-        prompt: of T tokens, padding included.
+        prompt: prompt of T tokens, padding included.
         extra: slots to keep for tokens to come.
 
     Returns:

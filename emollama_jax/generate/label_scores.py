@@ -46,7 +46,7 @@ def score_labels(model: VisionLanguageModel, batch: Batch, labels: Labels) -> Fl
     Args:
         model: the model; not changed.
         batch: prompts, right-padded.
-        labels: what `pad_labels` made.
+        labels: labels from `pad_labels`.
 
     Returns:
         float32 [B, C], natural logarithm.

@@ -47,7 +47,7 @@ def draw(
     Args:
         logits: float32.
         how: None for the likeliest.
-        step: number of the token, so that every step draws anew.
+        step: number of the token, so that every step draws afresh.
     """
     if how is None:
         return greedy(logits)

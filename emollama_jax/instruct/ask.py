@@ -92,7 +92,7 @@ def conversation_request(
         picture: JPEG; of a clip, its centre frame.
         label: the emotion in the words that all sets share.
         kind: "image" or "clip".
-        description: of a clip, by another model.
+        description: description of a clip, by another model.
         rejections: why earlier answers were not taken.
     """
     medium = MEDIUM[kind]

@@ -74,8 +74,8 @@ def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, 
     """Makes the instruction data of a split, or resumes.
 
     Args:
-        options: what to make.
-        console: where progress and remarks go.
+        options: options of the command.
+        console: terminal for progress and remarks.
 
     Returns:
         The folder, and how far it got.
@@ -190,8 +190,8 @@ def _maker(options: InstructOptions, console: Console) -> str:
         if api_key() is not None:
             return "gemini"
         console.print(
-            f"no {KEYS[0]} in the environment: templates stand in for Gemini's conversations and "
-            'are marked "template"; do not train on them what anybody should believe'
+            f"no {KEYS[0]} in the environment: templates replace Gemini's conversations and "
+            'are marked "template"; use them for trials, not for a model that people rely on'
         )
         return "template"
     return options.by

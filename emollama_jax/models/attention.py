@@ -92,7 +92,7 @@ def attention_after(
         k: their keys.
         v: their values.
         earlier: keys and values, only read.
-        count: how many of each row's earlier ones are seen; token i also sees new tokens 0 … i.
+        count: number of earlier tokens seen in each row; token i also sees new tokens 0 … i.
     """
     with jax.named_scope("attention"):
         kv_heads = k.shape[2]

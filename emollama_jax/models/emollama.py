@@ -32,7 +32,7 @@ from emollama_jax.sharding.points import constrain, parts, within
 
 @flax.struct.dataclass
 class FaceHeads:
-    """What FaceXFormer says of the face in each of F frames: the priors, float32."""
+    """FaceXFormer's outputs for the face in each of F frames: the priors, float32."""
 
     landmarks: jax.Array  # [F, 68, 2], (x, y) in the crop, -1 … 1
     age: jax.Array  # [F, 8], logits
@@ -42,7 +42,7 @@ class FaceHeads:
 
 @flax.struct.dataclass
 class Seen:
-    """What the frozen towers see in F frames."""
+    """Outputs of the frozen towers for F frames."""
 
     visual: jax.Array  # [F, 1 + P, D_v], the class token first
     face_map: jax.Array  # [F, h, w, D_f]
@@ -52,7 +52,7 @@ class Seen:
 
 @flax.struct.dataclass
 class Mined:
-    """What F frames show, whatever is asked."""
+    """Features of F frames that do not depend on the question."""
 
     visual: jax.Array  # [F, 1 + P, D_v], after Face Info Mining
     tokens: jax.Array  # [F, n, D], a frame's tokens that do not depend on the question
@@ -60,7 +60,7 @@ class Mined:
 
 @flax.struct.dataclass
 class Sight:
-    """What the model knows of the F frames of an example before it is asked."""
+    """Features of an example's F frames, before any question."""
 
     mined: Mined
     landmarks: jax.Array  # [F, 68, 2], zeros where no face was found
@@ -197,10 +197,10 @@ class EmoLlama(nnx.Module):
         """All visual tokens of every (example, frame, round), the context token first.
 
         Args:
-            mined: of the frames of all examples, F = B · M.
+            mined: features of the frames of all examples, F = B · M.
             questions: the Q-Former's text.
             question_mask: False where it is padding.
-            dropout_key: of the Q-Former's dropout; None in evaluation.
+            dropout_key: key of the Q-Former's dropout; None in evaluation.
         """
         examples, rounds = questions.shape[:2]
         frames = mined.visual.shape[0] // examples

@@ -36,7 +36,7 @@ from emollama_jax.terms import LANDMARKS
 
 @flax.struct.dataclass
 class Mined:
-    """What Face Info Mining gives for each frame."""
+    """Outputs of Face Info Mining for each frame."""
 
     visual: jax.Array  # [B, P, D], the visual tokens X'
     tokens: jax.Array  # [B, 1 | 2, D of the LLM], (global, local) as far as switched on

@@ -1,4 +1,4 @@
-"""What two networks share: Linear with an optional adapter, norms, rotary, layer stacks.
+"""Layers that networks share: Linear with an optional adapter, norms, rotary, layer stacks.
 
 Every parameter carries its logical axis names as the metadata `axes` (one name per dimension, see
 `sharding/rules.py`), parameters are float32 at birth, computation is in the network's `dtype`,
@@ -183,7 +183,7 @@ def rotary(
 
     Args:
         x: queries or keys.
-        positions: of each token; one row for all where they are the same.
+        positions: position of each token; one row for all where they are the same.
         theta: base of the wavelengths.
         scaling: positions are divided by it (linear interpolation).
         llama3: Llama 3.1's scaling of the wavelengths; None for none.
@@ -228,9 +228,9 @@ def scan(
     """Runs stacked layers one after the other: one layer's code is compiled once.
 
     Args:
-        layers: what `stack` made.
+        layers: layers from `stack`.
         step: (layer, carry, x) → (carry, y).
-        carry: what enters the first layer.
+        carry: input of the first layer.
         xs: a tree with a leading layer axis (dropout keys, caches), or None.
         remat: "none" keeps all activations, "dots" keeps matrix products, "full" keeps carries.
 

@@ -67,7 +67,7 @@ class KVCache:
 
 @flax.struct.dataclass
 class LlamaOutput:
-    """What a pass gives."""
+    """Outputs of a pass."""
 
     hidden: jax.Array  # [B, T, D], after the final norm
     cache: KVCache | None  # with this pass's keys and values written in; None if none was given
@@ -220,13 +220,13 @@ class Llama(nnx.Module):
         """Runs the decoder.
 
         Args:
-            embeds: what enters the first layer.
-            positions: of each token, consecutive along a row; with a cache also its slot, and the
-                last one must be below S (a write beyond the end would be moved back, unseen).
-                None: 0, 1, 2, … in every row, and nothing stands before them: the tokens attend
-                among themselves, by the fastest way there is, and a cache is only written.
+            embeds: input of the first layer.
+            positions: position of each token, consecutive along a row; with a cache also its slot,
+                and the last one must be below S (a write beyond the end would be moved back,
+                unseen). None: 0, 1, 2, … in every row, with nothing before them: the tokens attend
+                among themselves, by the fastest implementation, and a cache is only written.
             cache: earlier keys and values; None to attend among `embeds` only.
-            dropout_key: of LoRA's dropout; None in evaluation.
+            dropout_key: key of LoRA's dropout; None in evaluation.
 
         Raises:
             UserError: more tokens or slots than `max_positions` × `rope_scaling`.

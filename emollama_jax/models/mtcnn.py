@@ -40,7 +40,7 @@ GROUP_PIXELS = 1 << 24  # of the pictures that are searched together: 200 MB of 
 
 @dataclasses.dataclass(frozen=True)
 class MtcnnConfig:
-    """What the detection does around its networks."""
+    """Config of the detection around its networks."""
 
     min_face: float  # pixels
     factor: float  # between two scales of the pyramid
@@ -220,8 +220,8 @@ class Detector:
 
     Args:
         mtcnn: the networks; None loads the package's.
-        cfg: of the search.
-        mesh: of one axis, over which batches are split; None for one device.
+        cfg: config of the search.
+        mesh: mesh of one axis, over which batches are split; None for one device.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ def area_resize(
     """PyTorch's `interpolate(mode="area")` of rectangles, as P, R and O read it.
 
     Args:
-        integral: of the picture.
+        integral: integral image of the picture.
         crops: first row, rows, first column, columns of each rectangle.
         size: height and width of the result.
     """
@@ -133,7 +133,7 @@ def _cells(side: int) -> int:
 
 
 def cell_edges(scale: float, cells: np.ndarray) -> np.ndarray:
-    """Where P's cells of one scale begin and end in the picture, along one axis; float32."""
+    """First and last pixel of P's cells of one scale, along one axis; float32."""
     first = np.float32(STRIDE) * cells.astype(np.float32)
     return np.stack([np.floor((first + edge) / np.float32(scale)) for edge in (1, CELL)])
 
@@ -147,7 +147,7 @@ def propose(
     threshold: float,
     overlaps: tuple[float, float],
 ) -> Candidates:
-    """What P proposes: suppressed within each scale, then across scales, and made square."""
+    """P's proposals: suppressed within each scale, then across scales, and made square."""
     tile, y, x = np.nonzero(probability >= np.float32(threshold))
     score, moves = probability[tile, y, x], shifts[tile, y, x]
     y, x = y + tiles.corners[tile, 0], x + tiles.corners[tile, 1]

@@ -1,4 +1,4 @@
-"""Where a new module's numbers come from: `nnx.Rngs`, or one of two that take less time.
+"""Random numbers of a new module: `nnx.Rngs`, or one of two faster substitutes.
 
 `Shapes` gives none: the module is abstract, to be filled from files. `Keys` gives the numbers of
 `nnx.Rngs` inside of `jax.jit`. There flax (seen in 0.12.8) asks its counter, a tracer, for a

@@ -45,9 +45,9 @@ def shift_mask(
     """Logit offsets of a rolled map's windows: 0 between true neighbours, else `APART`.
 
     Args:
-        height, width: of the padded map, multiples of `window`.
+        height, width: sides of the padded map, multiples of `window`.
         window: side of a window.
-        shift: what the map was rolled by, (rows, columns).
+        shift: shift of the map, (rows, columns).
     """
 
     def regions(size: int, by: int) -> Int[np.ndarray, " n"]:

@@ -38,12 +38,12 @@ def pool(patches: Float[Array, "b p d"], kind: str) -> Float[Array, "b n d"]:
 
 
 class VisualTokens(nnx.Module):
-    """What stands between the vision tower, the Q-Former and the LLM.
+    """The projections between the vision tower, the Q-Former and the LLM.
 
     Attributes:
         ln: norm of the vision tokens that the Q-Former reads (`vlm_att_ln`).
-        projector, key_projector, val_projector: of the context token (`vlm_att_…`).
-        mm_projector_in, mm_projector_out: of the content tokens (`mm_projector.0`, `.2`).
+        projector, key_projector, val_projector: layers of the context token (`vlm_att_…`).
+        mm_projector_in, mm_projector_out: layers of the content tokens (`mm_projector.0`, `.2`).
 
     Raises:
         UserError: a Q-Former that reads another width than the vision tower gives.
@@ -61,7 +61,7 @@ class VisualTokens(nnx.Module):
         if cfg.encoder_width != visual_width:
             raise UserError(
                 f"model.qformer.encoder_width is {cfg.encoder_width}, but model.vision.width is "
-                f"{visual_width}: set both alike"
+                f"{visual_width}: set both to the same value"
             )
 
         def linear(i: int, o: int, axes: tuple[str, str]) -> Linear:
@@ -82,7 +82,7 @@ class VisualTokens(nnx.Module):
         Args:
             patches: vision tokens without the class token, not normed: keys after a projection,
                 and the values themselves.
-            queries: what the Q-Former gives; those of a picture's questions stand together.
+            queries: queries from the Q-Former; those of one picture's questions are adjacent.
         """
         asked = queries.shape[0] // patches.shape[0]  # questions of a picture
         q, k = self.projector(queries), self.key_projector(patches)

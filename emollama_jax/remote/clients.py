@@ -11,7 +11,7 @@ def check_spec(spec: str) -> tuple[str, str]:
     """Splits a model's name.
 
     Returns:
-        Its kind, and what stands behind the colon.
+        Its kind, and the text after the colon.
 
     Raises:
         UserError: neither of the three kinds.
@@ -34,9 +34,9 @@ def open_client(
 
     Args:
         spec: "hf:PATH", "openai:URL#MODEL" or "gemini:MODEL".
-        limits: whose time-out holds.
-        thinking_tokens: of Gemini's.
-        base_url: of another server that speaks Gemini's API.
+        limits: limits, for the time-out.
+        thinking_tokens: maximum thinking tokens of Gemini.
+        base_url: base URL of another server with Gemini's API.
 
     Raises:
         UserError: no such kind, no key, or a library that is not installed.

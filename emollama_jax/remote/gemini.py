@@ -30,7 +30,7 @@ class Gemini:
             model: e.g. "gemini-2.5-flash".
             timeout: seconds of one answer.
             thinking_tokens: at most, before an answer; 0 turns thought off, -1 is the model's own.
-            base_url: of another server that speaks the API.
+            base_url: base URL of another server with the API.
 
         Raises:
             UserError: no key, or no SDK.

@@ -23,7 +23,7 @@ from emollama_jax.locks import lock_file
 
 @dataclasses.dataclass
 class Entry:
-    """What the journal knows of one item."""
+    """The journal's record of one item."""
 
     value: Any = None  # of the accepted answer
     rejections: list[str] = dataclasses.field(default_factory=list)
@@ -44,8 +44,8 @@ class Journal:
         """Opens or begins a journal.
 
         Args:
-            path: of the file.
-            of: what it is of; a journal of anything else is refused.
+            path: journal file.
+            of: subject of the journal; a journal of anything else is refused.
 
         Raises:
             UserError: another process writes it, it is of something else, or it is damaged.
@@ -73,7 +73,7 @@ class Journal:
         os.close(self._file)
 
     def entry(self, key: str) -> Entry:
-        """What is known of an item; nothing, if it was never asked."""
+        """Record of an item; empty if it was never asked."""
         return self.entries.get(key) or Entry()
 
     def sent(self, key: str, cost: float) -> None:
@@ -157,13 +157,13 @@ class Journal:
                     self._take(read)
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{self._path}, line {number}: damaged; take the line out, or the file away to "
-                    "begin (and pay) anew"
+                    f"{self._path}, line {number}: damaged; remove the line, or move the file away "
+                    "to start over (and pay again)"
                 ) from None
         if found != of:
             names = [name for name in {**found, **of} if found.get(name) != of.get(name)]
             name = names[0]
             raise UserError(
                 f"{self._path}: a journal of {name} = {found.get(name)!r}, and this is "
-                f"{of.get(name)!r}; move the file away to begin (and pay) anew"
+                f"{of.get(name)!r}; move the file away to start over (and pay again)"
             )

@@ -1,4 +1,4 @@
-"""How a model of somebody else's is asked: what a user may set on the command line."""
+"""Options for asking another model, on the command line."""
 
 import dataclasses
 
@@ -7,26 +7,26 @@ from emollama_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits of asking."""
+    """Rate, retry and budget limits."""
 
     concurrency: int = 8
-    """questions under way at once."""
+    """requests in flight at once."""
     per_minute: float = 300.0
-    """questions a minute at most; see your tier's limit."""
+    """maximum requests per minute; see your tier's limit."""
     timeout: float = 60.0
-    """seconds for one answer."""
+    """seconds to wait for one answer."""
     tries: int = 8
-    """tries of one question while the service fails (429, 5xx, time-outs, broken lines)."""
+    """tries per request while the service fails (429, 5xx, time-outs, lost connections)."""
     attempts: int = 3
-    """answers asked for one item before it is set aside; a rejected one is told why."""
+    """answers requested per item before it is set aside; each retry says why the last failed."""
     first_wait: float = 1.0
     """seconds before the second try; doubles up to a minute, with jitter."""
     budget: float | None = None
-    """US dollars, at most, for this journal in all; questions under way count at their most."""
+    """maximum US dollars for this journal in all; requests in flight count at their maximum."""
     input_price: float | None = None
-    """US dollars a million input tokens; the built-in table by default."""
+    """US dollars per million input tokens; the built-in table by default."""
     output_price: float | None = None
-    """US dollars a million output tokens; the built-in table by default."""
+    """US dollars per million output tokens; the built-in table by default."""
 
     def __post_init__(self):
         for name in ("concurrency", "per_minute", "timeout", "tries", "attempts"):

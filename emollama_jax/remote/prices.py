@@ -7,7 +7,7 @@ from emollama_jax.remote.options import Limits
 
 SOURCE = "https://ai.google.dev/gemini-api/docs/pricing"
 DATE = "2026-10-07"  # when that page said so
-# US dollars a million tokens, (input of text and pictures, output with thoughts): paid tier,
+# US dollars per million tokens, (input of text and pictures, output with thoughts): paid tier,
 # prompts up to 200,000 tokens, without the batch discount.
 GEMINI = {
     "gemini-3.8-flash": (0.75, 3.75),  # until 2026-12-31; (1.50, 7.50) from then on
@@ -22,7 +22,7 @@ GEMINI = {
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """US dollars a million tokens; None where nobody said."""
+    """US dollars per million tokens; None where nobody said."""
 
     input: float | None
     output: float | None
@@ -58,6 +58,6 @@ def price_of(name: str, limits: Limits) -> Price:
     if limits.budget is not None and not price.known:
         raise UserError(
             f"--budget {limits.budget}: the price of {name} is not in the table; "
-            "give --input-price and --output-price, US dollars a million tokens"
+            "give --input-price and --output-price, US dollars per million tokens"
         )
     return price

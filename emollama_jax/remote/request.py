@@ -1,4 +1,4 @@
-"""What is asked and what comes back, the same for every client."""
+"""Requests and answers, the same for every client."""
 
 import dataclasses
 import io
@@ -65,7 +65,7 @@ class Trouble(Exception):
         """Says what to do about it.
 
         Args:
-            message: what the service said, one line.
+            message: message of the service, one line.
             kind: "passing": try again; "item": this question is refused; "fatal": every one is.
             after: seconds that the service asks to wait.
             maybe_paid: the answer may have been made, and got lost.

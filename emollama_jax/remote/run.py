@@ -29,7 +29,7 @@ GIVE_UP = 5  # items in a row without an answer: the service, not the items, is 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What was made of an answer: a JSON value, or why there is none."""
+    """Result of an answer: a JSON value, or why there is none."""
 
     value: Any
     why: str = ""
@@ -46,7 +46,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How it ended."""
+    """How asking ended."""
 
     accepted: int
     aside: int
@@ -77,8 +77,8 @@ def ask_all(
         tasks: with distinct keys.
         client: closed at the end.
         journal: knows what was asked before.
-        limits: of the asking.
-        price: of the client's answers.
+        limits: rate, retry and budget limits.
+        price: price of the client's answers.
         progress: called with the number of done tasks.
 
     Raises:
@@ -96,7 +96,7 @@ def ask_all(
 
 
 class Service(Protocol):
-    """What the options of a command say of the service that it asks."""
+    """A command's options about the service that it asks."""
 
     @property
     def limits(self) -> Limits: ...

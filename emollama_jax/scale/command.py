@@ -26,14 +26,14 @@ def run(
     """Plans, with progress on `console`, and prints the result to stdout.
 
     Args:
-        cfg: of the run.
-        topology: of `TOPOLOGIES`.
+        cfg: config of the run.
+        topology: name in `TOPOLOGIES`.
         step: which.
-        kind: of batch; clips if the config has some.
-        examples: of a step, all devices together.
+        kind: kind of batch; clips if the config has some.
+        examples: examples per step, over all devices.
         as_json: instead of tables.
         searching: for the largest batch and the best preset.
-        console: gets progress.
+        console: terminal for progress.
 
     Raises:
         UserError: as `make_plan` and `search`.

@@ -1,4 +1,4 @@
-"""What a compiled program costs one device: cycles, FLOPs, memory traffic, collectives.
+"""Cost of a compiled program on one device: cycles, FLOPs, memory traffic, collectives.
 
 Rules, as measured with libtpu 0.0.42:
 
@@ -72,7 +72,7 @@ class Traffic:
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device."""
+    """Cost on one device."""
 
     cycles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     flops: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -112,10 +112,10 @@ def cost(module: hlo.Module, shape: Mapping[str, int], price: Price, *, part: st
     """Adds up a program.
 
     Args:
-        module: of one device.
+        module: HLO module of one device.
         shape: sizes of the mesh's axes in their order.
-        price: of moving bytes between devices.
-        part: whose is what names no part.
+        price: price of moving bytes between devices.
+        part: part of the model for instructions that name none.
     """
     return _Counter(module, shape, price).of((module.computations[module.entry], {}), part)
 

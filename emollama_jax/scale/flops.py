@@ -27,7 +27,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFlops:
-    """Of a whole step, all devices together."""
+    """Model FLOPs of a whole step, over all devices."""
 
     forward: dict[str, float]  # by part
     backward: dict[str, float]
@@ -54,7 +54,7 @@ def train_flops(
     """A train step's.
 
     Args:
-        cfg: of the run.
+        cfg: config of the run.
         trainable: paths of the parameters that train.
         examples, frames, tokens, rounds: the batch's shape.
     """
@@ -71,7 +71,7 @@ def train_flops(
 def prefill_flops(
     cfg: Config, *, examples: int, frames: int, tokens: int, rounds: int
 ) -> ModelFlops:
-    """Of reading prompts, up to the first token."""
+    """Model FLOPs of reading prompts, up to the first token."""
     pairs = examples * cfg.model.llama.heads * tokens * (tokens + 1) / 2
     products = [
         *_towers(cfg, examples * frames, rounds),
@@ -82,7 +82,7 @@ def prefill_flops(
 
 
 def decode_flops(cfg: Config, *, examples: int, slots: int) -> ModelFlops:
-    """Of one more token for each example, whose cache holds `slots`."""
+    """Model FLOPs of one more token for each example, with a cache of `slots`."""
     products = [
         *_llm(cfg, examples, examples * cfg.model.llama.heads * slots),
         Product("llm", 2 * examples * cfg.model.llama.width * cfg.model.llama.vocab_rows),

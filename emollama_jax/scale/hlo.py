@@ -198,8 +198,8 @@ def integer(module: Module, scope: Scope, name: str, index: int | None = None) -
     Args:
         module: the program.
         scope: the computation, and for each parameter the scope and name of its operand.
-        name: of an instruction in it.
-        index: of the wanted element, where the instruction is a tuple.
+        name: name of an instruction in it.
+        index: index of the wanted element, if the instruction is a tuple.
     """
     computation, sources = scope
     x = computation.instructions[name]

@@ -1,4 +1,4 @@
-"""What is gathered over the mesh that is no parameter.
+"""Arrays gathered over the mesh that are not parameters.
 
 Under FSDP each layer's parameters are gathered just before they are used, and nothing else should
 be: an activation that is gathered over the batch costs what the batch's split was to save.

@@ -55,7 +55,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compiled step tells. Costs are of one device; a chip may have two."""
+    """Facts about a compiled step. Costs are per device; a chip may have two."""
 
     config: str
     topology: str
@@ -133,11 +133,11 @@ def make_plan(
     """Compiles a step for a slice and reads the result.
 
     Args:
-        cfg: of the run; folders of weights need not exist.
-        topology: of `TOPOLOGIES`.
+        cfg: config of the run; folders of weights need not exist.
+        topology: name in `TOPOLOGIES`.
         step: which.
-        kind: of batch.
-        examples: of a step, all devices together; the config's by default.
+        kind: kind of batch.
+        examples: examples per step, over all devices; the config's by default.
         tell: told what is going on.
 
     Raises:
@@ -259,8 +259,8 @@ def check_arguments(program: steps.Program, module: hlo.Module, assigned: int) -
     """Holds that a step's arguments are the arrays they should be, and no second copy of any.
 
     Args:
-        program: what should be there; what the step does not use is left out by JAX.
-        module: what was compiled.
+        program: expected arguments; JAX leaves out those that the step does not use.
+        module: compiled module.
         assigned: bytes of a device that the compiler gave the arguments.
 
     Returns:
@@ -282,7 +282,7 @@ def check_arguments(program: steps.Program, module: hlo.Module, assigned: int) -
         raise UserError(
             f"{program.name}: the compiled step's arguments are not its parameters, state and "
             f"batch: {assigned:,} bytes a device for {padded:,}, too many: "
-            f"{', '.join(surplus[:5]) or 'none'}: something is held twice or not sharded"
+            f"{', '.join(surplus[:5]) or 'none'}: something is duplicated or not sharded"
         )
     return assigned - sum(array.bytes for array in arrays)
 

@@ -49,12 +49,12 @@ def search(
     """Tries every preset that the mesh allows, each with its largest batch.
 
     Args:
-        cfg: of the run; its batch sizes and preset are not used.
-        topology: of `TOPOLOGIES`.
-        devices: of the topology.
+        cfg: config of the run; its batch sizes and preset are not used.
+        topology: name in `TOPOLOGIES`.
+        devices: devices of the topology.
         step: which.
-        kind: of batch.
-        tell: told of every trial.
+        kind: kind of batch.
+        tell: called with a line on every trial.
         plan: makes the plans.
 
     Returns:

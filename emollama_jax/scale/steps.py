@@ -56,13 +56,13 @@ class Program:
 
 
 def shapes(cfg: Config, kind: Kind, step: Step, *, examples: int | None) -> Shapes:
-    """What the config's batches look like.
+    """Shapes of the config's batches.
 
     Args:
         cfg: the run.
-        kind: of batch.
+        kind: kind of batch.
         step: training reads all rounds of a conversation, an answer follows one question.
-        examples: of all devices together; the config's training batch by default.
+        examples: examples over all devices; the config's training batch by default.
     """
     image = kind == "image"
     given = cfg.train.image_batch if image else cfg.train.clip_batch
@@ -237,7 +237,7 @@ def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def shards(tree: Any) -> Shards:
-    """What one device holds of everything in a tree that has shape, dtype and sharding."""
+    """One device's shards of a tree's leaves that have shape, dtype and sharding."""
     found: Shards = collections.Counter()
     for x in jax.tree.leaves(tree):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -45,7 +45,7 @@ def _head(plan: Plan, console: Console) -> None:
     console.print(f"compiled in {plan.compile_seconds:.0f} s")
     if plan.replicated:
         console.print(
-            f"{len(plan.replicated)} dimensions stay whole on every device, e.g. "
+            f"{len(plan.replicated)} dimensions are replicated on every device, e.g. "
             f"{plan.replicated[0]}"
         )
 
@@ -110,18 +110,17 @@ def _work(plan: Plan, console: Console) -> None:
     )
     if plan.useful > 1:
         console.print(
-            "of a product with one row the compiler makes a loop that is no product any more: HLO "
-            "TFLOP leaves it out"
+            "products with one row are compiled to loops, not products: HLO TFLOP leaves them out"
         )
     if counted.kernels:
         names = ", ".join(f"{n} × {name}" for name, n in counted.kernels.items())
         console.print(
-            f"Pallas kernels, to which the compiler gives no cycles: {names}; their FLOPs are "
-            "added from the config, at the peak's speed"
+            f"Pallas kernels, for which the compiler gives no cycles: {names}; their FLOPs are "
+            "added from the config, at peak speed"
         )
     if counted.unbounded:
         console.print(f"loops of unknown length, counted once: {', '.join(counted.unbounded)}")
-    console.print("of a conditional, the dearest branch is counted")
+    console.print("conditionals count their most expensive branch")
 
 
 def _collectives(plan: Plan, console: Console) -> None:

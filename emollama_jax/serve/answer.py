@@ -57,7 +57,7 @@ class Answerer:
     """A model with what it needs to look at media; made once, asked often.
 
     Args:
-        cfg: of the model's run.
+        cfg: config of the model's run.
         model: not changed.
         detect: finds the faces of pictures; MTCNN by default.
     """
@@ -160,7 +160,7 @@ class Answerer:
         """The log-likelihood of each class word as the answer to the category question.
 
         Args:
-            media: of `look`.
+            media: media from `look`.
             classes: label words, in the order in which the question lists them.
         """
         labels = [prompts.answer_ids(name, chat=self.encoder.chat) for name in classes]
@@ -181,7 +181,7 @@ class Answerer:
         """A prompt as the decoder reads it, and the visual tokens of its question.
 
         Args:
-            media: that is asked about.
+            media: media that the question is about.
             question: to be answered.
             earlier: turns before it.
             seen: their visual tokens.
@@ -206,15 +206,15 @@ class Conversation:
 
     Attributes:
         turns: questions and answers so far.
-        forgotten: how many of them no longer fit in the model's positions.
+        forgotten: number of them that no longer fit in the model's positions.
     """
 
     def __init__(self, answerer: Answerer, media: Media, *, without_face: bool = False):
         """Begins one.
 
         Args:
-            answerer: that looked at the media.
-            media: that is asked about.
+            answerer: answerer that looked at the media.
+            media: media that the questions are about.
             without_face: ask the model also where no face was found. It was trained on faces and
                 may tell of one that is not there.
         """

@@ -36,7 +36,7 @@ DEMO = pathlib.Path("demo_out/run")  # of `make demo`
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What is to be answered, and how."""
+    """The request: what to answer, and how."""
 
     media: tuple[pathlib.Path, ...]
     question: str | None
@@ -52,7 +52,7 @@ class Wish:
 def default_run() -> str:
     """The run that answers where none is named: the package's. Says so beside a demo's."""
     if DEMO.is_dir():
-        print(f"(the package's own run answers; yours: --run {DEMO})", file=sys.stderr)
+        print(f"(using the package's own run; for yours: --run {DEMO})", file=sys.stderr)
     return PACKAGE
 
 
@@ -102,8 +102,8 @@ def ask(wish: Wish, console: Console) -> None:
     """Answers.
 
     Args:
-        wish: what to answer.
-        console: where progress goes.
+        wish: request of the user.
+        console: terminal for progress.
 
     Raises:
         UserError: as of `check`, and what only the model can tell.
@@ -111,10 +111,10 @@ def ask(wish: Wish, console: Console) -> None:
     check(wish)
     began = time.monotonic()
     with Status(console) as status, _no_garbage_search():
-        status.say(f"reading the run {wish.run}")
+        status.say(f"loading the run {wish.run}")
         answerer = _load(wish.run)
         if compile_cache.is_cold():
-            status.say("compiling for this machine, once: it takes some seconds")
+            status.say("compiling once for this machine, which takes a few seconds")
         else:
             status.say("looking for faces")
         how = _how(answerer, wish)
@@ -136,7 +136,7 @@ def ask(wish: Wish, console: Console) -> None:
             status.clear()
             asked = _converse(talks, status, standard=wish.question is None)
             if wish.question is None and not asked:
-                raise UserError("no question: put one behind the picture, or on standard input")
+                raise UserError("no question: give one after the picture, or on standard input")
     if troubles:  # told last, so that one file costs no answer about the others
         raise UserError("; ".join(troubles))
 
@@ -157,7 +157,7 @@ def _converse(talks: Sequence["_Talk"], status: Status, *, standard: bool) -> in
 
     Args:
         talks: about the pictures.
-        status: what is being done.
+        status: display of the current activity.
         standard: put the standard question first in a terminal, or where a pipe holds nothing.
     """
     for talk in talks:
@@ -220,7 +220,7 @@ class _Talk:
         if len(self.wish.media) > 1:
             print(f"{self.path}: ", end="")
         if self.wish.without_face and not self.media.found:
-            print("(no face found; about the whole picture) ", end="")
+            print("(no face found; answering about the whole picture) ", end="")
         for piece in itertools.chain([first], pieces):
             print(piece, end="", flush=True)
         print(flush=True)

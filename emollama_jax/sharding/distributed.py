@@ -1,7 +1,7 @@
-"""Several hosts, one run: how the processes find one another, and which rows each of them feeds.
+"""Several hosts, one run: how the processes connect, and which rows each of them feeds.
 
-Every host runs the same program and holds a part of every global array. `start` joins them, before
-anything else asks JAX for its devices. On one host it does nothing.
+Every host runs the same program and holds a part of every global array. `start` connects them,
+before anything else asks JAX for its devices. On one host it does nothing.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ TOO_LATE = "must be called before"
 
 
 def start(cfg: DistributedConfig, *, saves_on_notice: bool) -> None:
-    """Joins the processes of a run; to be called once, before JAX is used.
+    """Connects the processes of a run; call it once, before JAX is used.
 
-    With `coordinator: auto`, Cloud TPU, GKE, Slurm and Open MPI are recognised; where there is none
-    of them, or JAX runs already, the process stays alone.
+    With `coordinator: auto`, Cloud TPU, GKE, Slurm and Open MPI are recognised; with none of them,
+    or if JAX runs already, the process runs alone.
 
     Args:
-        cfg: how they find one another.
-        saves_on_notice: SIGTERM is a notice that `train.loop.StopSignals` asks for. Without it,
-            SIGTERM ends the process as ever.
+        cfg: coordinator address and process numbers.
+        saves_on_notice: whether SIGTERM is a notice for `train.loop.StopSignals`; otherwise it
+            ends the process as usual.
 
     Raises:
-        UserError: an address or number that makes no sense, or hosts that do not answer.
+        UserError: an invalid address or number, or hosts that do not answer.
     """
     if cfg.coordinator == "none" or jax.distributed.is_initialized():
         return
@@ -57,7 +57,7 @@ def start(cfg: DistributedConfig, *, saves_on_notice: bool) -> None:
         if cfg.coordinator == "auto" and (NO_CLUSTER in str(error) or TOO_LATE in str(error)):
             return
         raise UserError(
-            f"distributed.coordinator {cfg.coordinator}: the hosts did not come together "
+            f"distributed.coordinator {cfg.coordinator}: the hosts did not connect "
             f"({str(error).splitlines()[0]}): is every process started, with its own "
             "distributed.process_id, and the port open between the hosts?"
         ) from None
@@ -73,15 +73,15 @@ def _check(cfg: DistributedConfig) -> None:
     if not 0 <= cfg.process_id < cfg.processes:
         raise UserError(
             f"distributed.process_id is {cfg.process_id}, distributed.processes "
-            f"{cfg.processes}: every process has a number of its own, from 0 on"
+            f"{cfg.processes}: each process needs its own number, from 0"
         )
 
 
 def alone(what: str) -> None:
-    """Refuses a command that runs on one host only.
+    """Raises for a command that runs on one host only.
 
     Raises:
-        UserError: there are several.
+        UserError: there are several hosts.
     """
     if jax.process_count() > 1:
         raise UserError(
@@ -90,13 +90,13 @@ def alone(what: str) -> None:
 
 
 def leads() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this process writes the files that only one host writes."""
     return jax.process_index() == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which part of every batch a host feeds. Hosts that `tensor` joins feed the same part."""
+    """A host's part of every batch. Hosts that share a `tensor` group feed the same part."""
 
     index: int  # of the part
     count: int  # of parts
@@ -104,7 +104,7 @@ class Share:
     all: int  # shards
 
     def rows(self, batch: int) -> Int[np.ndarray, " b"]:
-        """Which rows of a batch of that size this host feeds, in its own order."""
+        """Rows of a batch of that size that this host feeds, in its own order."""
         each = batch // self.all
         return (np.array(self.shards)[:, None] * each + np.arange(each)).reshape(-1)
 
@@ -113,7 +113,7 @@ def share(mesh: Mesh) -> Share:
     """This host's part of a batch.
 
     Args:
-        mesh: of `make_mesh`.
+        mesh: mesh of `make_mesh`.
 
     Raises:
         UserError: a mesh in which the rows of two hosts overlap in part.
@@ -127,18 +127,18 @@ def share(mesh: Mesh) -> Share:
     if any(len(group) != size for group in groups) or size * len(groups) != parts:
         raise UserError(
             f"mesh: tensor {mesh.shape['tensor']} puts parts of a batch on hosts that share only "
-            "some of them: let tensor divide the devices of a host, or be a multiple of them"
+            "some of them: make tensor divide the devices of a host, or a multiple of them"
         )
     mine = frozenset(held[jax.process_index()])
     return Share(groups.index(mine), len(groups), tuple(sorted(mine)), parts)
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """Each host's rows become its devices' part of the global batch.
+    """Builds the global batch from the rows of every host.
 
     Args:
         batch: tree of arrays [B / share.count, …].
-        mesh: of the run.
+        mesh: mesh of the run.
 
     Returns:
         The tree with arrays [B, …].
@@ -148,11 +148,11 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def put(value: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every host has whole goes to its place; no host talks to another.
+    """Shards an array that every host holds in full, without communication.
 
     Args:
-        value: NumPy's, or JAX's on this host.
-        sharding: over the devices of all hosts.
+        value: array of NumPy, or of JAX on this host.
+        sharding: sharding over the devices of all hosts.
     """
     if jax.process_count() == 1:
         return jax.device_put(value, sharding)
@@ -161,12 +161,12 @@ def put(value: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def whole(tree: Any) -> Any:
-    """A tree of global arrays as NumPy arrays, on every host."""
+    """Gathers a tree of global arrays into NumPy arrays on every host."""
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def gather(value: Any) -> list[Any]:
-    """What every host has, in the order of the processes; anything that pickles."""
+    """Gathers a picklable value from every host, in the order of the processes."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)

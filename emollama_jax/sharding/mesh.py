@@ -26,7 +26,7 @@ def make_mesh(cfg: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -
     """Lays devices out as `(data, fsdp, tensor)`.
 
     Args:
-        cfg: how many devices along each axis, and of how many slices.
+        cfg: number of devices along each axis, and of slices.
         devices: to choose from; all by default. A single host may use fewer than it has.
 
     Raises:
@@ -60,8 +60,8 @@ def mesh_sizes(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
     """The sizes of the axes, with −1 filled in.
 
     Args:
-        cfg: of the mesh.
-        devices: how many there are.
+        cfg: config of the mesh.
+        devices: number of devices.
 
     Raises:
         UserError: as of `make_mesh`.

@@ -50,7 +50,7 @@ def features(y: jax.Array, axis: str | None) -> jax.Array:
     So the parameter is gathered along `fsdp`, and not the activation.
 
     Args:
-        y: of any number of dimensions, at least two.
+        y: array of any number of dimensions, at least two.
         axis: logical name of the features.
     """
     region, mesh = _region.get(), _mesh()

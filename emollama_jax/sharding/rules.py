@@ -58,7 +58,7 @@ PRESETS: dict[Preset, Rules] = {
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """Where every parameter lives."""
+    """Sharding of every parameter."""
 
     params: dict[str, NamedSharding]  # by path
     replicated: tuple[str, ...]  # one line for each dimension whose rule was not followed
@@ -69,8 +69,8 @@ def param_shardings(params: Mapping[str, nnx.Param], mesh: Mesh, *, preset: Pres
 
     Args:
         params: by path; each has `axes`, one logical name per dimension.
-        mesh: of `make_mesh`.
-        preset: of `PRESETS`.
+        mesh: mesh of `make_mesh`.
+        preset: name in `PRESETS`.
 
     Raises:
         ValueError: a parameter without `axes`, with another number of them than dimensions, or

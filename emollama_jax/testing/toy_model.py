@@ -24,7 +24,7 @@ TINY = load("tiny")
 
 
 class Decoder(nnx.Module):
-    """What stands for the LLM: each token sees the mean of those before it."""
+    """Stand-in for the LLM: each token sees the mean of those before it."""
 
     def __init__(self, cfg: EmoLlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg.llama
@@ -56,7 +56,7 @@ class Decoder(nnx.Module):
 
 
 class Toy(nnx.Module):
-    """What stands for `EmoLlama`."""
+    """Stand-in for `EmoLlama`."""
 
     def __init__(self, cfg: EmoLlamaConfig, *, rngs: nnx.Rngs):
         width = cfg.llama.width
@@ -132,7 +132,7 @@ def toy_config(*, dropout: float = 0.1, **train) -> Config:
     """The tiny config, sized for the toy.
 
     Args:
-        dropout: of the adapters.
+        dropout: dropout of the adapters.
         **train: fields of `train`, e.g. `steps=4`.
     """
     lora = dataclasses.replace(TINY.model.llama.lora, rank=2, dropout=dropout)

@@ -106,7 +106,7 @@ class Store:
         return InMemory(name, split, self.data[name], self.priors[name])
 
     def splits(self, cfg: config.Config) -> list[InMemory]:
-        """Of a config's sources."""
+        """Splits of a config's sources."""
         return [self.split(source.name, source.split) for source in cfg.data.sources]
 
 

@@ -61,7 +61,7 @@ VARIANTS = {  # of the ablation: name → overrides
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Amounts of data and training."""
 
     images: Mapping[str, int]  # split → examples
     clips: Mapping[str, int]
@@ -118,10 +118,10 @@ def run(out: pathlib.Path, *, quick: bool, ablation: bool, console: Console) -> 
     """Runs the demo.
 
     Args:
-        out: gets the data, the run, predictions, `report.json` and `report.html`.
+        out: folder for the data, the run, predictions, `report.json` and `report.html`.
         quick: a shortened demo that shows that everything runs; its numbers mean nothing.
         ablation: trains four more variants and all five over three seeds.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         What `report.json` holds.
@@ -190,16 +190,16 @@ def _prepare(cfg: Config, size: Size, console: Console) -> None:
 
 def _train_with_interruption(cfg: Config, out: pathlib.Path, size: Size, console: Console) -> bool:
     """Trains, stopped once by SIGTERM and resumed; whether the loss curve shows no trace of it."""
-    console.print(f"the first {size.compare} steps without a stop, to compare with")
+    console.print(f"training the first {size.compare} steps without interruption, for comparison")
     _whole(fit(cfg, out / "reference", until=size.compare, console=console))
     run = out / "run"
     if not (run / METRICS).exists():
-        console.print(f"the run, with a SIGTERM after step {size.interrupt}")
+        console.print(f"training the run, with a SIGTERM after step {size.interrupt}")
         with _signal_after(run / METRICS, size.interrupt):
             result = fit(cfg, run, console=console)
         if result.stopped_by is not signal.SIGTERM:
             _whole(result)
-        console.print("the same again: it resumes")
+        console.print("re-running the command: it resumes")
     _whole(fit(cfg, run, console=console))
     curves = [read_metrics(folder / METRICS) for folder in (out / "reference", run)]
     return curves[0] == curves[1][: size.compare]

@@ -45,7 +45,7 @@ def make_page(
     Args:
         cfg: config of the run.
         out: the demo's folder.
-        summary: what `report.json` holds.
+        summary: content of `report.json`.
         answers: data set → written answers and their numbers.
         shown: data set → held-out examples.
         photographs: real ones, with what was answered.

@@ -66,7 +66,7 @@ def ask(console: Console) -> list[Photograph]:
     """Asks the package's run about each photograph.
 
     Args:
-        console: where boxes and answers go.
+        console: terminal for boxes and answers.
 
     Raises:
         UserError: no such run.

@@ -101,7 +101,7 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def agreed(self) -> signal.Signals | None:
-        """What any host received; to be asked once before every step, then all hear the same."""
+        """The signal of any host, or None; call exactly once per step so that all hosts agree."""
         # The service compares how often the hosts asked, which it counts from 0: not steps, since
         # a notice may come before a resumed run asks for the first time.
         self._asked += 1
@@ -136,10 +136,10 @@ def fit(
 
     Args:
         cfg: the run.
-        out: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`; on a disk that all hosts
-            share, or in a bucket.
+        out: folder for `checkpoints/`, `metrics.jsonl` and `tensorboard/`, on a disk that all
+            hosts share, or in a bucket.
         until: last step of this call, saved as after a signal; the next call resumes.
-        console: where progress goes; the terminal by default.
+        console: terminal for progress; standard output by default.
         build: makes the model; see `base.py`.
         data: opens this host's part of the batches; its state must be the same on all hosts.
 
@@ -200,15 +200,15 @@ def begin(
     """Frozen parameters and state at the newest checkpoint, or at the start.
 
     Args:
-        setup: of the run; its mesh is entered.
-        checkpoints: of the run.
-        data: moved to where the checkpoint stands.
+        setup: setup of the run; its mesh is entered.
+        checkpoints: checkpoints of the run.
+        data: iterator, moved to the checkpoint's position.
         console: told what is unusual.
     """
     model, cfg = setup.model, setup.model.cfg
     if model.replicated:
         console.print(
-            f"{len(model.replicated)} dimensions stay whole on every device, e.g. "
+            f"{len(model.replicated)} dimensions are replicated on every device, e.g. "
             f"{model.replicated[0]}"
         )
     resumes = checkpoints.latest is not None
@@ -248,16 +248,16 @@ def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:
     """What another number of steps does to the learning rate; None if it is the same number.
 
     Args:
-        cfg: of now.
+        cfg: current config.
         before: `train.steps` that the checkpoint was trained for.
-        step: of the checkpoint.
+        step: step of the checkpoint.
 
     Raises:
         UserError: the checkpoint lies behind the last step.
     """
     if step > cfg.steps:
         raise UserError(
-            f"train.steps is {cfg.steps}, but the run is at step {step} already: raise it, or "
+            f"train.steps is {cfg.steps}, but the run is already at step {step}: raise it, or "
             "choose another --out"
         )
     if before == cfg.steps:
@@ -267,9 +267,9 @@ def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:
     ]
     old, new = (cfg.learning_rate * float(schedule(np.int32(step))) for schedule in schedules)
     return (
-        f"train.steps was {before} and is {cfg.steps} now: warm-up and cosine are those of "
-        f"{cfg.steps} steps from here on, and the learning rate goes from {old:.3g} to {new:.3g}; "
-        "the result differs from that of a run given so many steps from the start"
+        f"train.steps was {before} and is now {cfg.steps}: from here on, warm-up and cosine "
+        f"follow {cfg.steps} steps, and the learning rate changes from {old:.3g} to {new:.3g}; "
+        "the result differs from a run with that many steps from the start"
     )
 
 
@@ -296,6 +296,6 @@ def _floats(metrics: Metrics, *, step: int, saved: int) -> dict[str, float]:
     if not np.isfinite(values["loss"]):
         raise UserError(
             f"step {step}: loss is {values['loss']}: lower train.learning_rate or "
-            f"train.clip_norm and start anew (the last checkpoint is step {saved})"
+            f"train.clip_norm and start again (the last checkpoint is step {saved})"
         )
     return values

@@ -23,7 +23,7 @@ Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """What turns gradients into updates, and the learning rate to report."""
+    """Turns gradients into updates, and gives the learning rate to report."""
 
     tx: optax.GradientTransformation
     learning_rate: Schedule  # of the main group, by the number of updates done before

@@ -1,4 +1,4 @@
-"""What a run writes about itself: `metrics.jsonl`, TensorBoard event files, a progress display.
+"""Logs of a run: `metrics.jsonl`, TensorBoard event files, a progress display.
 
 `metrics.jsonl` holds only what is the same in every repetition of a run, floats with all their
 digits, so that two loss curves can be compared bit for bit; a resumed run first cuts off what lies
@@ -51,7 +51,7 @@ class JsonLines:
     """`metrics.jsonl`: one line per logged step, flushed at once."""
 
     def __init__(self, path: pathlib.Path, *, step: int):
-        """Opens the file behind the line of `step`, the restored one; 0 starts it anew."""
+        """Opens the file behind the line of `step`, the restored one; 0 starts a new file."""
         self.last: dict[str, float] | None = None  # the newest line
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _is_before(line, step)]
@@ -202,7 +202,7 @@ class Display:
             step: its number, from 1 on.
             loss: None for a step that is not logged.
             tokens: text tokens of the step, visual ones included.
-            frames: of the step.
+            frames: number of frames in the step.
 
         Returns:
             {"tokens_per_second", "frames_per_second"} of this step.
@@ -281,7 +281,7 @@ class RunLog:
 
     @property
     def loss(self) -> float | None:
-        """Of the last logged step, on the first host."""
+        """Loss of the last logged step, on the first host."""
         return self._lines.last["loss"] if self._leads and self._lines.last else None
 
     def step(
@@ -293,7 +293,7 @@ class RunLog:
             step: its number, from 1 on.
             values: its metrics, with "loss"; None for a step that is not logged.
             tokens: text tokens of the step, visual ones included.
-            frames: of the step.
+            frames: number of frames in the step.
         """
         if not self._leads:
             return

@@ -36,7 +36,7 @@ class Setup:
         """The state before the first step.
 
         Args:
-            params: what trains, by path, on the mesh, which must be entered.
+            params: trained parameters, by path, on the mesh, which must be entered.
         """
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         initial = functools.partial(init_state, self.optimizer, seed=self.model.cfg.train.seed)

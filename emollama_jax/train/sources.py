@@ -26,8 +26,8 @@ def use(cfg: Config, names: Sequence[str]) -> tuple[Config, list[str]]:
     """A config that trains on prepared sets in place of its own sources.
 
     Args:
-        cfg: whose `data.dir` holds them.
-        names: of the sets, e.g. "own/mine", "dfew/fold1".
+        cfg: config whose `data.dir` holds them.
+        names: names of the sets, e.g. "own/mine", "dfew/fold1".
 
     Returns:
         The config, and what was found, a line each.

@@ -44,7 +44,7 @@ class Sums:
 
 @flax.struct.dataclass
 class Metrics:
-    """Of one step; float32 []."""
+    """Metrics of one step; float32 []."""
 
     loss: jax.Array  # mean negative log-likelihood of the label tokens
     tokens: jax.Array  # label tokens, weighted
@@ -90,7 +90,7 @@ def next_token_sums(
         logits: the LLM's head.
         hidden: final hidden states.
         labels: IGNORE where no loss is borne; not shifted.
-        weight: of each example.
+        weight: weight of each example.
         chunk: positions whose logits exist together; with 32,000 words, float32 logits of a whole
             2048-token example would be 260 MB.
     """
@@ -175,13 +175,13 @@ def train_step(
     """One optimizer step.
 
     Args:
-        graphdef: of the model, which has `hidden(batch, *, dropout_key)` and `llama.logits`.
-        optimizer: of `state.params`.
+        graphdef: graph of the model, with `hidden(batch, *, dropout_key)` and `llama.logits`.
+        optimizer: optimizer of `state.params`.
         frozen: the parameters that do not train, in any dtype.
         state: before the step; not changed.
         batch: B examples, a multiple of `accumulation`.
         accumulation: micro-batches, one after the other.
-        loss_chunk: of `next_token_sums`.
+        loss_chunk: chunk size of `next_token_sums`.
     """
     key = jax.random.fold_in(state.key, state.step)
 

@@ -90,7 +90,7 @@ def test_only_the_answer_bears_loss():
 
 def test_refusals(monkeypatch, capsys):
     for words, message in (
-        (["--answer", "600"], "--answer 600: must lie between 0 and --length 512"),
+        (["--answer", "600"], "--answer 600: must be between 0 and --length 512"),
         (["--width", "100"], "--width 100: must be an even multiple of --heads 12"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -56,7 +56,7 @@ def test_lookup():
     assert pickle.loads(pickle.dumps(label_space("mafw"))) == label_space("mafw")
     with pytest.raises(UserError, match=r"imagenet/x: no such data set; known are .*raf_db"):
         label_space("imagenet/x")
-    with pytest.raises(UserError, match=r"DFEW: label '0' is none of 1=happy"):
+    with pytest.raises(UserError, match=r"DFEW: label '0' is not one of 1=happy"):
         label_space("dfew").index("0")
 
 

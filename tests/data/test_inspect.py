@@ -79,8 +79,8 @@ def test_a_wrong_fold_is_found(tmp_path, monkeypatch):
     wrong = [s.name for s in found.splits if s.differs]
     assert wrong == ["dfew/fold1"]  # by the classes of its test split alone
     assert any(
-        fault == "wrong fold: dfew/fold1 and dfew/fold2 test 3 clips alike, and folds share none: "
-        "12, 2, 7"
+        fault == "wrong fold: dfew/fold1 and dfew/fold2 share 3 test clips, but folds must "
+        "share none: 12, 2, 7"
         for fault in found.faults
     )
 

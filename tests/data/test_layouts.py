@@ -62,8 +62,8 @@ def test_line_ends_marks_spaces_and_endings_are_tolerated(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("train_00001.jpg 0", "label '0' is none of 1=surprise"),
-        ("train_00001.jpg 8", "label '8' is none of"),
+        ("train_00001.jpg 0", "label '0' is not one of 1=surprise"),
+        ("train_00001.jpg 8", "label '8' is not one of"),
         ("valid_00001.jpg 3", "wanted e.g. 'train_00001.jpg 5'"),
         ("train_00001.jpg", "line 1"),
     ],
@@ -214,7 +214,7 @@ def test_dfew_takes_the_fuller_layout(tmp_path):
     [
         (lambda row: f"{row.split(',')[0]},{int(row.split(',')[1]) - 1}", "zero-based labels"),
         (lambda row: f"{int(row.split(',')[0]):05d},{row.split(',')[1]}", "is padded"),
-        (lambda row: f"{row.split(',')[0]},8", "label '8' is none of 1=happy"),
+        (lambda row: f"{row.split(',')[0]},8", "label '8' is not one of 1=happy"),
         (lambda row: row.replace(",", ";"), "1 columns, wanted 2 .a clip's number"),
     ],
 )
@@ -266,9 +266,9 @@ def test_ferv39k(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("Action/Angry/0000 Sad", "lies under Angry and is labelled Sad"),
+        ("Action/Angry/0000 Sad", "in folder Angry but labelled Sad"),
         ("Action/Angry/0000 0", "is a number, and FERV39k's ids circulate"),
-        ("Action/Angry/0000 Bored", "'Bored' is no class of FERV39k"),
+        ("Action/Angry/0000 Bored", "'Bored' is not a class of FERV39k"),
         ("0000 Angry", "wanted e.g. 'Action/Sad/0010 Sad'"),
     ],
 )
@@ -306,7 +306,7 @@ def test_mafw_shuffled_ids_are_refused(tmp_path):
     words = [line.split()[1] for line in lines]
     moved = [f"{line.split()[0]} {word}" for line, word in zip(lines, words[1:] + words[:1])]  # noqa: B905
     official_trees.write_lines(path, moved)
-    with pytest.raises(UserError, match=r"17 clips are labelled otherwise in .*shuffled ids"):
+    with pytest.raises(UserError, match=r"17 clips are labelled differently in .*shuffled ids"):
         mafw.list_tree(root, 1)
     official_trees.write_lines(path, [f"{line.split()[0]} {i}" for i, line in enumerate(lines)])
     with pytest.raises(UserError, match=r"label '0' is a number, and MAFW's ids .* shuffled"):
@@ -317,7 +317,7 @@ def test_mafw_refuses_compound_labels(tmp_path):
     root = official_trees.mafw(tmp_path, folds=1, captions=False)
     path = root / "Train & Test Set" / "single" / "no_caption" / "set_1" / "test.txt"
     edit(path, lambda lines: ["00001.mp4 anger_disgust", *lines[1:]])
-    with pytest.raises(UserError, match="'anger_disgust' is no class of MAFW"):
+    with pytest.raises(UserError, match="'anger_disgust' is not a class of MAFW"):
         mafw.list_tree(root, 1)
 
 

@@ -28,7 +28,7 @@ def second(text):
     [
         (second(" 1"), r"line 2: 3 columns, wanted 2"),
         (second("\t0.9"), r"line 2: 3 columns, wanted 2"),
-        (second(",1"), r"line 2: .*label '2,1' is none of"),
+        (second(",1"), r"line 2: .*label '2,1' is not one of"),
         (lambda n, line: line.split()[0], r"line 1: 1 columns, wanted 2"),
         (lambda n, line: f"{n} {line}", r"line 1: 3 columns, wanted 2"),
     ],

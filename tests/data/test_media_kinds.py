@@ -224,7 +224,7 @@ def test_truncated_animations(kind):
         ("gs://bucket/clip.mp4", "a URL"),
         ("rtsp://camera/1", "a URL"),
         ("HTTP://HOST/x", "a URL"),
-        ("file:///tmp/x.jpg", "file:///tmp/x.jpg: a URL, wanted a file: give its path alone"),
+        ("file:///tmp/x.jpg", "file:///tmp/x.jpg: a URL, wanted a file: give only its path"),
         ("data:image/png;base64," + "A" * 5000, "…: a data URI, wanted a file"),
         ("C:/face.jpg", "no such file"),
         ("a:b.jpg", "no such file"),

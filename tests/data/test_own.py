@@ -157,7 +157,7 @@ def test_fer2013_in_other_dress(tmp_path, text, splits):
         (fer([(7, GREY, "Training")]), "emotion 7, and FER2013's are 0"),
         (fer([(0, GREY[:-3], "Training")]), "line 2: 2303 pixels"),
         (fer([(0, GREY, "Training"), (0, "300 " + GREY[3:], "Training")]), "line 3: 2304 pixels"),
-        (fer([(0, "x" + GREY, "Training")]), "line 2: pixels that are no whole numbers"),
+        (fer([(0, "x" + GREY, "Training")]), "line 2: wanted pixels from 0 to 255"),
         (fer([(GREY, "Training")], "pixels,Usage"), "no column label"),
         ("path,emotion\nfer0.png,3\n", "label '3' is a number"),  # nothing shows that it is FER2013
     ],
@@ -204,11 +204,11 @@ def test_llava(home, items, labels, name):
 @pytest.mark.parametrize(
     ("items", "said"),
     [
-        ([item("img/1.jpg", ASK, "She looks happy.")], "item 1: no answer is a class word alone"),
-        ([item("img/1.jpg", ASK, "happy or sad")], "no answer is a class word alone"),
-        ([item("img/1.jpg", "Is she sad (yes, no)?", "yes")], "no answer is a class word"),
-        ([item("img/1.jpg", "One of [yes, no].", "yes")], "no answer is a class word"),
-        ([item("img/1.jpg", ASK, "3")], "no answer is a class word"),
+        ([item("img/1.jpg", ASK, "She looks happy.")], "item 1: no answer is just a class word"),
+        ([item("img/1.jpg", ASK, "happy or sad")], "no answer is just a class word"),
+        ([item("img/1.jpg", "Is she sad (yes, no)?", "yes")], "no answer is just a class word"),
+        ([item("img/1.jpg", "One of [yes, no].", "yes")], "no answer is just a class word"),
+        ([item("img/1.jpg", ASK, "3")], "no answer is just a class word"),
         (
             [item("img/1.jpg", ASK, "happy"), item("img/1.jpg", ASK, "sad")],
             "item 2: img/1.jpg is 'sad', but 'happy' in item 1",
@@ -332,7 +332,7 @@ def test_a_tenth_of_each_class_is_tested():
 def test_small_classes(count, tested):
     found, rule = splits_of(count, classes=("a",))
     assert (found.count("test"), found.count("validation")) == (tested, tested)
-    assert ("too few, train alone: a" in rule) == (count < 3)
+    assert ("too few, train only: a" in rule) == (count < 3)
 
 
 def test_a_name_that_comes_twice_has_one_split():

@@ -250,7 +250,7 @@ def test_files_that_are_missing(tmp_path):
     cfg = config.load("tiny", ["data.llm_tokenizer={kind: json, path: weights}"])
     with pytest.raises(UserError, match=r"data.llm_tokenizer is of the folders in `weights`"):
         open_chat(cfg)
-    with pytest.raises(UserError, match=r"data.question_tokenizer: .* LLM's tokenizer alone"):
+    with pytest.raises(UserError, match=r"data.question_tokenizer: .* only the LLM's tokenizer"):
         load_tokenizer(TokenizerConfig(kind="json", path="weights"))
     cfg = config.load("tiny", ["data.template=weights"])
     with pytest.raises(UserError, match=r"data.template is of the folders .*it names none"):

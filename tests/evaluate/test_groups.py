@@ -1,4 +1,4 @@
-"""Errors by group, and the second number without what also stands in another split."""
+"""Errors by group, and the second number without what is also in another split."""
 
 import json
 import shutil
@@ -85,15 +85,13 @@ def test_race_is_there_only_where_the_network_is_sure_of_some(answers):
         "age",
         "gender",
     }
-    assert (
-        "sure of the race of none" in groups.by_group(answers, seen(answers), SPACE).table("").note
-    )
+    assert "sure of anyone's race" in groups.by_group(answers, seen(answers), SPACE).table("").note
     some = groups.by_group(
         answers, seen(answers, race=lambda n: "unknown" if n else "Asian"), SPACE
     )
     races = [(g.name, g.n) for g in some.groups if g.attribute == "race"]
     assert races == [("Asian", 1), ("unknown", 27)]
-    assert "sure of the race of none" not in some.table("").note
+    assert "sure of anyone's race" not in some.table("").note
 
 
 def test_without_priors_one_line_says_why(answers):
@@ -214,7 +212,7 @@ def test_answers_in_a_file_are_counted_by_the_sets_priors(data, answered, tmp_pa
     assert kept["groups"] == tree["groups"] and kept["without"] == tree["without"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Errors by group" in page and "gender: Female" in page
-    assert "Without what also stands in train" in page and "recall of contempt" in page
+    assert "Without items that are also in train" in page and "recall of contempt" in page
     # What was written is scored again, beside the same set.
     cli.main(["eval", "--predictions", str(tmp_path / "out" / "predictions.jsonl"),
               "--dir", str(data), "--without", "train", "--json"])  # fmt: skip
@@ -224,14 +222,14 @@ def test_answers_in_a_file_are_counted_by_the_sets_priors(data, answered, tmp_pa
 def test_the_terminal_shows_both_numbers_and_the_groups(data, answered, capsys):
     more = ("--dir", data, "--id-column", "file", "--without", "train")
     lines = score(answered, *more, capsys=capsys).out.splitlines()
-    assert "without the 3 that also stand in train: WAR 20.00  UAR 20.00  n 5" in lines
+    assert "without the 3 that are also in train: WAR 20.00  UAR 20.00  n 5" in lines
     assert any(line.split()[:3] == ["gender,", "Female", "3"] for line in lines)
 
 
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ((), "items are named by their line: name their column with --id-column"),
+        ((), "items have only line numbers: name their column with --id-column"),
         (("--id-column", "truth"), "8 of 8 items are not in ferplus, test"),
         (("--id-column", "file", "--split", "validation"), "8 of 8 items are not in ferplus, vali"),
         (("--id-column", "file", "--split", "dev"), "ferplus: there is no split 'dev'"),

@@ -270,7 +270,10 @@ def test_json_answers_may_be_lists(file):
         ('{"gt": 3, "answer": "fear"}', "line 1: truth 3 is a numeric id"),
         ("gt,answer\nfear,3\nanger,1\n", "line 2: answer 3 is a numeric id"),
         ('gt,answer\nfear,"4,1,2"\n', "line 2: answer 4,1,2 is a numeric id"),
-        ("gt,answer\nfear,fear\nconfused,fear\n", "line 3: truth 'confused' is no emotion class"),
+        (
+            "gt,answer\nfear,fear\nconfused,fear\n",
+            "line 3: truth 'confused' is not an emotion class",
+        ),
         ("gt,answer\nfear,fear\n\n,fear\n", "line 4: no truth"),
         ("gt,answer\nfear,I think, fear\n", "line 2: 3 cells under a header of 2; put text"),
         ('gt,answer\nfear,"fear\n', "line 2: broken CSV"),
@@ -301,7 +304,7 @@ def test_a_named_set_decides_the_classes(file):
     assert score(file, text)["unparsed"] == 1
     tree = score(file, text, space=label_space("mafw"))
     assert (tree["unparsed"], set(tree["recall"])) == (0, {"happiness", "sadness"})
-    with pytest.raises(UserError, match="line 2: truth 'contempt' is no class of RAF-DB"):
+    with pytest.raises(UserError, match="line 2: truth 'contempt' is not a class of RAF-DB"):
         read(file, "gt,answer\ncontempt,fear\n", space=RAF_DB)
 
 
@@ -388,7 +391,7 @@ def test_unparsed_answers_are_said_first(file, tmp_path, capsys):
     first, second, third, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("All of the 3 answers are unparsed")
     assert "1 name two classes" in first and "1 name no class" in first and "1 are ref" in first
-    assert second.startswith("WAR: share of right answers. UAR:")
+    assert second.startswith("WAR: share of correct answers. UAR:")
     assert third.startswith("WAR 0.00")
     page = (out / "report.html").read_text(encoding="utf-8")
     head = page[page.index("<header>") : page.index("</header>")]
@@ -463,7 +466,7 @@ def test_classes_of_ones_own(file):
     file.write_text('label,predicted\nPain,pain\ncalm,"It is calm, no pain"\n')
     tree = evaluate_files(PredictionFiles((file,), classes="pain, calm")).summary()
     assert (tree["WAR"], tree["recall"]) == (1.0, {"pain": 1.0, "calm": 1.0})
-    with pytest.raises(UserError, match=r"no emotion class .*--classes"):
+    with pytest.raises(UserError, match=r"not an emotion class .*--classes"):
         evaluate_files(PredictionFiles((file,)))
     with pytest.raises(UserError, match="at least two names"):
         evaluate_files(PredictionFiles((file,), classes="pain,Pain"))

@@ -163,7 +163,7 @@ def test_evaluate_refuses_what_would_make_a_wrong_number(predictions):
     with pytest.raises(UserError, match="item item-2 is predicted 2 times"):
         protocol.evaluate([*predictions, predictions[2]], RAF_DB)
     stranger = prediction(9, "surprise", "happy")
-    with pytest.raises(UserError, match="predicted 'happy' is no class of RAF-DB"):
+    with pytest.raises(UserError, match="predicted 'happy' is not a class of RAF-DB"):
         protocol.evaluate([stranger], RAF_DB)
 
 

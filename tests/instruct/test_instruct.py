@@ -306,7 +306,7 @@ def test_a_finished_set_costs_nothing(data):
 def test_templates_stand_in_and_are_marked(data, capsys, monkeypatch):
     monkeypatch.delenv("GEMINI_API_KEY")
     cli.main(["data", "instruct", "raf_db", "--dir", str(data)])
-    assert "templates stand in" in " ".join(capsys.readouterr().err.split())
+    assert "templates replace Gemini" in " ".join(capsys.readouterr().err.split())
     done, entries = output(data)
     assert done["made_by"] == "template"
     assert [entry["made_by"] for entry in entries] == ["category", "template"] * TRAIN

@@ -186,7 +186,7 @@ def test_flops_that_are_not_counted_are_told(capsys):
     """One row for each device: more than all of the counted work is useful."""
     cli.main(["plan", "tiny", *SMALL, "--topology", "v5e:2x4", "--step", "decode", "--batch", "8"])
     said = " ".join(capsys.readouterr().out.split())
-    told = "a product with one row" in said
+    told = "products with one row" in said
     assert told and float(said.partition("model ÷ HLO FLOPs ")[2].split(";")[0]) > 1
 
 
@@ -268,7 +268,7 @@ def entry(*shapes):
 def test_arguments_may_only_be_what_they_should_be():
     program = steps.Program("train", "other", None, held((100,), (256,), (7,)))
     assert plan.check_arguments(program, entry(100, 256), 2 * 1024) == 156 * 4  # (7,) is not used
-    with pytest.raises(UserError, match=r"too many: f32\[256\]: something is held twice"):
+    with pytest.raises(UserError, match=r"too many: f32\[256\]: something is duplicated"):
         plan.check_arguments(program, entry(100, 256, 256), 3 * 1024)
     with pytest.raises(UserError, match="3,072 bytes a device for 2,048"):
         plan.check_arguments(program, entry(100, 256), 3 * 1024)

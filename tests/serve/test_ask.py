@@ -181,7 +181,7 @@ def run(asked, tmp_path, capsys, lines=""):
 def test_text_and_what_is_being_done(stub, photo, tmp_path, capsys):
     out, told = run(wish(photo, question="Who?"), tmp_path, capsys)
     assert out == ["1: Who?"]
-    assert told.startswith("reading the run") and "…" in told
+    assert told.startswith("loading the run") and "…" in told
 
 
 def test_several_pictures_are_named_and_a_missing_face_is_the_answer(stub, photo, tmp_path, capsys):
@@ -190,7 +190,7 @@ def test_several_pictures_are_named_and_a_missing_face_is_the_answer(stub, photo
     out, _ = run(wish(photo, dark, question="Who?"), tmp_path, capsys)
     assert out == [f"{photo}: 1: Who?", f"{dark}: No face was found in the image."]
     out, _ = run(wish(dark, question="Who?", without_face=True), tmp_path, capsys)
-    assert out == ["(no face found; about the whole picture) 1: Who?"]
+    assert out == ["(no face found; answering about the whole picture) 1: Who?"]
 
 
 def test_json_has_a_line_for_each_answer(stub, photo, tmp_path, capsys):

@@ -270,7 +270,7 @@ def adapter(tmp_path, model):
         ({"use_rslora": "yes"}, 'use_rslora is "yes", wanted true or false'),
         ({"target_modules": {"q_proj": 1}}, "target_modules is {"),
         ({"target_modules": ["q_proj", 3]}, "target_modules is ["),
-        ({"target_modules": "(q_proj"}, 'target_modules is "(q_proj", which is no pattern'),
+        ({"target_modules": "(q_proj"}, 'target_modules is "(q_proj", which is not a pattern'),
     ],
     ids=lambda value: None if isinstance(value, str) else json.dumps(value)[:40],
 )
@@ -348,7 +348,7 @@ ODD = {
     ),
     "two adapters": (
         {f"{START}.0.self_attn.q_proj.lora_A.other.weight": np.ones((2, 32), np.float32)},
-        "several adapters in one file (one without a name, other): save one of them alone",
+        "several adapters in one file (one without a name, other): save only one of them",
     ),
 }
 
@@ -379,7 +379,7 @@ def test_keys_decide_over_target_modules(adapter, tmp_path, model):
     ]
     said = notes(tmp_path / "ours")
     assert "no tensor for lm_head of target_modules" in said
-    assert "target_modules does not name self_attn.v_proj: read all the same" in said
+    assert "target_modules does not name self_attn.v_proj: read anyway" in said
 
 
 def test_no_adapter_at_all(adapter, tmp_path, model):

@@ -237,9 +237,7 @@ def test_an_unfinished_folder_is_cleared_and_a_whole_one_kept(tmp_path, model):
         imported.read_manifest(tmp_path / "ours")
     convert("eva-vit", tmp_path / "theirs", tmp_path / "ours", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
-    assert (
-        "is there already" in refused("eva-vit", tmp_path / "theirs", tmp_path / "ours", model)[0]
-    )
+    assert "already exists" in refused("eva-vit", tmp_path / "theirs", tmp_path / "ours", model)[0]
 
 
 def test_the_wrong_source_is_told_the_right_one(tmp_path, model):

@@ -274,7 +274,7 @@ def test_onnx_files_that_cannot_be_read(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"PK\x03\x04 no", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        assert "not a whole ONNX file" in refused(path, tmp_path / "ours")
+        assert "not a complete ONNX file" in refused(path, tmp_path / "ours")
     file = onnx.load_from_string(whole)
     for node in file.graph.node:  # as a quantized export has it
         if node.op_type == "MatMul":
@@ -282,6 +282,6 @@ def test_onnx_files_that_cannot_be_read(tmp_path):
     onnx.save(file, path)
     assert "wanted the product with its kernel" in refused(path, tmp_path / "ours")
     path.write_bytes(whole)
-    assert "wanted one ONNX file alone" in str(open_dinov2([path, path]).problems)
+    assert "wanted only one ONNX file" in str(open_dinov2([path, path]).problems)
     assert "no such file" in refused(tmp_path / "absent.onnx", tmp_path / "ours")
     assert "dinov2" in refused(path, tmp_path / "ours", source="eva-vit")

@@ -211,7 +211,7 @@ def test_a_stopped_command_resumes(fresh, teacher, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         write(fresh, teacher, progress=stop)
-    with pytest.raises(UserError, match="no labels of a teacher; run `python -m tools"):
+    with pytest.raises(UserError, match="no teacher labels; run `python -m tools"):
         taught.read_labels(Split(fresh, "ferplus", "train"))
     path, summary = write(fresh, teacher)
     assert 0 < summary.new < 9

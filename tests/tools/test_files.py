@@ -208,13 +208,13 @@ def test_truncated(tmp_path, name, cut):
     (tmp_path / name).write_bytes(whole[: int(len(whole) * cut) if 0 < cut < 1 else cut])
     problem = the_problem(tmp_path / name)
     assert problem.startswith(f"{tmp_path / name}: ")
-    assert "not a whole safetensors" in problem or "truncated, or not" in problem
+    assert "not a complete safetensors" in problem or "truncated, or not" in problem
 
 
 def test_not_weights_at_all(tmp_path):
     (tmp_path / "model.safetensors").write_text("dear friend, " * 30)
     (tmp_path / "pytorch_model.bin").write_text("dear friend, " * 30)
-    assert "not a whole safetensors" in the_problem(tmp_path / "model.safetensors")
+    assert "not a complete safetensors" in the_problem(tmp_path / "model.safetensors")
     assert "pytorch_model.bin" in the_problem(tmp_path / "pytorch_model.bin")
     assert "no such file" in the_problem(tmp_path / "absent.bin")
     assert "no path given" in the_problem()
@@ -227,7 +227,7 @@ def test_all_faults_of_an_index_at_once(tmp_path):
     where |= {"lost": names[1], "far": "model-00003-of-00003.safetensors", "up": "../x.bin"}
     index.write_text(json.dumps({"weight_map": where}))
     assert problems(tmp_path) == [
-        f"{index}: names ../x.bin, which lies outside its folder",
+        f"{index}: names ../x.bin, which is outside its folder",
         "model.safetensors.index.json names model-00003-of-00003.safetensors, which is absent "
         "(1 tensors, far …)",
         f"lost: model.safetensors.index.json says {names[1]}, but it is not in it",

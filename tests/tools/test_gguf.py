@@ -392,9 +392,9 @@ def test_truncated_files_are_refused(folders, tmp_path, share):
     whole = (folders / "model.gguf").read_bytes()
     path = tmp_path / "x.gguf"
     path.write_bytes(whole[: int(share * len(whole))])
-    assert "not a whole GGUF file" in refusal(path)
+    assert "not a complete GGUF file" in refusal(path)
     path.write_bytes(b"no GGUF" + whole[7:])
-    assert "not a whole GGUF file" in refusal(path)
+    assert "not a complete GGUF file" in refusal(path)
 
 
 def test_a_folder_whose_tokenizer_lacks_its_tokens_is_refused(theirs, folders, tmp_path):

@@ -162,7 +162,7 @@ def test_no_network(two, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_RETRIES", "0")
     line = refused(tmp_path / "parts", two)
     assert line == (
-        "aa==1.0: the package index is out of reach: check the network, then re-run the command to "
+        "aa==1.0: cannot reach the package index: check the network, then re-run the command to "
         "resume"
     )
 

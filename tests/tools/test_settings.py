@@ -226,7 +226,10 @@ def test_fields_are_the_files(read, settings, wanted):
         ({"num_attention_heads": True}, "num_attention_heads is True"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4, head_dim 16: the second must divide"),
         ({"head_dim": 15}, "head_dim 15"),
-        ({"num_attention_heads": 7, "head_dim": None}, "is no multiple of num_attention_heads 7"),
+        (
+            {"num_attention_heads": 7, "head_dim": None},
+            "is not a multiple of num_attention_heads 7",
+        ),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', wanted a number above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"vocab_size": None}, "vocab_size is None"),

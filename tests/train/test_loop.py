@@ -157,7 +157,7 @@ def test_more_steps_stretch_the_schedule_and_say_so(tmp_path):
 @pytest.mark.parametrize("steps", [3, 7])
 def test_fewer_steps_than_are_done_are_refused(whole, steps):
     with pytest.raises(
-        UserError, match=rf"train\.steps is {steps}, but the run is at step 8 already"
+        UserError, match=rf"train\.steps is {steps}, but the run is already at step 8"
     ):
         fit(toy_config(steps=steps), whole, console=quiet())
 

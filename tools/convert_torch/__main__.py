@@ -18,7 +18,7 @@ Positional = tyro.conf.Positional
 Paths = tuple[pathlib.Path, ...]
 DType = Literal["bf16", "f32", "source"]
 Layout = Literal["file", "bin-shards", "safetensors-shards", "safetensors"]
-CONFIG = "emollama_7b"  # whose sizes hold where a checkpoint says none
+CONFIG = "emollama_7b"  # gives the sizes that a checkpoint does not
 WIDTH = max(shutil.get_terminal_size().columns, 180)  # of tables: keys are long
 
 
@@ -55,14 +55,13 @@ def _converts(source: str, about: str) -> Callable[..., None]:
     command.__doc__ = f"""Converts {about}.
 
     Args:
-        src: weight files (a LLaMA's may be a .gguf), or folders of them as Hugging Face lays them
-            out.
-        out: the folder to make; a config names it under `weights`.
-        dtype: of what is written: bf16 (training, answering), f32, or each tensor's own.
-        config: whose model section gives the sizes: a name in configs/ or a .yaml file. A
-            config.json beside the weights, or a GGUF's metadata, overrides LLaMA's.
+        src: weight files (.gguf too, for a LLaMA), or folders of them in Hugging Face's layout.
+        out: folder to make; name it under `weights` in a config.
+        dtype: dtype to write: bf16 (training, answering), f32, or each tensor's own.
+        config: config with the model's sizes: a name in configs/ or a .yaml file. A config.json
+            beside the weights, or a GGUF's metadata, overrides LLaMA's.
         set: overrides of that config, e.g. model.vision.image_size=336.
-        mesh: data, fsdp and tensor devices that hold the arrays meanwhile.
+        mesh: data, fsdp and tensor devices to hold the arrays during conversion.
     """
     return command
 
@@ -73,12 +72,12 @@ def inspect(
     config: str = CONFIG,
     set: tuple[str, ...] = (),
 ) -> None:
-    """Shows what a checkpoint holds beside what it becomes, and the keys that match nothing.
+    """Shows a checkpoint's tensors beside our leaves, and the keys that match nothing.
 
     Args:
         src: weight files or folders of them; or one folder that this tool wrote.
-        source: whose table to show; the one that reads most of it by default.
-        config: whose model section gives the sizes.
+        source: name of the conversion table; the one that reads most of it by default.
+        config: config with the model's sizes.
         set: overrides of that config, e.g. model.llama.layers=40.
     """
     from rich.console import Console
@@ -105,12 +104,12 @@ def export(
         to: llama, peft, llama-vid, eva-vit, qformer, facexformer, mtcnn, or ours (one file of
             safetensors under our names).
         src: a run of `emollama train`, `package`, or a folder of weights that this tool wrote.
-        out: the folder (for ours: the file) to make.
-        base: more folders of weights to take leaves from, where `src` is one.
+        out: folder (for ours: file) to make.
+        base: more folders of weights to take leaves from, if `src` is one.
         merge: fold the LoRA adapters into the kernels; otherwise they are left out (export them
             with `export peft`).
-        dtype: of what is written.
-        shard_gb: largest file, in GB, of what is cut into several.
+        dtype: dtype to write.
+        shard_gb: largest size of a shard, in GB.
     """
     from tools.convert_torch.export import export as write
 
@@ -127,19 +126,19 @@ def check(
     images: pathlib.Path | None = None,
     layouts: tuple[Layout, ...] = ("file", "bin-shards", "safetensors-shards", "safetensors"),
 ) -> None:
-    """Proves the converter and the networks on recorded outputs of the original PyTorch code.
+    """Checks the converter and the networks against recorded outputs of the original PyTorch code.
 
-    Exit status 1 where an array is off by more than 5e-5 of its largest value (MTCNN's boxes and
+    Exit status 1 if an array is off by more than 5e-5 of its largest value (MTCNN's boxes and
     points by 0.01 pixels, its probabilities by 1e-4).
 
     Args:
-        dir: with any of facexformer.json and .npz, llama_vid.json and .npz, llama_vid_tiny.npz,
-            mtcnn.json.
-        seed: of facexformer's weights and pictures.
-        images: folder of the pictures that mtcnn.json names; those of the packages scikit-image
-            and matplotlib are found without it.
-        layouts: of the files that are written and converted: one PyTorch file, PyTorch shards,
-            safetensors shards, one safetensors file.
+        dir: folder with any of facexformer.json and .npz, llama_vid.json and .npz,
+            llama_vid_tiny.npz, mtcnn.json.
+        seed: random seed of facexformer's weights and pictures.
+        images: folder of the pictures that mtcnn.json names; not needed for those of the packages
+            scikit-image and matplotlib.
+        layouts: file layouts to write and convert: one PyTorch file, PyTorch shards, safetensors
+            shards, one safetensors file.
     """
     from tools.convert_torch.check import check as prove
 
@@ -155,8 +154,8 @@ def _known(source: str | None) -> None:
 
 @contextlib.contextmanager
 def _no_collector() -> Iterator[None]:
-    """Without Python's search for garbage in cycles: imports and a conversion leave little, and the
-    search took a tenth of their time."""
+    """Turns the garbage collector off: imports and a conversion leave few cycles, and the search
+    for them took a tenth of the time."""
     gc.disable()
     try:
         yield

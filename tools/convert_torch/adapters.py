@@ -101,7 +101,7 @@ def _one_naming(opened: Opened) -> dict[str, re.Match[str]]:
     names = sorted({match["name"] or "" for match in found.values()})
     if len(names) > 1:
         said = ", ".join(name or "one without a name" for name in names)
-        opened.problems.append(f"several adapters in one file ({said}): save one of them alone")
+        opened.problems.append(f"several adapters in one file ({said}): save only one of them")
         return {}
     renamed: dict[str, re.Match[str]] = {}
     for key, match in found.items():
@@ -155,7 +155,7 @@ def _compare(opened: Opened, found: Mapping[str, re.Match[str]], targets: Any) -
     ]
     if more:
         said = ", ".join(dict.fromkeys(more))
-        opened.notes.append(f"{ADAPTER}: target_modules does not name {said}: read all the same")
+        opened.notes.append(f"{ADAPTER}: target_modules does not name {said}: read anyway")
     if isinstance(targets, list):
         none = [
             name
@@ -223,7 +223,7 @@ def _beside(opened: Opened, adapter: set[str], model: EmoLlamaConfig) -> list[Ro
     if trained:
         opened.problems.append(
             f"{extra[trained[0]].file}: {len(trained)} weights of LLaMA itself ({_some(trained)}), "
-            f"wanted adapters alone: {peft.INSTEAD}"
+            f"wanted adapters only: {peft.INSTEAD}"
         )
         return []
     rows, odd = [], {}

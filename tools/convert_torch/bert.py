@@ -143,7 +143,7 @@ def _sized(cfg: EmoLlamaConfig, held: Mapping[str, Any]) -> EmoLlamaConfig:
     if fields["layers"] % every:
         raise Wrong(
             f"num_hidden_layers is {fields['layers']}, wanted a multiple of "
-            f"model.qformer.cross_attention_every {every}: choose that by --set"
+            f"model.qformer.cross_attention_every {every}: change that with --set"
         )
     qformer = dataclasses.replace(cfg.qformer, **fields, norm_eps=number(held, "layer_norm_eps"))
     return dataclasses.replace(cfg, qformer=qformer)

@@ -41,13 +41,13 @@ def check(
     Args:
         dir: with any of facexformer.json and .npz, llama_vid.json and .npz, llama_vid_tiny.npz,
             mtcnn.json.
-        seed: of facexformer's weights and pictures.
+        seed: random seed of facexformer's weights and pictures.
         images: a folder of the pictures that mtcnn.json names, searched before the packages
             scikit-image and matplotlib.
-        layouts: of the weight files: "file", "bin-shards", "safetensors-shards", "safetensors".
+        layouts: weight file layouts: "file", "bin-shards", "safetensors-shards", "safetensors".
             The first one's weights are run, the others' must be the same, bit for bit. MTCNN's are
             three PyTorch files, always.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         Whether every array is within its limit.

@@ -61,7 +61,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a conversion did."""
+    """Summary of a conversion."""
 
     tensors: int
     leaves: int
@@ -116,10 +116,10 @@ class Reading:
 
 
 def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig) -> Plan:
-    """Opens a checkpoint and lays its table against the model.
+    """Opens a checkpoint and matches its table with the model.
 
     Args:
-        source: of `SOURCES`.
+        source: name in `SOURCES`.
         paths: files or folders.
         model: sizes of what is to be filled; a `config.json` beside the weights overrides LLaMA's.
 
@@ -180,20 +180,20 @@ def convert(
     """Converts a checkpoint into a folder of weights.
 
     Args:
-        source: of `SOURCES`.
+        source: name in `SOURCES`.
         paths: files or folders.
         out: the folder, not there yet.
         dtype: "bf16", "f32", or "source" for each tensor's own.
         model: as of `make_plan`.
-        mesh: of devices that hold each leaf while it is written; one for one device.
-        console: where progress goes.
+        mesh: mesh that holds each leaf while it is written; one device by default.
+        console: terminal for progress.
 
     Raises:
         UserError: all that is wrong; nothing is left behind then.
     """
     start = time.monotonic()
     if out.exists():
-        raise UserError(f"{out}: is there already: delete it, or name another folder")
+        raise UserError(f"{out}: already exists: delete it, or choose another folder")
     plan = make_plan(source, paths, model)
     targets = {leaf.path: _dtype(leaf, dtype) for leaf in plan.leaves}
     devices = make_mesh(mesh)

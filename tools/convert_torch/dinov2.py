@@ -150,7 +150,7 @@ def _sized(cfg: EmoLlamaConfig, held: Mapping[str, Any]) -> EmoLlamaConfig:
 def _open_onnx(paths: Sequence[pathlib.Path]) -> Opened:
     opened, path = Opened(), paths[0]
     if len(paths) > 1:
-        opened.problems.append(f"--src: {len(paths)} paths, wanted one ONNX file alone")
+        opened.problems.append(f"--src: {len(paths)} paths, wanted only one ONNX file")
     elif not path.is_file():
         opened.problems.append(f"{path}: no such file")
     else:
@@ -189,7 +189,7 @@ def _fold(tensors: dict[str, Tensor], layer: str) -> list[str]:
     q, k, v = (tensors.pop(key) for key in kernels)
     if not (len(q.shape) == 2 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype):
         found = ", ".join(f"{part.shape} {part.dtype}" for part in (q, k, v))
-        return [f"{kernels[0]}: q, k and v are {found}, wanted three alike"]
+        return [f"{kernels[0]}: q, k and v are {found}, wanted three equal ones"]
     tensors[f"{layer}attention.attention.qkv.weight"] = Tensor(
         (3 * q.shape[0], q.shape[1]),
         q.dtype,

@@ -82,8 +82,8 @@ def vocabulary(ids: int, rows: int, *, transposed: bool) -> Transform:
     """A vocabulary of `ids` entries, torch [ids, D], padded with zeros to `rows` in ours.
 
     Args:
-        ids: of the tokenizer.
-        rows: that our leaf has, at least `ids`.
+        ids: number of the tokenizer's ids.
+        rows: rows of our leaf, at least `ids`.
         transposed: ours is [D, rows], as an output layer, instead of [rows, D].
     """
 
@@ -124,7 +124,7 @@ class Row:
 
     Attributes:
         torch: key, e.g. "model.layers.{i}.mlp.up_proj.weight"; `{i}` runs over our first axis.
-        path: of the leaf, e.g. "llama/layers/up_proj/kernel", or of each leaf.
+        path: path of the leaf, e.g. "llama/layers/up_proj/kernel", or of each leaf.
         transform: from one torch tensor to one layer of the leaf.
         first, stride: our j-th layer is torch's `first + stride · j`.
     """
@@ -191,7 +191,7 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        """Of what is read."""
+        """Bytes to read."""
         return sum(part.nbytes for part in self.parts) // len(self.row.paths)
 
     @property
@@ -201,7 +201,7 @@ class Leaf:
 
     @property
     def slot_shape(self) -> tuple[int, ...]:
-        """Of a layer, or of the whole."""
+        """Shape of a layer, or of the whole."""
         return self.shape[1:] if self.row.stacked else self.shape
 
     def read(
@@ -214,7 +214,7 @@ class Leaf:
         """A window of a slot, the whole slot by default, in our layout.
 
         Args:
-            slot: of `slots`.
+            slot: slot of `slots`.
             dtype: to cast to.
             window: a slice for each dimension.
             empty: gives the array that is filled, by shape and dtype.
@@ -403,7 +403,7 @@ def matches_any(name: str, patterns: Mapping[str, str]) -> bool:
 
 
 def problem_of(row: Row, tensor: Tensor, wanted: Sequence[int]) -> str:
-    """What is wrong with a tensor's dtype or shape, or ""; nothing is read."""
+    """Fault of a tensor's dtype or shape, or ""; nothing is read."""
     name, path = row.transform.name, ", ".join(row.paths)
     if tensor.dtype not in FLOATS:
         known = " or ".join(str(dtype) for dtype in FLOATS)
@@ -429,7 +429,7 @@ def fill(into: np.ndarray, part: np.ndarray) -> None:
 
     Args:
         into: C-contiguous.
-        part: of the same shape.
+        part: array of the same shape.
     """
     integer = np.dtype(f"u{into.dtype.itemsize}")
     if into.dtype == part.dtype:  # NumPy moves bfloat16 number by number, integers in a loop

@@ -60,7 +60,7 @@ def open_ours(src: pathlib.Path, base: Iterable[pathlib.Path]) -> Ours:
     """
     if runs.is_run(src):
         if extra := list(base):
-            raise UserError(f"--base {extra[0]}: a run knows its base; leave it out")
+            raise UserError(f"--base {extra[0]}: a run records its base; leave it out")
         cfg, model = checkpoint.load_for_inference(src)
         leaves = named_parameters(model)
         folders = config_weights.folders(cfg.weights)
@@ -79,7 +79,7 @@ def open_ours(src: pathlib.Path, base: Iterable[pathlib.Path]) -> Ours:
             part.update(fields)
         for path in imported.leaves_of(folder):
             if path in where:
-                raise UserError(f"{path}: both in {where[path]} and in {folder}: name one of them")
+                raise UserError(f"{path}: both in {where[path]} and in {folder}: keep one of them")
             where[path] = folder
     model = config.from_dict(tree, origin=str(src)).model
     return Ours(model, tuple(where), _Reader(where).get, _carried(folders))
@@ -132,14 +132,14 @@ def export(
     """Writes our weights in a format of PyTorch's.
 
     Args:
-        to: of `FORMATS`.
+        to: name in `FORMATS`.
         src: as of `open_ours`.
         out: the folder, or for "ours" the file, to make; not there yet.
         base: as of `open_ours`.
         merge: fold LoRA into the kernels; else the adapters are left out.
         dtype: "bf16", "f32", or "source" for each leaf's own.
         shard_gb: size at which a file is closed and another begun.
-        console: where progress goes.
+        console: terminal for progress.
 
     Returns:
         What was written and what was left out, for a person.
@@ -153,7 +153,7 @@ def export(
     if shard_gb <= 0:
         raise UserError(f"--shard-gb {shard_gb:g}: wanted more than 0")
     if out.exists():
-        raise UserError(f"{out}: is there already: delete it, or name another")
+        raise UserError(f"{out}: already exists: delete it, or choose another")
     with console.status(f"reading {src}"):
         ours = open_ours(src, base)
     rows = ROWS[to](ours)
@@ -169,7 +169,7 @@ def export(
     if absent:
         raise UserError(
             f"{src}: {to} needs {len(absent)} leaves that are not in it ({', '.join(absent[:3])} …)"
-            ": name the folder that holds them by --base"
+            ": give the folder that holds them with --base"
         )
     adapters = [path for path in ours.paths if path.endswith("lora_A")]
     get = ours.get
@@ -201,7 +201,7 @@ def _merged(ours: Ours, *, dtype: np.dtype | None) -> Callable[[str], np.ndarray
 
     Args:
         ours: the leaves.
-        dtype: of those kernels; None for the dtype that they have.
+        dtype: dtype of those kernels; None for their own.
     """
     lora = ours.model.llama.lora
 

@@ -40,7 +40,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     if "linear_fuse.weight" not in state:
         raise UserError(
             f"not a FaceXFormer checkpoint: it holds {', '.join(sorted(map(str, state))[:5])}; "
-            f"wanted the release's model.pt with {CHECKPOINT_KEY!r}, or that state dict alone"
+            f"wanted the release's model.pt with {CHECKPOINT_KEY!r}, or the bare state dict"
         )
     return state
 
@@ -138,7 +138,7 @@ def facexformer(cfg: FaceXFormerConfig) -> list[Row]:
 
 
 def unread(cfg: FaceXFormerConfig) -> dict[str, np.ndarray]:
-    """What the original's state dict holds beyond our parameters: index buffers, the dead norm."""
+    """Entries of the original's state dict beyond our parameters: index buffers, the dead norm."""
     index = relative_index(cfg.swin.window).reshape(-1)
     tensors = {
         f"backbone.0.{2 * stage + 1}.{block}.attn.relative_position_index": index.astype(np.int64)

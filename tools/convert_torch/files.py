@@ -89,8 +89,8 @@ class Opened:
     Attributes:
         tensors: by their torch key.
         problems: all that is wrong, one line each.
-        notes: what a person should know, e.g. which of two formats was read.
-        files: that hold tensors, with their sizes in bytes.
+        notes: remarks for the user, e.g. which of two formats was read.
+        files: files that hold tensors, with their sizes in bytes.
         settings: every `config.json` and `adapter_config.json` beside them, and of a GGUF what
             would stand in the first.
         carried: files of the tokenizer and its chat template, by name.
@@ -116,7 +116,7 @@ class Opened:
         """Adds the tensors of one file; returns their keys as the file has them.
 
         Args:
-            path: of the file.
+            path: path of the file.
             prefix: put before every key, where several files use the same.
         """
         if path.suffix == ONNX:
@@ -167,9 +167,9 @@ def open_paths(
     """Opens files and folders, and the settings beside them.
 
     Args:
-        paths: weight files, index files, or folders of them as Hugging Face lays them out.
-        names: what a folder's weights are called; the first that is there is read.
-        beside: what is read too, where it lies in a folder.
+        paths: weight files, index files, or folders of them in Hugging Face's layout.
+        names: names of a folder's weight files; the first that exists is read.
+        beside: names of files to read too, if they are in a folder.
         carried: names of files that are kept as they are, where they lie beside the weights.
     """
     from tools.convert_torch import gguf_file  # which makes tensors of this module's
@@ -308,7 +308,7 @@ def _indexed(opened: Opened, index: pathlib.Path) -> set[pathlib.Path]:
     for shard in shards:
         path = index.parent / shard
         if path.resolve().parent != index.parent.resolve():
-            opened.problems.append(f"{index}: names {shard}, which lies outside its folder")
+            opened.problems.append(f"{index}: names {shard}, which is outside its folder")
         elif path.is_file():
             held[shard] = opened.add(path)
         else:
@@ -342,7 +342,7 @@ def _safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         with safe_open(path, framework="numpy"):  # checks the header and the file's length
             pass
     except (SafetensorError, OSError) as error:
-        raise Unreadable(f"not a whole safetensors file ({error})") from None
+        raise Unreadable(f"not a complete safetensors file ({error})") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

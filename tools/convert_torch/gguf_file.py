@@ -109,7 +109,7 @@ def _unreadable(error: Exception) -> str:
             "quantize the model to another type"
         )
     reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return f"not a whole GGUF file ({reason}): download it again"
+    return f"not a complete GGUF file ({reason}): download it again"
 
 
 def _version() -> str:

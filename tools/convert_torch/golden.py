@@ -52,7 +52,7 @@ def tensor(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     Args:
         key: e.g. "backbone.0.0.0.weight".
         shape: as PyTorch stores it.
-        seed: of the golden file.
+        seed: seed of the golden file.
 
     Returns:
         float32: matrices and larger divided by the root of their fan-in, vectors named "weight"
@@ -202,8 +202,8 @@ def llama_vid_inputs(meta: Mapping[str, Any], *, image_size: int) -> Float[np.nd
     """The pictures of `llama_vid.npz`: the image, then the video's frames.
 
     Args:
-        meta: of `llama_vid.json`.
-        image_size: of the vision tower, pixels.
+        meta: meta of `llama_vid.json`.
+        image_size: picture side of the vision tower, pixels.
 
     Raises:
         UserError: the questions that were drawn before them are others than `meta` has.

@@ -64,14 +64,14 @@ class GoldenSet:
     """The golden numbers of one network.
 
     Attributes:
-        name: of its files.
-        source: of `SOURCES`, that converts its weights.
-        model: whose sizes they are.
+        name: name of its files.
+        source: name in `SOURCES`, for its weights.
+        model: config with its sizes.
         state: makes the state dict, or several by the stem of their file.
         network: the network without numbers, its leaves under the paths that the source fills.
         compare: runs the network, filled, and compares every array.
-        file: what PyTorch's one file is called; "" where there are several.
-        entry: of the file's dict that holds the state dict, "" where the file is the state dict.
+        file: name of PyTorch's one file; "" where there are several.
+        entry: key of the state dict in the file; "" where the file is the state dict.
     """
 
     name: str
@@ -95,8 +95,8 @@ def read_sets(folder: pathlib.Path, *, seed: int, images: pathlib.Path | None) -
     """The sets of a folder; their weights are not made yet.
 
     Args:
-        folder: of golden files.
-        seed: of facexformer's weights and pictures.
+        folder: folder of golden files.
+        seed: random seed of facexformer's weights and pictures.
         images: a folder of pictures, searched before the packages that carry some.
 
     Raises:

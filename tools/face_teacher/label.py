@@ -63,7 +63,7 @@ class Teacher:
     """The two networks, compiled once.
 
     Args:
-        weights: of `package.read_weights`.
+        weights: weights of `package.read_weights`.
     """
 
     def __init__(self, weights: Mapping[str, Weights]):
@@ -136,7 +136,7 @@ def cut_out(picture: np.ndarray, box: np.ndarray) -> Face:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a pass over a split found."""
+    """Summary of a pass over a split."""
 
     examples: int
     without_face: int
@@ -189,11 +189,11 @@ def label_split(
     """Labels a prepared split once; resumes where it was stopped.
 
     Args:
-        source: of `open_pictures`.
-        teacher: who reads.
-        fingerprint: of the teacher; another makes stored labels void.
+        source: pictures of `open_pictures`.
+        teacher: teacher to ask.
+        fingerprint: fingerprint of the teacher; another makes stored labels void.
         progress: called with (done, all) examples.
-        threads: that decode and read.
+        threads: number of threads.
     """
     path, total = source.path, len(source.examples)
     of = {"data": source.fingerprint, "teacher": fingerprint}

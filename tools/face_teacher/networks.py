@@ -31,7 +31,7 @@ def landmarks(weights: Weights, faces: Float[Array, "b s s 3"]) -> Float[Array, 
     """Points as shares of the square: (0, 0) is its upper left corner, (1, 1) the lower right.
 
     Args:
-        weights: of `face_landmark_68`.
+        weights: weights of `face_landmark_68`.
         faces: float32 RGB, 0 … 255.
     """
     x = _normalise(faces)
@@ -47,7 +47,7 @@ def age_gender(
     """Age in years, and the probability of "male".
 
     Args:
-        weights: of `age_gender`.
+        weights: weights of `age_gender`.
         faces: float32 RGB, 0 … 255.
     """
     x = jax.nn.relu(_convolution(weights, "entry_flow/conv_in", _normalise(faces), stride=2))
@@ -92,7 +92,7 @@ def from_square(points: np.ndarray, *, height: int, width: int) -> np.ndarray:
 
     Args:
         points: float [..., 2].
-        height, width: of the face in pixels.
+        height, width: sides of the face in pixels.
     """
     extent = np.array([width, height]) / max(height, width)
     return (points - (1 - extent) / 2) / extent
@@ -106,7 +106,7 @@ def shift(*, height: int, width: int) -> np.ndarray:
     odd row or column of padding lies behind the face, but is counted half before it.
 
     Args:
-        height, width: of the face in pixels.
+        height, width: sides of the face in pixels.
     """
     extent, side = np.array([width, height]), max(height, width)
     padding = (side - extent) / 2

@@ -54,8 +54,8 @@ def read_weights(path: pathlib.Path, *, sha256: str) -> dict[str, Weights]:
     """Model → name → float32 array.
 
     Args:
-        path: of the package's file.
-        sha256: that it must have.
+        path: package file.
+        sha256: expected hash.
 
     Raises:
         UserError: missing, or another file.

@@ -22,7 +22,7 @@ def divide(
     Args:
         ids: unique names; an id that comes twice gets one split.
         labels: their classes.
-        subjects: whose faces; "" where unknown.
+        subjects: subject of each example; "" where unknown.
 
     Returns:
         "train", "validation" or "test" for each, and the rule with its counts, in a line.
@@ -37,7 +37,7 @@ def divide(
         found = [split[name] for name in ids]
     counts = Counter(found)
     told = ", ".join(f"{s} {counts[s]}" for s in ("train", "validation", "test") if counts[s])
-    return found, f"the data name no splits; {rule}: {told}"
+    return found, f"the data have no splits; {rule}: {told}"
 
 
 def _by_class(ids: Sequence[str], labels: Sequence[str]) -> tuple[dict[str, str], str]:
@@ -52,8 +52,8 @@ def _by_class(ids: Sequence[str], labels: Sequence[str]) -> tuple[dict[str, str]
             few.append(label)
         for n, name in enumerate(order):
             split[name] = "test" if n < each else "validation" if n < 2 * each else "train"
-    rule = "of each class a tenth is test and a tenth validation, by a hash of the names"
-    return split, rule + (f" (too few, train alone: {', '.join(few)})" if few else "")
+    rule = "in each class a tenth is test and a tenth validation, by a hash of the names"
+    return split, rule + (f" (too few, train only: {', '.join(few)})" if few else "")
 
 
 def _by_subject(groups: Sequence[str]) -> tuple[dict[str, str], str]:
@@ -74,7 +74,7 @@ def _by_subject(groups: Sequence[str]) -> tuple[dict[str, str], str]:
                 break
         else:
             split[group] = "train"
-    rule = "whole people, in the order of a hash, make up a tenth as test and a tenth as validation"
+    rule = "whole people, in the order of a hash: a tenth is test and a tenth validation"
     return split, rule
 
 

@@ -68,7 +68,7 @@ def _row(cells: list[str], where: str) -> listing.Entry | None:
     if len(box) != 4:
         raise UserError(f"{where}: box {cells[1]!r}, wanted '(0, 0, 48, 48)'")
     if strange := [v for v in cells[2:] if not re.fullmatch(r"\d+(\.\d*)?", v)]:
-        raise UserError(f"{where}: vote count {strange[0]!r} is no number; wanted {wanted}")
+        raise UserError(f"{where}: vote count {strange[0]!r} is not a number; wanted {wanted}")
     votes = [float(v) for v in cells[2:]]
     best = max(votes[:CLASSES])
     if best == 0:

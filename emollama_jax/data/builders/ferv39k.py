@@ -41,7 +41,7 @@ def list_tree(source: pathlib.Path, fold: int | None) -> listing.Listing:
             label = listing.named_label(SPACE, written, where)
             emotion = clip.split("/")[-2]
             if listing.named_label(SPACE, emotion, where) != label:
-                raise UserError(f"{where}: {clip} lies under {emotion} and is labelled {written}")
+                raise UserError(f"{where}: {clip} is in folder {emotion} but labelled {written}")
             splits[split].append(listing.Entry(clip, label))
     clips = tree.find(root, CLIPS) or root / CLIPS
     return listing.list_splits(

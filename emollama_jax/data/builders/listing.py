@@ -1,4 +1,4 @@
-"""What the readers of the official layouts share: lists of examples, and looking files up.
+"""Shared by the readers of official layouts: lists of examples, and finding files.
 
 A reader turns a tree into a `Listing`. It is tolerant where a layout is unambiguous (byte order
 marks, line ends, case of endings, spaces, the folder above the named one) and strict where a label
@@ -54,7 +54,7 @@ class Listing:
     layout: str = ""  # where the media were taken from
 
     def lines(self) -> list[str]:
-        """What the user should know of the tree, a line each."""
+        """Notes on the tree for the user, a line each."""
         layout = [f"media: {self.layout}"] if self.layout != "*" else []
         dropped = [f"dropped {rows} rows: {reason}" for reason, rows in self.dropped.items()]
         if self.missing:
@@ -91,9 +91,9 @@ def read_columns(
     """(number, cells by name) of each row of an official table, which has exactly these columns.
 
     Args:
-        path: of the table.
+        path: table file.
         columns: in lower case, in any order.
-        row: what a row holds, in words, for messages.
+        row: content of a row, in words, for messages.
 
     Raises:
         UserError: another header, or a row of another length; the line is named.
@@ -134,7 +134,8 @@ def named_label(space: LabelSpace, written: str, where: str) -> int:
              for i, name in enumerate(names)}  # fmt: skip
     if written.casefold() not in known:
         raise UserError(
-            f"{where}: label {written!r} is no class of {space.title} ({', '.join(space.classes)})"
+            f"{where}: label {written!r} is not a class of {space.title} "
+            f"({', '.join(space.classes)})"
         )
     return known[written.casefold()]
 
@@ -206,17 +207,17 @@ def find_root(
     """The folder under `source` that holds one of the markers (relative paths).
 
     Args:
-        source: where to look, and in the folders below.
+        source: folder to search, with the folders below it.
         tree: looks them up.
         markers: any of them will do.
-        title: of the set, for messages.
+        title: title of the set, for messages.
         wanted: the markers in words; "" names each.
 
     Raises:
         UserError: no such folder, or several.
     """
     if not source.exists():
-        raise UserError(f"{source}: no such folder; --source names where {title} lies")
+        raise UserError(f"{source}: no such folder; --source must be the folder of {title}")
     level = [source] if source.is_dir() else []
     for _ in range(DEPTH + 1):
         found = [f for f in level if any(tree.find(f, marker) is not None for marker in markers)]
@@ -248,7 +249,7 @@ def check_labels(rows: Iterable[Entry], classes: Sequence[str], *, title: str) -
 
 
 def repeated(name: str, splits: Mapping[str, Sequence[Entry]]) -> list[str]:
-    """Notes about ids that stand twice in a split, or in two splits."""
+    """Notes about ids that occur twice in a split, or in two splits."""
     notes = []
     for split, rows in splits.items():
         twice = [i for i, times in Counter(row.id for row in rows).items() if times > 1]

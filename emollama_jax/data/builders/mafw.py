@@ -98,7 +98,7 @@ def _compare(path: pathlib.Path, rows: list[listing.Entry], captioned: pathlib.P
     wrong = [r.id for r in _rows(captioned) if labels.get(r.id, r.label) != r.label]
     if wrong:
         raise UserError(
-            f"{path}: {len(wrong)} clips are labelled otherwise in {captioned} "
+            f"{path}: {len(wrong)} clips are labelled differently in {captioned} "
             f"({listing.brief(wrong)}): one of the two has shuffled ids; take the official lists"
         )
 

@@ -49,7 +49,7 @@ class OwnSets:
     def label_space(self, name: str, metadata: Mapping[str, Any] | None) -> LabelSpace:
         if metadata is None:
             raise UserError(
-                f"{name} is not prepared, and nothing else tells its classes; run `emollama data "
+                f"{name} is not prepared, so its classes are unknown; run `emollama data "
                 f"prepare {name} --source DIR`"
             )
         return _space(name, tuple(metadata["classes"]))
@@ -72,8 +72,8 @@ def list_own(source: pathlib.Path, name: str) -> listing.Listing:
     """Lists a folder or a table.
 
     Args:
-        source: which of the two.
-        name: of the set, e.g. "own/office".
+        source: folder or table.
+        name: name of the set, e.g. "own/office".
 
     Raises:
         UserError: no examples, a label that is a number, pictures mixed with clips.
@@ -168,15 +168,13 @@ def _from_folders(source: pathlib.Path, skipped: _Skipped) -> Iterator[UserExamp
             skipped.add(path, source)
     lists = [p.name for p in sorted(source.iterdir()) if p.suffix.lower() in TABLES]
     if not homes and lists:
-        raise UserError(
-            f"{source}: no folders of classes; for its table, --source {source / lists[0]}"
-        )
+        raise UserError(f"{source}: no class folders; for its table, --source {source / lists[0]}")
     named = {home.name.lower() for home in homes} & SPLITS.keys()
     if named and len(named) < len(homes):
         other = next(home.name for home in homes if home.name.lower() not in SPLITS)
         raise UserError(
-            f"{source}: {other} lies beside {sorted(named)[0]}: wanted folders of splits with "
-            "folders of classes in them, or folders of classes alone"
+            f"{source}: {other} is beside {sorted(named)[0]}: wanted split folders that hold "
+            "class folders, or class folders only"
         )
     for home in homes:
         kinds = [home]

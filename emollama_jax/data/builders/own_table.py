@@ -235,7 +235,7 @@ def _picture(written: Any, where: str) -> bytes:
     """The PNG of a cell of grey values."""
     text = str(written)
     if not re.fullmatch(r"\s*[0-9][0-9\s]*", text):
-        raise UserError(f"{where}: pixels that are no whole numbers from 0 to 255")
+        raise UserError(f"{where}: wanted pixels from 0 to 255, whole numbers")
     values = np.fromstring(text, np.int64, sep=" ")  # int() of each takes much longer
     if len(values) != SIDE * SIDE or values.max() > 255:
         raise UserError(
@@ -280,7 +280,7 @@ def _llava(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[UserExample
     for path, where in first.items():
         if path not in found:
             raise UserError(
-                f"{where}: no answer is a class word alone (found {said.get(path, '')[:60]!r}); "
+                f"{where}: no answer is just a class word (found {said.get(path, '')[:60]!r}); "
                 "give the label as the answer to one question, or as a key 'label'"
             )
     subset = [

@@ -165,7 +165,7 @@ def _listed(
         stem = pathlib.PurePosixPath(cells["image"]).stem.removesuffix("_aligned")
         label = _label(cells["label"], where)
         if labels.setdefault(stem, label) != label:
-            raise UserError(f"{where}: {stem} stands twice, with two labels")
+            raise UserError(f"{where}: {stem} is listed twice, with two labels")
     return labels
 
 

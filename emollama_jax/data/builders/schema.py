@@ -47,7 +47,7 @@ def features(action_units: int = 0, votes: int = 0) -> tfds.features.FeaturesDic
     Args:
         action_units: K, how many action units the set measures; 0 leaves the field out, since TFDS
             cannot read arrays of width 0.
-        votes: how many classes raters voted for; 0 leaves the field out likewise.
+        votes: number of classes that raters voted for; 0 leaves the field out likewise.
     """
 
     def tensor(*shape: int | None) -> tfds.features.Tensor:

@@ -40,9 +40,9 @@ class Builder(schema.Builder, skip_registration=True):
     """A TFDS builder of any listed set, whose shards are written side by side.
 
     Args:
-        place: of the stored set, e.g. "dfew" or "own/office".
-        listing: what to write.
-        data_dir: where sets are prepared.
+        place: folder of the stored set, e.g. "dfew" or "own/office".
+        listing: examples to write.
+        data_dir: folder of prepared sets.
         processes: number of worker processes.
         progress: called with (done, all) examples.
     """
@@ -270,11 +270,11 @@ def prepare(
     """Stores a listing; what is already there is kept, what was stopped resumes.
 
     Args:
-        data_dir: where sets are prepared.
-        place: of the stored set in it, e.g. "dfew".
-        found: what to store.
+        data_dir: folder of prepared sets.
+        place: folder of the stored set in it, e.g. "dfew".
+        found: examples to store.
         how: with what limits.
-        title: of the set, for messages.
+        title: title of the set, for messages.
         progress: called with (done, all) examples.
 
     Returns:

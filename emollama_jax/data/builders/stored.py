@@ -1,4 +1,4 @@
-"""A prepared set as it lies on the disk or in a bucket, whoever prepared it.
+"""A prepared set on a disk or in a bucket, whoever prepared it.
 
     DATA/dfew/1.0.0/          what TFDS writes: shards, dataset_info.json, features.json
         views.json            name → split → stored split and positions in it
@@ -30,7 +30,7 @@ Views = dict[str, dict[str, tuple[str, list[int] | None]]]  # see `StoredSet.vie
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What is known of examples without reading their media: one entry for each, in order."""
+    """Metadata of examples, without their media: one entry for each, in order."""
 
     ids: Sequence[str]
     labels: Sequence[int]  # in the set's native order
@@ -64,13 +64,13 @@ class StoredSet:
 
     @property
     def metadata(self) -> Mapping[str, Any] | None:
-        """What its preparation noted; None if it is not prepared."""
+        """Notes of its preparation; None if it is not prepared."""
         info = self.info
         return None if info is None else dict(info.metadata)
 
     @property
     def fingerprint(self) -> str:
-        """Of its examples; what is computed from them is void with another. "" if not prepared."""
+        """Fingerprint of its examples; results for another one are void. "" if not prepared."""
         metadata = self.metadata
         return str(metadata.get("fingerprint", metadata)) if metadata else ""
 
@@ -130,5 +130,5 @@ def index_of(examples: Sequence[Example]) -> Index:
 
 
 def digest(media: bytes) -> str:
-    """What tells equal media, as hexadecimal digits."""
+    """Hash of a medium's content, as hexadecimal digits."""
     return hashlib.blake2b(media, digest_size=_DIGEST).hexdigest()

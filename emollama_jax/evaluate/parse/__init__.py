@@ -26,7 +26,7 @@ def parse_answer(answer: Any, space: LabelSpace, *, form: Form = "text") -> Pars
     All else is unparsed; it counts as wrong, and its rate is reported:
       ambiguous   two classes are named, or two scores are alike;
       none        no class is;
-      foreign     the best label is no class of the set;
+      foreign     the best label is not a class of the set;
       refusal     the model declines to answer;
       unfinished  the reasoning was cut off.
 

@@ -251,7 +251,7 @@ def read_pairs(text: str, is_label: Callable[[str], bool]) -> Scores | None:
     """The scores of a text that is a list of labels with numbers, or with yes or no.
 
     Args:
-        text: of the answer.
+        text: text of the answer.
         is_label: whether a word names an emotion.
 
     Returns:

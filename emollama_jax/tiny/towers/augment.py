@@ -78,9 +78,9 @@ def place(key: jax.Array, turns: Bool[Array, " b"], strength: Strength) -> Place
     """Draws where the face goes within its own picture.
 
     Args:
-        key: of the draw.
+        key: random key.
         turns: whether a picture may be turned.
-        strength: how far.
+        strength: strength of the changes.
     """
     keys = jax.random.split(key, 4)
     n = turns.shape[0]
@@ -207,9 +207,9 @@ def augment(batch: Batch, key: jax.Array, *, size: int, strength: Strength) -> B
     Args:
         batch: `picture` uint8 [B, H, W, 3]; `landmarks` float32 [B, 68, 2] in it; `pose` float32
             [B, 3], nan where unknown.
-        key: of the draws.
-        size: of the new pictures.
-        strength: how far.
+        key: random key.
+        size: side of the new pictures, pixels.
+        strength: strength of the changes.
 
     Returns:
         The batch with `picture` float32 [B, size, size, 3], 0 … 255, its landmarks and pose moved

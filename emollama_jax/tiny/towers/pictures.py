@@ -129,12 +129,12 @@ def draw_pictures(
     """Draws pictures and the frames of clips once; a folder that is complete is only opened.
 
     Args:
-        folder: where the arrays go, one `.npy` file a field.
-        split: of `actionfaces`.
-        pictures: how many.
-        clips: how many clips, all of whose frames join.
+        folder: folder for the arrays, one `.npy` file a field.
+        split: split of `actionfaces`.
+        pictures: number of pictures.
+        clips: number of clips, whose frames are all added.
         crops: sizes of both pictures of a face.
-        seed: of the drawing.
+        seed: random seed of the drawing.
         processes: number of worker processes.
         progress: called with (done, all) tasks.
     """
@@ -157,8 +157,8 @@ def save_pictures(folder: pathlib.Path, chunks: Sequence[Pictures]) -> None:
     """Writes chunks one after the other, one `.npy` file a field, through memory maps.
 
     Args:
-        folder: gets the files, and `done` last.
-        chunks: of any length.
+        folder: folder for the files, with `done` written last.
+        chunks: chunks of any length.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(len(chunk.emotion) for chunk in chunks)

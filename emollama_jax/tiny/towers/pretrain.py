@@ -53,10 +53,10 @@ def pretrain(
     """Draws the pictures and trains every tower whose file `out` lacks.
 
     Args:
-        config: whose `model` gives the sizes.
-        recipe: how much.
-        out: gets `tiny_*.safetensors` with a `.json` of metrics beside each, `tiny_bpe.json`, and
-            the drawn pictures.
+        config: config whose `model` gives the sizes.
+        recipe: amounts of data and training.
+        out: folder for `tiny_*.safetensors` with a `.json` of metrics beside each,
+            `tiny_bpe.json`, and the drawn pictures.
         console: a rich console for the progress lines.
         towers: which; two processes may share the work on two cores.
 
@@ -70,7 +70,7 @@ def pretrain(
     for tower in towers:
         path = out / tower_file(tower).name
         if path.exists():
-            console.print(f"{tower}: {path} is there already")
+            console.print(f"{tower}: {path} already exists")
             continue
         start = time.monotonic()
         module, metrics = stages[tower](config, recipe, out, console)
@@ -138,12 +138,12 @@ def _learn(
         tower: its name, "vision" or "face".
         learner: to be trained; with `recipe.start`, the tower is filled first, its heads start
             anew.
-        config: of the sizes.
-        recipe: how much.
+        config: config of the sizes.
+        recipe: amounts of data and training.
         out: the command's folder.
         console: for progress.
         which: the picture, "frames" or "faces".
-        size: of the picture in pixels.
+        size: side of the picture in pixels.
     """
     drawn = drawn_pictures(config, recipe, out, console, "train")
     real = real_sets(config, recipe, out, console, "train")

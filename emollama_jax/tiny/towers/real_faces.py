@@ -36,10 +36,10 @@ def real_pictures(
     """Cuts the faces of a split out once; a folder that is complete is only opened.
 
     Args:
-        folder: where the arrays go.
-        split: of pictures, not clips.
+        folder: folder for the arrays.
+        split: split of pictures, not clips.
         crops: sizes of both pictures of a face.
-        units: how many action units drawn faces have; a real set has none.
+        units: number of action units of drawn faces; a real set has none.
         progress: called with (done, all) pictures.
 
     Raises:

@@ -20,7 +20,7 @@ from emollama_jax.tiny.towers.pictures import CLASSES
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSize:
-    """Of the teacher."""
+    """Size of the teacher."""
 
     widths: tuple[int, ...] = (64, 128, 256, 512)  # of the stages; each but the first halves
     blocks: int = 2  # residual blocks of a stage

@@ -17,7 +17,7 @@ from emollama_jax.tiny.towers.real_faces import real_pictures
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How much of everything."""
+    """Amounts of data and training."""
 
     pictures: int = 36_000
     clips: int = 1_200  # whose frames join the pictures, without an emotion
@@ -100,12 +100,12 @@ def picture_batch(
     """The random batch of a step: real faces first, then drawn ones.
 
     Args:
-        drawn: of `actionfaces`; None where all are real.
-        real: of prepared sets; every set gives its share by its size.
+        drawn: pictures of `actionfaces`; None where all are real.
+        real: pictures of prepared sets, each with a share by its size.
         which: the picture, "frames" or "faces".
         recipe: says the shares.
         size: B.
-        seed: of the draws.
+        seed: random seed of the draws.
     """
     landmarks = "frame_landmarks" if which == "frames" else "landmarks"
     n_real = round(size * recipe.real_share) if real else 0
