@@ -196,7 +196,7 @@ def test_what_float16_cannot_hold_is_refused(run, tmp_path):
 def test_a_packed_run_is_not_packed_again(small, tmp_path, capsys):
     with pytest.raises(SystemExit):
         package_run.main([str(small), "--out", str(tmp_path / "again")])
-    assert "packed already" in capsys.readouterr().err
+    assert "already packed" in capsys.readouterr().err
 
 
 def test_only_a_run_on_the_packages_towers_is_shipped(run, tmp_path, monkeypatch, capsys):

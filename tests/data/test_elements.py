@@ -90,7 +90,7 @@ def test_evaluation_asks_about_broken_media_too(cfg, store):
 
 
 def test_what_does_not_fit_is_refused(bpe, store):
-    with pytest.raises(UserError, match=r"nowhere: no such data set; known are .*raf_db"):
+    with pytest.raises(UserError, match=r"nowhere: no such data set; known: .*raf_db"):
         Split("data", "nowhere", "train")
     with pytest.raises(UserError, match=r"unknown config 'video'; choose one of images, clips"):
         Split("data", "actionfaces/video", "train")

@@ -54,7 +54,7 @@ def test_lookup():
     assert label_space("actionfaces/images") is label_space("actionfaces/clips")
     assert label_space("actionfaces/images").classes == label_space("raf_db").classes
     assert pickle.loads(pickle.dumps(label_space("mafw"))) == label_space("mafw")
-    with pytest.raises(UserError, match=r"imagenet/x: no such data set; known are .*raf_db"):
+    with pytest.raises(UserError, match=r"imagenet/x: no such data set; known: .*raf_db"):
         label_space("imagenet/x")
     with pytest.raises(UserError, match=r"DFEW: label '0' is not one of 1=happy"):
         label_space("dfew").index("0")

@@ -45,7 +45,7 @@ def test_raf_db(tmp_path, change, said):
     [
         (second(",1"), "line 2: 13 columns, wanted 12"),
         (lambda n, line: line.replace("(0, 0, 48, 48)", "(0, 0, 48)"), "line 1: box "),
-        (lambda n, line: line[:-1] + "x", "line 1: vote count 'x' is no number"),
+        (lambda n, line: line[:-1] + "x", "line 1: vote count 'x' is not a number"),
         (lambda n, line: line.replace('"', ""), "line 1: 15 columns, wanted 12"),
     ],
 )

@@ -197,7 +197,7 @@ def test_the_text_length_is_raised_for_long_class_words(data):
         ("actionfaces/images", "run `emollama data prepare actionfaces/images` first"),
         ("own/only", "no split 'train'; choose one of test"),
         ("dfew", "dfew has folds: name one, e.g. dfew/fold1"),
-        ("mine", "mine: no such data set; known are"),
+        ("mine", "mine: no such data set; known:"),
     ],
 )
 def test_data_that_cannot_be_trained_on(data, capsys, name, said):

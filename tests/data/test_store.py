@@ -190,7 +190,7 @@ def test_own_data_has_its_own_classes(tmp_path):
         (
             "rafdb",
             None,
-            r"rafdb: no such data set \(did you mean raf_db\?\); known are actionfaces/images",
+            r"rafdb: no such data set \(did you mean raf_db\?\); known: actionfaces/images",
         ),
         ("raf_db/x", None, "no such data set"),
         ("dfew/fold6", None, "no such data set"),

@@ -188,7 +188,7 @@ def test_every_copy_is_left_out_though_inspect_counts_contents(data):
     names = [name.removesuffix(".png") for name in names_of(data)]
     assert Split(data, "ferplus", "test").also_in("train") == names[:3]
     assert Split(data, "ferplus", "test").also_in("validation") == []
-    with pytest.raises(UserError, match="--without test: it is the tested split itself"):
+    with pytest.raises(UserError, match="--without test: this is the tested split itself"):
         Split(data, "ferplus", "test").also_in("test")
     with pytest.raises(UserError, match="no split 'dev'"):
         Split(data, "ferplus", "test").also_in("dev")

@@ -275,7 +275,7 @@ def test_json_answers_may_be_lists(file):
             "line 3: truth 'confused' is not an emotion class",
         ),
         ("gt,answer\nfear,fear\n\n,fear\n", "line 4: no truth"),
-        ("gt,answer\nfear,I think, fear\n", "line 2: 3 cells under a header of 2; put text"),
+        ("gt,answer\nfear,I think, fear\n", "line 2: 3 cells under a header of 2; quote text"),
         ('gt,answer\nfear,"fear\n', "line 2: broken CSV"),
         ('{"gt": "fear", "answer": "fear"}\n[1]\n', r"line 2: no JSON object \(found a list"),
         ('{"gt": "fear", "answer"\n', "line 1: no JSON object"),
@@ -395,7 +395,7 @@ def test_unparsed_answers_are_said_first(file, tmp_path, capsys):
     assert third.startswith("WAR 0.00")
     page = (out / "report.html").read_text(encoding="utf-8")
     head = page[page.index("<header>") : page.index("</header>")]
-    assert "All of the 3 answers are unparsed" in head and "WAR: share of right answers" in head
+    assert "All of the 3 answers are unparsed" in head and "WAR: share of correct answers" in head
     cli.main([*args, "--json"])
     said = capsys.readouterr()
     assert json.loads(said.out)["unparsed"] == 1 and said.err.startswith("All of the 3")

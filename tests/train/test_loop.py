@@ -147,7 +147,7 @@ def test_more_steps_stretch_the_schedule_and_say_so(tmp_path):
     assert fit(toy_config(steps=5), tmp_path, console=console).step == 5
     said = console.file.getvalue()
     rate = json.loads(read(tmp_path).splitlines()[-1])["learning_rate"]
-    assert "train.steps was 4 and is 5 now" in said and f"goes from 0 to {rate:.3g};" in said
+    assert "train.steps was 4 and is now 5" in said and f"changes from 0 to {rate:.3g};" in said
     assert rate > 0
     console = quiet()
     fit(toy_config(steps=5), tmp_path, console=console)  # the same again changes nothing
