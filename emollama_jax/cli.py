@@ -14,6 +14,7 @@ from emollama_jax import compile_cache, dispatch
 from emollama_jax.cli_results import evaluate, zero_shot
 from emollama_jax.cli_speed import bench_data, bench_decode, bench_train, plan
 from emollama_jax.cli_words import (
+    FLAT,
     ConfigName,
     DataSet,
     Folder,
@@ -24,15 +25,18 @@ from emollama_jax.cli_words import (
     new_console,
     remove_handlers,
 )
+from emollama_jax.config_weights import TOWERS
 from emollama_jax.data import sets
 from emollama_jax.errors import UserError
 from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.preflight import at_least, check_picture, check_writable
 from emollama_jax.runs import refuse_packed
+from emollama_jax.tiny.towers.recipe import Recipe
 
 ABOUT = "EMO-LLaMA in JAX: names, describes and answers questions about facial expressions."
 
 Inline = tyro.conf.OmitArgPrefixes
+PREPARATION = sets.Preparation(processes=2)
 
 
 def demo(
@@ -58,13 +62,10 @@ def demo(
 def data_prepare(
     name: DataSet,
     overrides: Overrides = (),
-    source: pathlib.Path | None = None,
-    fold: int | None = None,
+    how: Annotated[sets.Preparation, FLAT] = PREPARATION,
     config: str = "tiny",
     dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", aliases=("--out",))] = None,
     splits: tuple[str, ...] = ("train", "validation", "test"),
-    missing_share: float = 0.01,
-    processes: int = 2,
 ) -> None:
     """Prepares a data set: stores its examples as ArrayRecord and computes the face priors once.
 
@@ -75,21 +76,14 @@ def data_prepare(
     Args:
         name: data set.
         overrides: changes of the config, e.g. data.face_margin=0.4.
-        source: folder of the official layout; for own/NAME a folder, or a .csv, .tsv, .txt, .json
-            or .jsonl file.
-        fold: fold of dfew and mafw, 1 … 5; all that --source lists by default.
+        how: source, fold and worker processes.
         config: config of FaceXFormer and the face margin: a name in configs/ or a .yaml file.
         dir: data folder; the config's data.dir by default.
         splits: splits to compute face priors for; --splits without a name computes none.
-        missing_share: largest share of the listed files that may be missing.
-        processes: number of worker processes.
     """
-    how = sets.Preparation(
-        source=source, fold=fold, missing_share=missing_share, processes=processes
-    )
     sets.check_source(name, how)  # before the weights are read
-    at_least(1, processes=processes)
-    at_least(0, missing_share=missing_share)
+    at_least(1, processes=how.processes)
+    at_least(0, missing_share=how.missing_share)
     where = () if dir is None else (f"data.dir={json.dumps(dir)}",)
     cfg = load_config(config, (*where, *overrides))
     from emollama_jax.paths import on_disk
@@ -164,20 +158,9 @@ def data_instruct(options: Inline[InstructOptions], dry_run: bool = False) -> No
 
 
 def pretrain(
+    recipe: Annotated[Recipe, FLAT],
     config: ConfigName = "tiny",
     out: pathlib.Path = pathlib.Path("pretrained"),
-    real: tuple[str, ...] = (),
-    data: pathlib.Path = pathlib.Path("data"),
-    pictures: int = 36_000,
-    clips: int = 1_200,
-    teacher_steps: int = 6_000,
-    vision_steps: int = 2_500,
-    face_steps: int = 2_500,
-    llama_steps: int = 800,
-    batch: int = 128,
-    learning_rate: float = 1.0e-3,
-    start: pathlib.Path | None = None,
-    seed: int = 0,
     towers: tuple[str, ...] = ("llama", "vision", "face"),
 ) -> None:
     """Trains the small towers that ship with the package (hours on two cores).
@@ -185,50 +168,21 @@ def pretrain(
     Stopped? Re-run the command to resume.
 
     Args:
+        recipe: amounts of data and training.
         config: config whose model section gives the sizes.
         out: folder for the weights, their metrics and the pictures.
-        real: prepared sets of real faces to learn from beside the drawn ones, e.g. ferplus.
-        data: folder of the prepared sets.
-        pictures: drawn pictures of training identities.
-        clips: drawn clips, whose frames are added to the pictures.
-        teacher_steps: training steps of the teacher for real faces; 0 for none.
-        vision_steps: training steps of the vision tower.
-        face_steps: training steps of FaceXFormer.
-        llama_steps: training steps of the language model.
-        batch: pictures per training step.
-        learning_rate: peak learning rate; the language model's is twice that.
-        start: earlier `--out` folder, to train its picture towers further.
-        seed: random seed.
         towers: towers to train; once pictures and teacher exist, two processes can share the work
             in one folder.
     """
-    if unknown := set(towers) - {"llama", "vision", "face"}:
+    if unknown := set(towers) - set(TOWERS):
         raise UserError(f"--towers: unknown {', '.join(sorted(unknown))} (llama, vision, face)")
-    at_least(1, pictures=pictures, vision_steps=vision_steps, face_steps=face_steps)
-    at_least(1, llama_steps=llama_steps, batch=batch)
-    at_least(0, clips=clips, seed=seed, teacher_steps=teacher_steps)
-    if not 0 < learning_rate < 1:
-        raise UserError(f"--learning-rate is {learning_rate}, wanted more than 0 and less than 1")
+    recipe.check()
     cfg = load_config(config)
     check_writable(out)
     compile_cache.start()
-    from emollama_jax.tiny.towers import pretrain as module
+    from emollama_jax.tiny.towers.pretrain import pretrain
 
-    recipe = module.Recipe(
-        real=real,
-        data=str(data),
-        pictures=pictures,
-        clips=clips,
-        teacher_steps=teacher_steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        start=start,
-        vision_steps=vision_steps,
-        face_steps=face_steps,
-        llama_steps=llama_steps,
-        seed=seed,
-    )
-    module.pretrain(cfg, recipe, out, new_console(), towers)
+    pretrain(cfg, recipe, out, new_console(), towers)
 
 
 def train(

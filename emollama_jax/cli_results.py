@@ -7,14 +7,13 @@ from typing import Annotated
 import tyro
 
 from emollama_jax import compile_cache
-from emollama_jax.cli_words import new_console
+from emollama_jax.cli_words import FLAT, new_console
 from emollama_jax.data import sets
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.options import Asking, Output, PredictionFiles, Tested, ZeroShot
 from emollama_jax.preflight import at_least, check_writable
 
 Inline = tyro.conf.OmitArgPrefixes
-FLAT = tyro.conf.arg(name="")  # as if the fields were the verb's own arguments
 
 
 def evaluate(

@@ -18,6 +18,7 @@ Overrides = Annotated[tuple[str, ...], _positional, _arg(metavar="[KEY=VALUE …
 Run = Annotated[str, _positional, _arg(metavar="RUN")]
 Media = Annotated[tuple[str, ...], _positional, _arg(metavar="MEDIA … [QUESTION]")]
 Folder = Annotated[str, _arg(metavar="DIR")]
+FLAT = _arg(name="")  # as if an option class's fields were the verb's own arguments
 
 
 def load_config(name: str, overrides: tuple[str, ...] = ()) -> "Config":

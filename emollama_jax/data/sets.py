@@ -18,6 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple, Protocol
 
 from etils import epath
+from tyro.conf import Suppress
 
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.errors import UserError, did_you_mean
@@ -57,11 +58,16 @@ class SetName(NamedTuple):
 class Preparation:
     """Options of preparing a set."""
 
-    source: pathlib.Path | None = None  # its tree, or a user's folder or table; None: drawn
-    fold: int | None = None  # of a set with folds; None: all that the tree has lists of
-    sizes: Mapping[str, int] | None = None  # examples of each split that is drawn; None: the usual
-    missing_share: float = MISSING_SHARE  # of the files that lists name; more stop the preparation
+    source: pathlib.Path | None = None
+    """folder of the official layout; for own/NAME a folder, or a .csv, .tsv, .txt, .json
+    or .jsonl file."""
+    fold: int | None = None
+    """fold of dfew and mafw, 1 … 5; all that --source lists by default."""
+    missing_share: float = MISSING_SHARE
+    """largest share of the listed files that may be missing."""
     processes: int = 1
+    """number of worker processes."""
+    sizes: Suppress[Mapping[str, int] | None] = None  # examples of each split that is drawn
 
 
 class SetFamily(Protocol):

@@ -20,7 +20,8 @@ from emollama_jax.tiny.towers.augment import MIRROR, Placement, Strength, augmen
 from emollama_jax.tiny.towers.fit import Course, fit
 from emollama_jax.tiny.towers.learners import FaceLearner, TextLearner, VisionLearner, blur
 from emollama_jax.tiny.towers.pictures import Pictures
-from emollama_jax.tiny.towers.views import Recipe, picture_batch
+from emollama_jax.tiny.towers.recipe import Recipe
+from emollama_jax.tiny.towers.views import picture_batch
 
 
 def test_mirror_order_is_an_involution_of_all_landmarks():

@@ -38,9 +38,10 @@ from emollama_jax.tiny.towers.augment import CORE, Strength, augment, light, mix
 from emollama_jax.tiny.towers.fit import Course, fit, predict, progress_lines, save_leaves
 from emollama_jax.tiny.towers.learners import FaceLearner, VisionLearner
 from emollama_jax.tiny.towers.pictures import Pictures
+from emollama_jax.tiny.towers.recipe import Recipe
 from emollama_jax.tiny.towers.teacher import Teacher, TeacherSize
 from emollama_jax.tiny.towers.text import text_tower
-from emollama_jax.tiny.towers.views import Recipe, drawn_pictures, picture_batch, real_sets
+from emollama_jax.tiny.towers.views import drawn_pictures, picture_batch, real_sets
 
 
 def pretrain(

@@ -31,7 +31,8 @@ from emollama_jax.tiny.actionfaces.identity import identities_of, make_identity
 from emollama_jax.tiny.towers.fit import Course, fit, progress_lines
 from emollama_jax.tiny.towers.learners import TextLearner, blur
 from emollama_jax.tiny.towers.pictures import Pictures
-from emollama_jax.tiny.towers.views import Recipe, drawn_pictures
+from emollama_jax.tiny.towers.recipe import Recipe
+from emollama_jax.tiny.towers.views import drawn_pictures
 
 
 @dataclasses.dataclass(frozen=True)

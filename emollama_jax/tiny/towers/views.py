@@ -1,6 +1,5 @@
 """What the small towers are pretrained on: drawn faces, real ones, and the batch of a step."""
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -13,33 +12,7 @@ from emollama_jax.data.action_units import ACTION_UNITS
 from emollama_jax.data.split import Split, prepared
 from emollama_jax.tiny.towers.pictures import CLASSES, Crops, Pictures, draw_pictures
 from emollama_jax.tiny.towers.real_faces import real_pictures
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Amounts of data and training."""
-
-    pictures: int = 36_000
-    clips: int = 1_200  # whose frames join the pictures, without an emotion
-    held_out: int = 1_000  # pictures of validation identities
-    real: tuple[str, ...] = ()  # prepared sets of real faces
-    data: str = "data"  # where they lie
-    real_share: float = 0.75  # of a batch, where there are real faces
-    balance: float = 0.4  # a real picture is drawn by its class's count to the power of minus this
-    mixed: float = 0.5  # share of the real pictures that are blends of two
-    teacher_steps: int = 6_000
-    teacher_batch: int = 256
-    vision_steps: int = 2_500
-    face_steps: int = 2_500
-    batch: int = 128
-    texts: int = 24_000
-    llama_steps: int = 800
-    text_batch: int = 32
-    learning_rate: float = 1.0e-3
-    start: pathlib.Path | None = None  # an earlier folder, whose picture towers are trained further
-    processes: int = 2  # number of them that draw
-    save_every: int = 250  # steps after which a stopped tower resumes
-    seed: int = 0
+from emollama_jax.tiny.towers.recipe import Recipe
 
 
 def drawn_pictures(
