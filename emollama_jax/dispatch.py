@@ -149,7 +149,8 @@ def _options(name: str, hint: Any, default: Any) -> list[str]:
             for field in dataclasses.fields(inner)
             for option in _options(field.name, hints[field.name], field.default)
         ]
-    if any(mark in marks for mark in tyro.conf.Positional[int].__metadata__):
+    unnamed = (tyro.conf.Positional[int], tyro.conf.Suppress[int])
+    if any(mark in marks for kind in unnamed for mark in kind.__metadata__):
         return []
     option = name.replace("_", "-")
     aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]

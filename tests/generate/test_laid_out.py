@@ -98,9 +98,9 @@ def test_neither_kernels_nor_cache_are_copied():
         embeds=jax.ShapeDtypeStruct((rows, slots - STEPS, cfg.width), cfg.dtype),
         length=jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-    first = functools.partial(decode._first.under({}), llama[0], max_new_tokens=STEPS)
+    first = functools.partial(decode.first_token.under({}), llama[0], max_new_tokens=STEPS)
     loop = jax.eval_shape(first, llama[1], prompt, None, ENDING)
-    compiled = decode._next.under({}).lower(*llama, loop, None, ENDING).compile()
+    compiled = decode.next_token.under({}).lower(*llama, loop, None, ENDING).compile()
     products = set(re.findall(r"f32\[([\d,]+)\]\S* dot\(", compiled.as_text()))
     assert {f"2000,{rows}", f"97,{rows}"} <= products
     assert not {f"{rows},2000", f"{rows},97"} & products
