@@ -271,6 +271,7 @@ class SourceConfig:
     kind: Kind
     weight: Rate
     items: Literal["category", "conversation", "both"] = "both"
+    balance: Share = 0.0  # of classes: 0 draws them as often as they are, 1 equally often
 
 
 @_config

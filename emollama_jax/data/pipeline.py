@@ -79,17 +79,16 @@ def make_train_iterator(
         Examples(encoder, split, kind=source.kind, items=source.items)
         for source, split in zip(cfg.data.sources, splits, strict=True)
     ]
-    kept = [source.weight for source in cfg.data.sources]
     steps, weights = [], []
     for kind in ("image", "clip"):
         numbers = [i for i, examples in enumerate(sources) if examples.kind == kind]
         if numbers:
-            drawn = _drawn(sources, numbers, kept, seed=cfg.train.seed)
+            drawn = _drawn(sources, numbers, cfg)
             size = _local_batch(cfg, kind, host_count)
             local = _Share(drawn, rows=size, index=host_index, count=host_count)
             rows = local.map(_Decode(sources))
             steps.append(rows.batch(size, drop_remainder=True, batch_fn=stack))
-            weights.append(sum(kept[i] for i in numbers))
+            weights.append(sum(cfg.data.sources[i].weight for i in numbers))
     return TrainIterator(
         _mix(steps, weights),
         workers=cfg.data.workers,
@@ -195,9 +194,7 @@ def make_eval_batches(
         batches.close()
 
 
-def _drawn(
-    sources: Sequence[Examples], numbers: Sequence[int], weights: Sequence[float], *, seed: int
-) -> grain.MapDataset:
+def _drawn(sources: Sequence[Examples], numbers: Sequence[int], cfg: Config) -> grain.MapDataset:
     """Endless (number of the source, position, seed of its choices), mixed by weight."""
     each = []
     for number in numbers:
@@ -206,10 +203,36 @@ def _drawn(
         if not usable:
             what = "no examples with a conversation" if len(source) else "no examples"
             raise UserError(f"{source.split.name}, split {source.split.split}: {what}")
-        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        if balance := cfg.data.sources[number].balance:
+            usable = balanced(usable, source.split.index.labels, balance=balance)
+        own = int(np.random.SeedSequence([cfg.train.seed, number]).generate_state(1)[0])
         positions = grain.MapDataset.source(usable).seed(own).shuffle().repeat()
         each.append(positions.random_map(functools.partial(_draw, number)))
-    return _mix(each, [weights[number] for number in numbers])
+    return _mix(each, [cfg.data.sources[number].weight for number in numbers])
+
+
+def balanced(positions: Sequence[int], labels: Sequence[int], *, balance: float) -> Sequence[int]:
+    """Positions of one epoch in which those of rarer classes stand several times.
+
+    A class of n examples stands n^(1 − balance) · m^balance times, m being the largest class's
+    number. What no whole repetition makes up are examples at even distances, the same ones in
+    every epoch.
+
+    Args:
+        positions: positions of a split.
+        labels: class of every example of the split.
+        balance: 0 … 1.
+    """
+    chosen = np.asarray(positions)
+    _, classes, counts = np.unique(
+        np.asarray(labels)[chosen], return_inverse=True, return_counts=True
+    )
+    wanted = np.rint(counts * (counts.max() / counts) ** balance).astype(int)
+    repeated = [
+        chosen[classes == number][np.arange(times) * counts[number] // times]
+        for number, times in enumerate(wanted)
+    ]
+    return np.sort(np.concatenate(repeated)).tolist()
 
 
 def _draw(number: int, position: int, rng: np.random.Generator) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ import pytest
 from emollama_jax import config
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
 from emollama_jax.data.elements import Encoder
+from emollama_jax.data.pipeline import balanced
 from emollama_jax.errors import UserError
 from emollama_jax.testing.toy_sets import (
     CLASSES,
@@ -50,6 +51,25 @@ def take(iterator, count: int) -> list[Batch]:
 
 def is_clip(batch: Batch) -> bool:
     return batch.frames.shape[1] > 1
+
+
+@pytest.mark.parametrize(("balance", "wanted"), [(0, [8, 2, 1]), (0.5, [8, 4, 3]), (1, [8, 8, 8])])
+def test_rare_classes_are_drawn_more_often(balance, wanted):
+    labels = [0] * 8 + [9] + [1] * 2 + [2]  # position 8 may not be drawn
+    positions = [i for i, label in enumerate(labels) if label != 9]
+    drawn = balanced(positions, labels, balance=balance)
+    assert [sum(labels[i] == label for i in drawn) for label in range(3)] == wanted
+    assert set(drawn) == set(positions) and drawn == sorted(drawn)
+    assert drawn.count(9) == drawn.count(10)  # a class's examples stand equally often
+
+
+def test_a_balanced_source_draws_its_classes_equally_often(bpe, store):
+    source = "{name: actionfaces/images, split: train, kind: image, weight: 1, balance: 1}"
+    cfg = make_config(bpe, f"data.sources=[{source}]")
+    two_epochs = take(iterator(cfg, store), 7)  # of 7 classes, twice each
+    levels = np.concatenate([batch.frames[:, 0, 0, 0, 0] for batch in two_epochs])
+    drawn = [int(level) // 5 % len(CLASSES) for level in levels]  # see Store
+    assert sorted(drawn) == sorted([*range(len(CLASSES))] * 4)
 
 
 def test_shapes_and_dtypes(cfg, store):
