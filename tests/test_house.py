@@ -1,6 +1,7 @@
 """House rules that a machine can check: arrows, imports, parameter axes, files."""
 
 import ast
+import graphlib
 import importlib.metadata
 import json
 import re
@@ -144,6 +145,26 @@ def test_arrows_point_down(modules):
             if pieces[1] not in MAY_IMPORT[part]:
                 wrong.append(f"{name} imports {target}")
     assert wrong == []
+
+
+def test_rooms_form_no_circle(modules):
+    below = {}
+    for name, imported in modules.items():
+        room = [*name.split("."), ""][1]
+        rooms = {target.split(".")[1] for target, _ in imported if "emollama_jax." in target}
+        below[room] = below.get(room, set()) | rooms - {room}
+    tuple(graphlib.TopologicalSorter(below).static_order())  # raises CycleError
+
+
+def test_no_list_of_parameters_is_long(root):
+    long = [
+        f"{path.relative_to(root)}: {node.name}"
+        for path in sources(root, "emollama_jax", "tools")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        if len({x.arg for x in (*node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}) > 8
+    ]
+    assert long == []
 
 
 def test_torch_is_not_in_the_package_and_heavy_libraries_are_imported_where_used(modules):
