@@ -61,8 +61,10 @@ def read_foreign(
     if own and (truth_column, answer_column) == ("label", "predicted"):
         found = read_predictions(path)
         return found, space or _own_space(path, found)
-    for column in filter(None, (truth_column, answer_column, columns.id_column)):
-        _check_column(path, rows, column)
+    named = {"truth": truth_column, "prediction": answer_column, "id": columns.id_column}
+    for role, column in named.items():
+        if column is not None:
+            _check_column(path, rows, column, option=f"--{role}-column")
     truths = [_truth(path, line, row.get(truth_column)) for line, row in rows]
     space = space or _infer(path, rows, truths)
     words = vocabulary(space) | {name.casefold(): name for name in space.classes}
@@ -104,12 +106,13 @@ def named_classes(names: str) -> LabelSpace:
     return LabelSpace(title="--classes", classes=classes, written=classes, splits={}, support={})
 
 
-def _check_column(path: pathlib.Path, rows: Rows, column: str) -> None:
+def _check_column(path: pathlib.Path, rows: Rows, column: str, *, option: str) -> None:
     known = list(dict.fromkeys(name for _, row in rows for name in row))
     if column not in known:
         near = difflib.get_close_matches(column.casefold(), [n.casefold() for n in known], n=1)
         hint = next((f"; did you mean {n}?" for n in known if n.casefold() in near), "")
-        raise UserError(f"{path}: no column {column!r} (found: {', '.join(known)}{hint})")
+        found = f"found: {', '.join(known)}{hint}"
+        raise UserError(f"{path}: no column {column!r} ({found}): name yours with {option}")
 
 
 # ---- cells
