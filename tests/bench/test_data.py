@@ -117,7 +117,7 @@ def test_the_table_gives_medians_and_the_spread():
     assert lines[0].split()[-2:] == ["140", "frames/s"]
     assert "1.40 (1.20 to 1.50 in 3 rounds)" in lines[2]
     alone = data.table([data.Speed(ours=150, torch=None)])
-    assert "PyTorch is not here" in alone
+    assert "PyTorch is not installed" in alone
 
 
 def test_a_measure_leaves_the_warm_up_out():
