@@ -120,13 +120,20 @@ def family_of(name: str) -> SetFamily:
         UserError: no such set, with the nearest name and those that are.
     """
     family, config = parse(name)
-    entry = _entries().get(family)
+    entry = _entry(family)
     whole = name == f"{family}/{config}".removesuffix("/")
     if entry is not None and whole and _load(entry).accepts(config):
         return _load(entry)
     known = [known for other in _entries().values() for known in _load(other).names]
     near = did_you_mean(name, known) or did_you_mean(family, known)
     raise UserError(f"{name}: no such data set{near}; known: {', '.join(known)}")
+
+
+def _entry(family: str) -> EntryPoint | None:
+    """Where a family is; installed packages are looked through for others' alone."""
+    if family in FAMILIES:
+        return EntryPoint(family, FAMILIES[family], GROUP)
+    return _entries().get(family)
 
 
 def _entries() -> dict[str, EntryPoint]:
@@ -153,7 +160,7 @@ def label_space(name: str) -> LabelSpace:
     Raises:
         UserError: no such set, or one whose classes are known only where it is prepared.
     """
-    entry = _entries().get(parse(name).family)
+    entry = _entry(parse(name).family)
     family = family_of(name) if entry is None else _load(entry)
     return family.label_space(name, None)
 

@@ -9,9 +9,9 @@ checkpoint and now and then between.
 
 The event files are written by hand: TFRecord frames around protocol buffers (TensorFlow's
 event.proto and summary.proto, scalars only). Of the writers that exist, TensorBoard's own brings
-gRPC, a web server and 10 MB; tensorboardX 2.6 imports torch and google-cloud-storage where they are
-installed, which takes seconds, names files by the second, so that a run resumed at once overwrites
-its own, and hands events to a thread that a kill does not wait for.
+gRPC and a web server; tensorboardX 2.6 imports torch where it is installed, and names files by the
+second, so that a run resumed at once empties its own
+(`findings/tensorboardx_resume_in_the_same_second.sh`).
 """
 
 import contextlib

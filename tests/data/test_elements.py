@@ -5,31 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from emollama_jax import config
 from emollama_jax.batch import IGNORE
 from emollama_jax.data.elements import Encoder, Examples
 from emollama_jax.data.pipeline import make_eval_batches
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
-from emollama_jax.testing.toy_sets import Store, assert_equal, iterator, make_config, small_bpe
-
-
-@pytest.fixture
-def store() -> Store:
-    return Store()
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory) -> str:
-    """The path of a small tokenizer."""
-    path = tmp_path_factory.mktemp("bpe") / "bpe.json"
-    path.write_text(small_bpe())
-    return str(path)
-
-
-@pytest.fixture
-def cfg(bpe) -> config.Config:
-    return make_config(bpe)
+from emollama_jax.testing.toy_sets import Store, assert_equal, iterator, make_config
 
 
 def test_fps_sampling_keeps_the_static_shape(bpe):

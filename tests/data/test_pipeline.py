@@ -8,7 +8,6 @@ import logging
 import numpy as np
 import pytest
 
-from emollama_jax import config
 from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
 from emollama_jax.data.elements import Encoder
 from emollama_jax.data.pipeline import balanced
@@ -17,32 +16,12 @@ from emollama_jax.testing.toy_sets import (
     CLASSES,
     FIELDS,
     FRAMES,
-    Store,
     assert_equal,
     clip,
     iterator,
     make_config,
     prior,
-    small_bpe,
 )
-
-
-@pytest.fixture
-def store() -> Store:
-    return Store()
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory) -> str:
-    """The path of a small tokenizer."""
-    path = tmp_path_factory.mktemp("bpe") / "bpe.json"
-    path.write_text(small_bpe())
-    return str(path)
-
-
-@pytest.fixture
-def cfg(bpe) -> config.Config:
-    return make_config(bpe)
 
 
 def take(iterator, count: int) -> list[Batch]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import pathlib
+from typing import Annotated
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from emollama_jax.errors import UserError
 from emollama_jax.preflight import at_least
@@ -15,7 +16,7 @@ class Recipe:
 
     real: tuple[str, ...] = ()
     """prepared sets of real faces to learn from beside the drawn ones, e.g. ferplus."""
-    data: str = "data"
+    data: Annotated[str, arg(metavar="PATH")] = "data"
     """folder of the prepared sets."""
     pictures: int = 36_000
     """drawn pictures of training identities."""
