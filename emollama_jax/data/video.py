@@ -218,11 +218,11 @@ def _picture(converter: Any, frame: Any, name: str) -> Picture:
 
 def _matrix(frame: Any) -> tuple[int, int, int, int] | None:
     """a, b, c, d of the display matrix: a pixel (x, y) is shown at (ax + cy, bx + dy)."""
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = struct.unpack_from("=5i", bytes(data))
-            return a, b, c, d
-    return None
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return None
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(data))
+    return a, b, c, d
 
 
 def _upright(
