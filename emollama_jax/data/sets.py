@@ -70,6 +70,21 @@ class Preparation:
     sizes: Suppress[Mapping[str, int] | None] = None  # examples of each split that is drawn
 
 
+@dataclasses.dataclass(frozen=True)
+class Testing:
+    """How the field tests a set, so that numbers can be compared with published ones."""
+
+    frames: str  # of an example
+    crop: str  # which pixels show the face
+    open: bool = False  # False: a research licence forbids showing its pictures
+
+
+SEGMENTS = 16  # of a clip in testing: the centre frame of each
+PICTURE = "the picture"
+CENTRES = f"centre frames of {SEGMENTS} segments; a short clip repeats its last frame"
+SCENE = "whole frames; the face crop is FaceXFormer's, of MTCNN's box followed through the clip"
+
+
 class SetFamily(Protocol):
     """The data sets of one origin."""
 
@@ -81,6 +96,11 @@ class SetFamily(Protocol):
     @property
     def folds(self) -> int:
         """Number of official folds; 0: none."""
+        ...
+
+    @property
+    def testing(self) -> Testing | None:
+        """How the field tests these sets; None where it does not."""
         ...
 
     @property
@@ -154,14 +174,25 @@ def _load(entry: EntryPoint) -> SetFamily:
         ) from None
 
 
+def known_family(name: str) -> SetFamily | None:
+    """The family that a name, which is not checked, would belong to; None for no known one."""
+    entry = _entry(parse(name).family)
+    return None if entry is None else _load(entry)
+
+
+def testing_of(name: str) -> Testing | None:
+    """How the field tests a set; None where it does not, as with a user's own."""
+    family = known_family(name)
+    return None if family is None else family.testing
+
+
 def label_space(name: str) -> LabelSpace:
     """The classes of a set that need not be prepared; its family's name will do.
 
     Raises:
         UserError: no such set, or one whose classes are known only where it is prepared.
     """
-    entry = _entry(parse(name).family)
-    family = family_of(name) if entry is None else _load(entry)
+    family = known_family(name) or family_of(name)
     return family.label_space(name, None)
 
 

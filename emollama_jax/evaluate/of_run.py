@@ -11,14 +11,14 @@ from emollama_jax.checkpoint import load_for_inference, read_config
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.elements import Encoder
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.sets import parse
+from emollama_jax.data.sets import SEGMENTS, parse, testing_of
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import folds, groups
 from emollama_jax.evaluate.asked import Asked, map_classes, unanswerable
 from emollama_jax.evaluate.copies import find_copies
 from emollama_jax.evaluate.options import Asking, Tested
-from emollama_jax.evaluate.protocol import SEGMENTS, Prediction, folds_of, protocol_of
+from emollama_jax.evaluate.protocol import Prediction, folds_of
 from emollama_jax.evaluate.publish import publish, worst
 from emollama_jax.evaluate.report import Exhibit, Table
 from emollama_jax.evaluate.result import Answers, Result, Settings
@@ -199,10 +199,10 @@ def _command(name: str, split: str, how: Asking) -> str:
 
 def _protocol(cfg: Config, source: SourceConfig) -> Table:
     """The set's protocol beside what this run did."""
-    protocol = protocol_of(source.name)
+    testing = testing_of(source.name)
     rows = []
-    if protocol is not None:
-        rows = [("frames", protocol.frames), ("face", protocol.crop)]
+    if testing is not None:
+        rows = [("frames", testing.frames), ("face", testing.crop)]
     if source.kind == "clip":
         data = cfg.data
         done = f"{data.clip_frames} frames, sampling={data.sampling}"
@@ -234,8 +234,8 @@ def _pictures(
     cfg: Config, split: Split, how: Asking, predictions: Sequence[Prediction]
 ) -> list[Exhibit]:
     """The worst mistakes as the model saw them; none of a licensed set, unless asked for."""
-    protocol = protocol_of(split.name)
-    if not (how.pictures or (protocol is not None and protocol.open)):
+    testing = testing_of(split.name)
+    if not (how.pictures or (testing is not None and testing.open)):
         return []
     encoder, data, priors = Encoder(cfg), split.examples, split.priors
     found = []

@@ -1,4 +1,4 @@
-"""The evaluation protocol: how each set is tested, a record per item, and the numbers.
+"""The evaluation protocol: a record per item, the folds, and the numbers.
 
 Classes go by name everywhere, never by number: several number orders circulate for the same set.
 """
@@ -14,60 +14,17 @@ import numpy as np
 from etils import epath
 
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.sets import label_space, parse
+from emollama_jax.data.sets import known_family
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate import metrics
 from emollama_jax.evaluate.parse import Reading
 from emollama_jax.paths import as_path, write_whole
 
 
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """How a set is tested, so that numbers can be compared with published ones."""
-
-    name: str  # of the set, as in "dfew/fold1"
-    frames: str  # of an example
-    crop: str  # which pixels show the face
-    folds: int = 1  # official ones; 1: one split
-    open: bool = False  # False: a research licence forbids showing its pictures
-
-    @property
-    def space(self) -> LabelSpace:
-        """The classes, in the set's native order."""
-        return label_space(self.name)
-
-
-SEGMENTS = 16  # of a clip in testing: the centre frame of each
-_ONE = "the picture"
-_CENTRES = f"centre frames of {SEGMENTS} segments; a short clip repeats its last frame"
-_ALIGNED = "the set's aligned faces; the face crop is FaceXFormer's, of MTCNN's box"
-_SCENE = "whole frames; the face crop is FaceXFormer's, of MTCNN's box followed through the clip"
-_DRAWN = "the drawn picture; the face crop is FaceXFormer's, of the drawn box"
-
-PROTOCOLS: Mapping[str, Protocol] = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol("raf_db", _ONE, _ALIGNED),
-        Protocol("ferplus", _ONE, "FER2013's 48 × 48 faces as they are"),
-        Protocol("affectnet7", _ONE, "the set's face box"),
-        Protocol("affectnet8", _ONE, "the set's face box"),
-        Protocol("dfew", _CENTRES, _SCENE, folds=5),
-        Protocol("ferv39k", _CENTRES, "the set's face frames"),
-        Protocol("mafw", _CENTRES, _SCENE, folds=5),
-        Protocol("actionfaces", f"{_ONE}, or {_CENTRES}", _DRAWN, open=True),
-    )
-}
-
-
-def protocol_of(source: str) -> Protocol | None:
-    """The protocol of a source, e.g. "dfew/fold1"; None for a user's own set."""
-    return PROTOCOLS.get(parse(source).family)
-
-
 def folds_of(source: str) -> int:
-    """The number of a set's official folds; 1 where it has none."""
-    protocol = protocol_of(source)
-    return 1 if protocol is None else protocol.folds
+    """The number of a set's official folds; 1 where it has none, or is not known."""
+    family = known_family(source)
+    return 1 if family is None else family.folds or 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

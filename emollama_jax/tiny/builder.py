@@ -21,7 +21,7 @@ from emollama_jax.data.action_units import ACTION_UNITS, EMOTIONS
 from emollama_jax.data.builders import schema
 from emollama_jax.data.builders.stored import StoredSet
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.sets import Preparation, Report, parse
+from emollama_jax.data.sets import CENTRES, PICTURE, Preparation, Report, Testing, parse
 from emollama_jax.errors import UserError, did_you_mean
 from emollama_jax.tiny.actionfaces.examples import Task, make_examples
 from emollama_jax.tiny.actionfaces.sample import SPLITS
@@ -194,6 +194,11 @@ class DrawnSets:
     """The two configs as data sets that are drawn where they are prepared."""
 
     names: ClassVar[tuple[str, ...]] = tuple(f"{NAME}/{config}" for config in SIZES)
+    testing: ClassVar[Testing] = Testing(
+        f"{PICTURE}, or {CENTRES}",
+        "the drawn picture; the face crop is FaceXFormer's, of the drawn box",
+        open=True,
+    )
     folds: ClassVar[int] = 0
     drawn: ClassVar[bool] = True
 

@@ -15,19 +15,19 @@ from emollama_jax.tiny.demo_photographs import Photograph
 from emollama_jax.train.run_log import METRICS, read_metrics
 
 LEDE = (
-    "But for the photographs, the faces on this page are drawings. This program drew them from the "
-    "muscles that move a face in an emotion; they show no real people, and stand in for pictures "
-    "that may not be passed on. On them the whole of EMO-LLaMA runs, small: it finds and reads the "
-    "faces, trains a tiny LLaMA, and answers about drawn people that it has never seen. The "
-    "numbers show that all of it works together, and say nothing about real faces."
+    "Apart from the photographs, every face on this page was drawn by this program, from the "
+    "muscles that move a face in each emotion. They show nobody, and stand in for pictures that may "
+    "not be redistributed. The whole of EMO-LLaMA runs on them at a small size: it finds and reads "
+    "faces, trains a tiny LLaMA, and answers questions about drawn people it has never seen. The "
+    "numbers show that the parts work together; they say nothing about real faces."
 )
 PACKAGES = ("emollama-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 DIFFICULTY = {  # key of `report.json` → what it measures
     "pixel_regression_war": "Logistic regression on 48 × 48 grey pixels, images",
     "clip_war": "The model, whole clips",
-    "clip_middle_frame_war": "The model, given a clip's middle frame alone",
-    "blank_war": "The model, given blank pictures",
-    "blank_most_named": "Share of the class that it names most often then",
+    "clip_middle_frame_war": "The model, shown only a clip's middle frame",
+    "blank_war": "The model, shown blank pictures",
+    "blank_most_named": "Share of its most frequent answer to blank pictures",
     "majority_share": "Share of the largest class among the images",
 }
 
@@ -53,7 +53,7 @@ def make_page(
     tables = [
         Table(
             title="How hard the data are",
-            note="Shares of right answers on the held-out people, in percent.",
+            note="Correct answers on held-out people, in percent.",
             head=("what", "%"),
             rows=[(text, percent(summary["difficulty"][k])) for k, text in DIFFICULTY.items()],
         ),
@@ -67,8 +67,8 @@ def make_page(
         numbers=[
             Numbers(
                 title=parse(name).config.capitalize(),
-                source=f"{name}, test split. The question lists the seven emotions; the one that "
-                "the written answer names counts",
+                source=f"{name}, test split. The question lists the seven emotions; the answer "
+                "is the one that the written text names",
                 evaluation=item.evaluation,
             )
             for name, item in answers.items()
@@ -116,9 +116,9 @@ def _loss(out: pathlib.Path, *, identical: bool) -> Curve:
     same = "identical to" if identical else "NOT identical to"
     return Curve(
         title="Loss",
-        label="loss, nats a token",
-        note=f"Stopped by SIGTERM and resumed; the first steps are bit for bit {same} an "
-        "uninterrupted run's.",
+        label="loss, nats per token",
+        note=f"Stopped by SIGTERM and resumed; the first steps are bit-for-bit {same} those of "
+        "an uninterrupted run.",
         steps=[int(row["step"]) for row in rows],
         values=[float(row["loss"]) for row in rows],
     )

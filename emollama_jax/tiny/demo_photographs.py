@@ -1,7 +1,7 @@
 """The real photographs of `emollama demo`: those that installed packages carry.
 
-They are read where they lie, and nothing of them is in this package but the demo's page. Who
-answers is the run that the package carries, as in `emollama ask PHOTO`.
+They are read from those packages; only the demo's page shows them. The run in this package answers,
+as in `emollama ask PHOTO`.
 """
 
 import dataclasses
@@ -99,12 +99,12 @@ def note() -> str:
     learned = packed.read_origin(runs.SHIPPED)["learned_from"]
     drawn = all(source.startswith("actionfaces/") for source in learned)
     seen = (
-        "It has seen drawn faces only: do not believe what it says about a person."
+        "It has seen only drawn faces: do not trust what it says about a person."
         if drawn
         else f"It learned from {', '.join(learned)}; its answers are guesses about what a face "
         "shows."
     )
     return (
-        "They come with installed packages. The run that the package carries answers, as it does "
-        f"for emollama ask, not the one that this demo trained. {seen} The boxes are MTCNN's."
+        "They come with installed packages. They are answered by the run that ships with this "
+        f"package, as in emollama ask, not by the one trained here. {seen} Boxes by MTCNN."
     )

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from emollama_jax.data import sets
 from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS
 from emollama_jax.data.items import category_question
 from emollama_jax.data.sets import label_space
@@ -234,13 +235,18 @@ OFFICIAL = ("raf_db", "ferplus", "affectnet7", "affectnet8", "dfew", "ferv39k", 
 
 
 @pytest.mark.parametrize("name", [*OFFICIAL, "actionfaces/images"])
-def test_every_set_has_a_protocol(name):
-    found, space = protocol.protocol_of(name), label_space(name)
-    assert found is not None and found.space is space
+def test_every_set_says_how_it_is_tested(name):
+    found = sets.testing_of(name)
+    assert found is not None and found.frames and found.crop
     assert found.open == (name == "actionfaces/images")
-    listed = [split for split in space.splits if split.endswith("/test")]
-    assert found.folds == max(len(listed), 1)
-    assert protocol.protocol_of("own/faces") is None
+    listed = [split for split in label_space(name).splits if split.endswith("/test")]
+    assert protocol.folds_of(name) == max(len(listed), 1)
+
+
+@pytest.mark.parametrize("name", ["own/faces", "no_such_set"])
+def test_a_set_of_ones_own_is_tested_as_one_likes(name):
+    assert sets.testing_of(name) is None
+    assert protocol.folds_of(name) == 1
 
 
 def fold_answers(count: int) -> list[Answers]:

@@ -5,6 +5,7 @@ files ─► tensors, not read ─► table laid against the model ─► all pr
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -13,7 +14,7 @@ import pathlib
 import re
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -115,6 +116,44 @@ class Reading:
     memory: list[mmap.mmap]  # of the arrays
 
 
+class Reader:
+    """Reads pieces in threads, each to its devices.
+
+    Args:
+        targets: dtype of each leaf, by path.
+        places: where each leaf lies, by path.
+        pool: the threads.
+        advance: is told the bytes that were read.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, np.dtype],
+        places: Mapping[str, NamedSharding],
+        pool: ThreadPoolExecutor,
+        advance: Callable[[float], None],
+    ):
+        self.targets, self.buffers = targets, Buffers()
+        self._places, self._pool, self._advance = places, pool, advance
+
+    def begin(self, group: Sequence[Piece]) -> Reading:
+        """Begins to read a group."""
+        PICKLED.trim()
+        memory: list[mmap.mmap] = []
+        return Reading([self._pool.submit(self._read, piece, memory) for piece in group], memory)
+
+    def _read(self, piece: Piece, memory: list[mmap.mmap]) -> tuple[str, jax.Array]:
+        leaf, slot = piece
+
+        def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            memory.append(self.buffers.take(max(1, math.prod(shape) * dtype.itemsize)))
+            return np.frombuffer(memory[-1], dtype, math.prod(shape)).reshape(shape)
+
+        array = _place(leaf, slot, self.targets[leaf.path], self._places[leaf.path], empty)
+        self._advance(leaf.parts[slot].nbytes / len(leaf.row.paths))
+        return (layer_key(leaf.path, slot) if leaf.row.stacked else leaf.path), array
+
+
 def make_plan(source: str, paths: Sequence[pathlib.Path], model: EmoLlamaConfig) -> Plan:
     """Opens a checkpoint and matches its table with the model.
 
@@ -196,61 +235,22 @@ def convert(
         raise UserError(f"{out}: already exists: delete it, or choose another folder")
     plan = make_plan(source, paths, model)
     targets = {leaf.path: _dtype(leaf, dtype) for leaf in plan.leaves}
-    devices = make_mesh(mesh)
-    places = _places(plan, devices, mesh.preset)
-    notes = tuple(plan.opened.notes) + tuple(
-        f"left out {number} tensor{'s' if number > 1 else ''}: {reason}"
-        for reason, number in plan.left_out.items()
-    )
-    manifest = Manifest(
-        source=source,
-        files={path.name: size for path, size in plan.opened.files.items()},
-        fingerprint=fingerprint(plan.leaves),
-        dtype=DTYPES[dtype],
-        model=sizes(plan.model, plan.kind.sections, free=plan.kind.free),
-        notes=notes,
-    )
+    places = _places(plan, make_mesh(mesh), mesh.preset)
+    manifest = _manifest(plan, dtype)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    written = 0
-    buffers = Buffers()
     with (
         Progress(*columns, console=console) as progress,
         Writer(out, manifest, files=plan.opened.carried) as writer,
         ThreadPoolExecutor(READERS) as pool,
     ):
         task = progress.add_task(source, total=sum(leaf.nbytes for leaf in plan.leaves))
-
-        def read(piece: Piece, memory: list[mmap.mmap]) -> tuple[str, jax.Array]:
-            leaf, slot = piece
-
-            def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-                memory.append(buffers.take(max(1, math.prod(shape) * dtype.itemsize)))
-                return np.frombuffer(memory[-1], dtype, math.prod(shape)).reshape(shape)
-
-            array = _place(leaf, slot, targets[leaf.path], places[leaf.path], empty)
-            progress.advance(task, leaf.parts[slot].nbytes / len(leaf.row.paths))
-            return (layer_key(leaf.path, slot) if leaf.row.stacked else leaf.path), array
-
-        def begin(group: Sequence[Piece]) -> Reading:
-            PICKLED.trim()
-            memory: list[mmap.mmap] = []
-            return Reading([pool.submit(read, piece, memory) for piece in group], memory)
-
-        groups = map(begin, _groups(_in_file_order(plan), targets))
-        before: list[mmap.mmap] = []
-        # The next group is being read while this one waits for the last one to be written.
-        for group, _ in itertools.pairwise(itertools.chain(groups, [Reading([], [])])):
-            arrays = dict(future.result() for future in group.arrays)
-            writer.add(arrays)  # the group before is on the disk now
-            written += sum(array.nbytes for array in arrays.values())
-            buffers.give_back(before)
-            before = group.memory
-        PICKLED.release()
+        reader = Reader(targets, places, pool, functools.partial(progress.advance, task))
+        written = _copy(plan, reader, writer)
         writer.finish()
     return Summary(
         tensors=len({key for leaf in plan.leaves for key in leaf.keys}),
@@ -259,8 +259,40 @@ def convert(
         written=written,
         seconds=time.monotonic() - start,
         peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        notes=manifest.notes,
+    )
+
+
+def _manifest(plan: Plan, dtype: str) -> Manifest:
+    """What stands beside the weights."""
+    notes = tuple(plan.opened.notes) + tuple(
+        f"left out {number} tensor{'s' if number > 1 else ''}: {reason}"
+        for reason, number in plan.left_out.items()
+    )
+    return Manifest(
+        source=plan.source,
+        files={path.name: size for path, size in plan.opened.files.items()},
+        fingerprint=fingerprint(plan.leaves),
+        dtype=DTYPES[dtype],
+        model=sizes(plan.model, plan.kind.sections, free=plan.kind.free),
         notes=notes,
     )
+
+
+def _copy(plan: Plan, reader: Reader, writer: Writer) -> int:
+    """Reads every leaf and gives it to the writer; the bytes written."""
+    groups = map(reader.begin, _groups(_in_file_order(plan), reader.targets))
+    before: list[mmap.mmap] = []
+    written = 0
+    # The next group is being read while this one waits for the last one to be written.
+    for group, _ in itertools.pairwise(itertools.chain(groups, [Reading([], [])])):
+        arrays = dict(future.result() for future in group.arrays)
+        writer.add(arrays)  # the group before is on the disk now
+        written += sum(array.nbytes for array in arrays.values())
+        reader.buffers.give_back(before)
+        before = group.memory
+    PICKLED.release()
+    return written
 
 
 def fingerprint(leaves: Sequence[Leaf]) -> str:

@@ -15,6 +15,7 @@ from emollama_jax.data.builders import listing
 from emollama_jax.data.builders.official import OfficialSet
 from emollama_jax.data.emotions import LABEL_SPACES, LabelSpace
 from emollama_jax.data.media import PICTURES
+from emollama_jax.data.sets import PICTURE, Testing
 from emollama_jax.errors import UserError
 
 LISTS = {"train": "training", "test": "validation"}
@@ -119,7 +120,8 @@ def _reason(label: float, width: float, where: str) -> str | None:
     return "face_width below 0" if width < 0 else None
 
 
+TESTING = Testing(PICTURE, "the set's face box")
 SEVEN, EIGHT = (
-    OfficialSet(name, LABEL_SPACES[name], list_tree, place="affectnet")
+    OfficialSet(name, LABEL_SPACES[name], list_tree, place="affectnet", testing=TESTING)
     for name in ("affectnet7", "affectnet8")
 )

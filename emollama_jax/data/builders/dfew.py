@@ -16,6 +16,7 @@ from emollama_jax.data.builders import listing
 from emollama_jax.data.builders.official import OfficialSet
 from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.media import VIDEOS
+from emollama_jax.data.sets import CENTRES, SCENE, Testing
 from emollama_jax.errors import UserError
 
 LISTS, FLAT = "EmoLabel_DataSplit", "label"
@@ -138,4 +139,4 @@ def _entries(tree: listing.Tree, folder: pathlib.Path) -> Iterable[pathlib.Path]
             yield from (folder / name / inner for inner in tree.names(folder / name).values())
 
 
-FAMILY = OfficialSet("dfew", SPACE, list_tree, FOLDS)
+FAMILY = OfficialSet("dfew", SPACE, list_tree, FOLDS, testing=Testing(CENTRES, SCENE))

@@ -12,6 +12,7 @@ from emollama_jax.data.builders import listing
 from emollama_jax.data.builders.official import OfficialSet
 from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.media import PICTURES
+from emollama_jax.data.sets import PICTURE, Testing
 from emollama_jax.errors import UserError
 
 SPLITS = {"train": "FER2013Train", "validation": "FER2013Valid", "test": "FER2013Test"}
@@ -86,4 +87,9 @@ def _trap(path: pathlib.Path) -> str:
     )
 
 
-FAMILY = OfficialSet("ferplus", SPACE, list_tree)
+FAMILY = OfficialSet(
+    "ferplus",
+    SPACE,
+    list_tree,
+    testing=Testing(PICTURE, "FER2013's 48 × 48 faces as they are"),
+)

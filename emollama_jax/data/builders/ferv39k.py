@@ -11,6 +11,7 @@ from emollama_jax.data.builders import listing
 from emollama_jax.data.builders.official import OfficialSet
 from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.media import VIDEOS
+from emollama_jax.data.sets import CENTRES, Testing
 from emollama_jax.errors import UserError
 
 LISTS = {"train": "train_All.csv", "test": "test_All.csv"}
@@ -56,4 +57,4 @@ def list_tree(source: pathlib.Path, fold: int | None) -> listing.Listing:
     )
 
 
-FAMILY = OfficialSet("ferv39k", SPACE, list_tree)
+FAMILY = OfficialSet("ferv39k", SPACE, list_tree, testing=Testing(CENTRES, "the set's face frames"))

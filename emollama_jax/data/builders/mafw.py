@@ -13,6 +13,7 @@ from emollama_jax.data.builders import listing
 from emollama_jax.data.builders.official import OfficialSet
 from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.media import VIDEOS
+from emollama_jax.data.sets import CENTRES, SCENE, Testing
 from emollama_jax.errors import UserError
 
 FOLDS = 5
@@ -103,4 +104,4 @@ def _compare(path: pathlib.Path, rows: list[listing.Entry], captioned: pathlib.P
         )
 
 
-FAMILY = OfficialSet("mafw", SPACE, list_tree, FOLDS)
+FAMILY = OfficialSet("mafw", SPACE, list_tree, FOLDS, testing=Testing(CENTRES, SCENE))

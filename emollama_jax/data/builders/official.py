@@ -9,7 +9,7 @@ from etils import epath
 
 from emollama_jax.data.builders.listing import Listing
 from emollama_jax.data.emotions import LabelSpace
-from emollama_jax.data.sets import Preparation, Report, parse
+from emollama_jax.data.sets import Preparation, Report, Testing, parse
 from emollama_jax.errors import UserError
 
 
@@ -22,6 +22,7 @@ class OfficialSet:
     list_tree: Callable[[pathlib.Path, int | None], Listing]  # (source, fold; None for all)
     folds: int = 0
     place: str = ""  # where it is stored, if not under its name
+    testing: Testing | None = None
     drawn: ClassVar[bool] = False
 
     @property

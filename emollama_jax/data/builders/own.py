@@ -37,6 +37,7 @@ class OwnSets:
     """Every set of a user, under the name that the user gives it."""
 
     names: ClassVar[tuple[str, ...]] = ("own/NAME",)
+    testing: ClassVar[None] = None
     folds: ClassVar[int] = 0
     drawn: ClassVar[bool] = False
 

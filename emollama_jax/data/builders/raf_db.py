@@ -18,6 +18,7 @@ from emollama_jax.data.builders import listing
 from emollama_jax.data.builders.official import OfficialSet
 from emollama_jax.data.emotions import LABEL_SPACES, SYNONYMS
 from emollama_jax.data.media import PICTURES
+from emollama_jax.data.sets import PICTURE, Testing
 from emollama_jax.errors import UserError
 
 LIST = "EmoLabel/list_patition_label.txt"
@@ -169,4 +170,5 @@ def _listed(
     return labels
 
 
-FAMILY = OfficialSet("raf_db", SPACE, list_tree)
+ALIGNED = "the set's aligned faces; the face crop is FaceXFormer's, of MTCNN's box"
+FAMILY = OfficialSet("raf_db", SPACE, list_tree, testing=Testing(PICTURE, ALIGNED))

@@ -263,11 +263,6 @@ def curve(points: np.ndarray, *, steps: int = 5) -> np.ndarray:
     return _spline(len(points), steps, False) @ points
 
 
-def closed_curve(points: np.ndarray, *, steps: int = 5) -> np.ndarray:
-    """Returns a smooth closed curve through the points, float32 [N·steps, 2]."""
-    return _spline(len(points), steps, True) @ points
-
-
 def convex_hull(points: np.ndarray) -> np.ndarray:
     """Returns the convex hull of points float32 [N, 2], in order (monotone chain)."""
     ordered = sorted(map(tuple, points.tolist()))
