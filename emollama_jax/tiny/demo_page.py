@@ -16,10 +16,10 @@ from emollama_jax.train.run_log import METRICS, read_metrics
 
 LEDE = (
     "Apart from the photographs, every face on this page was drawn by this program, from the "
-    "muscles that move a face in each emotion. They show nobody, and stand in for pictures that may "
-    "not be redistributed. The whole of EMO-LLaMA runs on them at a small size: it finds and reads "
-    "faces, trains a tiny LLaMA, and answers questions about drawn people it has never seen. The "
-    "numbers show that the parts work together; they say nothing about real faces."
+    "muscles that move a face in each emotion. They show nobody, and stand in for pictures that "
+    "may not be redistributed. The whole of EMO-LLaMA runs on them at a small size: it finds and "
+    "reads faces, trains a tiny LLaMA, and answers questions about drawn people it has never "
+    "seen. The numbers show that the parts work together; they say nothing about real faces."
 )
 PACKAGES = ("emollama-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 DIFFICULTY = {  # key of `report.json` → what it measures
