@@ -11,9 +11,10 @@ base is kept, since adapters on another base would give wrong answers without an
 Orbax' v1 API is used throughout. A packed run (`packed.py`) is read as a checkpoint is.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
@@ -23,9 +24,10 @@ from etils import epath
 from emollama_jax import config, packed
 from emollama_jax.base import Build, abstract_model, base_reference, base_values
 from emollama_jax.config import Config, MeshConfig
+from emollama_jax.disk import is_full, lacking, room
 from emollama_jax.errors import UserError, attempt
 from emollama_jax.models.emollama import EmoLlama
-from emollama_jax.paths import as_path, from_root
+from emollama_jax.paths import as_path, from_root, is_remote
 from emollama_jax.runs import FOLDER, find, is_packed
 from emollama_jax.sharding.distributed import put
 from emollama_jax.sharding.mesh import make_mesh
@@ -72,6 +74,7 @@ class Checkpoints:
             UserError: the folder cannot be made.
         """
         self.directory = as_path(run) / FOLDER
+        self._wanted = 0  # bytes of the last checkpoint
         self._metadata = {"config": _plain(config.to_dict(cfg)), "base": base_reference(cfg)}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._orbax.close()
+        with self._room(0):
+            self._orbax.close()
 
     @property
     def latest(self) -> int | None:
@@ -97,12 +101,34 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def save(self, state: State, *, data: "grain.DatasetIterator") -> None:
-        """Starts writing a checkpoint; returns once the arrays may change again."""
-        self._orbax.save_checkpointables_async(
-            int(state.step),
-            {"params": state.params, "training": state.replace(params={})},
-            custom_metadata=self._metadata | {"data": data.get_state()},
-        )
+        """Starts writing a checkpoint; returns once the arrays may change again.
+
+        Raises:
+            UserError: no room for it, or there was none for the one before.
+        """
+        self._wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        with self._room(self._wanted):
+            self._orbax.save_checkpointables_async(
+                int(state.step),
+                {"params": state.params, "training": state.replace(params={})},
+                custom_metadata=self._metadata | {"data": data.get_state()},
+            )
+
+    @contextlib.contextmanager
+    def _room(self, wanted: int) -> Iterator[None]:
+        """Work that may find the disk full, maybe by the last save, which goes on beside it."""
+        if is_remote(self.directory):
+            yield
+            return
+        try:
+            with room(self.directory, wanted):
+                yield
+        except Exception as error:
+            if is_full(error) and not isinstance(error, UserError):
+                for half in self.directory.glob("*.orbax-checkpoint-tmp"):
+                    half.rmtree(missing_ok=True)
+                raise lacking(self.directory, self._wanted) from error
+            raise
 
     def saved_config(self) -> dict[str, Any]:
         """The config, as a plain tree, that the newest checkpoint was made with."""

@@ -67,6 +67,7 @@ def _evaluate_files(what: Tested, how: Asking, files: PredictionFiles, output: O
     from emollama_jax.evaluate import of_file
     from emollama_jax.evaluate.beside import Place
     from emollama_jax.evaluate.publish import publish
+    from emollama_jax.locks import hold
     from emollama_jax.paths import as_path
 
     place = Place(split=what.split, dir=what.dir, without=how.without)
@@ -74,7 +75,8 @@ def _evaluate_files(what: Tested, how: Asking, files: PredictionFiles, output: O
     if output.out is not None:
         out = as_path(output.out)
         of_file.check_kept(result, out, files.predictions)
-        publish(result, out)
+        with hold(out, instead="choose another --out"):
+            publish(result, out)
     if not output.json:
         print(of_file.lines(result))
         return

@@ -341,6 +341,16 @@ class TrainConfig:
     keep: Number
     log_every: Number
 
+    @pydantic.field_validator("trainable", "projector")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+        return value
+
 
 @_config
 class GenerateConfig:

@@ -27,6 +27,7 @@ from typing import Any, get_args, get_type_hints
 
 import tyro
 
+from emollama_jax.disk import FULL, causes, free, is_full
 from emollama_jax.errors import UserError, did_you_mean
 
 Verb = Callable[..., None]
@@ -35,8 +36,7 @@ Verbs = Mapping[str, Verb]
 USAGE, FAULT, INTERRUPTED, PIPE = 2, 70, 130, 141  # exit statuses; 70 is sysexits' EX_SOFTWARE
 LONG = 80  # characters of a sentence in the list of verbs
 FRAMES = 4  # of a short traceback
-# Errors of the operating system that a user can mend, also where they name no file.
-FULL = (errno.ENOSPC, errno.EDQUOT)
+# Errors of the operating system that a user can mend.
 MENDABLE = {
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
@@ -209,19 +209,23 @@ def _one_line(text: str) -> str:
 
 
 @contextlib.contextmanager
-def boundary(args: Sequence[str]) -> Iterator[None]:
+def boundary(args: Sequence[str], *, program: str = "emollama") -> Iterator[None]:
     """Turns what is raised into a message and an exit status.
 
     Args:
         args: words of the command, for a report.
+        program: name of the command, for messages.
     """
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what is no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     beside: list[str] = []  # what other threads raised; most of it comes back to this one
     hook, threading.excepthook = threading.excepthook, lambda held: beside.append(_thread(held))
     try:
         yield
         print(*beside, sep="\n", end="", file=sys.stderr)
     except UserError as error:
-        _say(str(error))
+        _say(program, str(error))
         sys.exit(USAGE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -231,31 +235,35 @@ def boundary(args: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         line = disk_error(error)
         if line is not None:
-            _say(line)
+            _say(program, line)
             sys.exit(USAGE)
-        print(_report(error, args, beside), file=sys.stderr)
+        print(_report(error, [program, *args], beside), file=sys.stderr)
         sys.exit(FAULT)
     finally:
         threading.excepthook = hook
 
 
 def disk_error(error: BaseException, out: object = None) -> str | None:
-    """One line about an error of the operating system; None if a user cannot fix it.
+    """One line about an error of the operating system or of memory; None if no user can fix it.
 
     Args:
         error: the libraries below wrap it now and then: those that it came from are asked too.
         out: folder that the command writes, for an error that names no file.
     """
-    for cause in _causes(error):
-        full = f"{os.strerror(errno.ENOSPC)}".lower() in str(cause).lower()
-        if not isinstance(cause, OSError) and not full:
-            continue
-        number = errno.ENOSPC if full else getattr(cause, "errno", None)
-        file = getattr(cause, "filename", None) or (out if number in FULL else None)
-        if number in FULL:
-            place = "" if file is None else f"{file}: "
-            return f"{place}{os.strerror(number)}: free some space, then re-run the command"
-        if number in MENDABLE and file is not None and not str(file).startswith(PACKAGE):
+    if isinstance(error, MemoryError):
+        return "not enough memory: close other programs, or choose smaller batches or media"
+    if is_full(error):
+        files = [getattr(cause, "filename", None) for cause in causes(error)]
+        place = next((os.fsdecode(file) for file in (*files, out) if file), None)
+        numbers = [getattr(cause, "errno", None) for cause in causes(error)]
+        what = os.strerror(next((n for n in numbers if n in FULL), errno.ENOSPC))
+        where = "" if place is None else f"{place}: "
+        left = "" if place is None or "://" in place else f" ({free(place):,} bytes are free)"
+        return f"{where}{what}: free some space{left}, then re-run the command to resume"
+    for cause in causes(error):
+        number, file = getattr(cause, "errno", None), getattr(cause, "filename", None)
+        ours = file is None or os.fsdecode(file).startswith(PACKAGE)
+        if isinstance(cause, OSError) and number in MENDABLE and not ours:
             return f"{os.fsdecode(file)}: {os.strerror(number)}: {MENDABLE[number]}"
     return None
 
@@ -280,12 +288,6 @@ def _is_options(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
 def _thread(held: threading.ExceptHookArgs) -> str:
     """What Python would print of an exception in a thread."""
     lines = traceback.format_exception(held.exc_type, held.exc_value, held.exc_traceback)
@@ -293,11 +295,13 @@ def _thread(held: threading.ExceptHookArgs) -> str:
     return f"Exception in thread {name}:\n{''.join(lines)}"
 
 
-def _say(line: str) -> None:
-    print(f"emollama: {line}", file=sys.stderr)
+def _say(program: str, line: str) -> None:
+    """Prints a message; what would move a terminal's cursor, of a file's name, is spelled out."""
+    line = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda sign: repr(sign[0])[1:-1], line)
+    print(f"{program}: {line}", file=sys.stderr)
 
 
-def _report(error: Exception, args: Sequence[str], beside: Sequence[str]) -> str:
+def _report(error: Exception, words: Sequence[str], beside: Sequence[str]) -> str:
     """A short traceback, and what to do with the whole of it."""
     whole = "\n".join(["".join(traceback.format_exception(error)), *beside])
     frames = traceback.extract_tb(error.__traceback__)
@@ -305,21 +309,21 @@ def _report(error: Exception, args: Sequence[str], beside: Sequence[str]) -> str
     shown = [frame for frame in own[-FRAMES:] if frame is not frames[-1]] + [frames[-1]]
     lines = [line.rstrip("\n") for line in traceback.format_list(shown)]
     what = " ".join("".join(traceback.format_exception_only(error)).split())
-    command = shlex.join(["emollama", *args])
-    words = f"{whole}\n{command}\n{version()}, {platform.platform()}\n"
+    command, program = shlex.join(words), words[0]
+    text = f"{whole}\n{command}\n{version()}, {platform.platform()}\n"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="emollama-", suffix=".txt", delete=False
         ) as file:
-            file.write(words)
+            file.write(text)
         saved = f"the full traceback is in {file.name}"
     except OSError:
         saved = f"the full traceback:\n{whole}"
     return "\n".join(
         [
             *lines,
-            f"emollama: {what[:500]}",
-            "emollama did not expect this: probably our bug. Please report it with these lines:",
+            f"{program}: {what[:500]}",
+            f"{program} did not expect this: probably our bug. Please report it with these lines:",
             f"  command   {command}",
             f"  versions  {version()}, {platform.platform()}",
             f"  and attach the file: {saved}",

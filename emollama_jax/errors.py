@@ -14,8 +14,19 @@ from typing import Any
 SETTLE = 0.5  # seconds for the other reads of a checkpoint after one failed
 
 
+LONGEST = 4000  # characters of a message
+
+
 class UserError(Exception):
-    """Bad input; its one line names the thing, the values found and wanted, and the next step."""
+    """Bad input; its one line names the thing, the values found and wanted, and the next step.
+
+    Of a longer message, whose middle is what some file holds, both ends are kept.
+    """
+
+    def __init__(self, message: str):
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+        super().__init__(message)
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

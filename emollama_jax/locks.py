@@ -85,6 +85,34 @@ def hold(folder: epath.PathLike, *, instead: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def hold_new(path: str | os.PathLike, *, instead: str) -> Iterator[None]:
+    """Keeps other processes from making the same file or folder, which is not there yet.
+
+    The lock is a file beside it, `.NAME.lock`, removed in the end.
+
+    Args:
+        path: on a disk.
+        instead: advice to the second process.
+
+    Raises:
+        UserError: another process is making it.
+    """
+    path = pathlib.Path(path)
+    lock = path.with_name(f".{path.name}{FILE}")
+    busy = f"{path}: another process is writing it: wait for it to end, or {instead}"
+    while True:
+        file = lock_file(lock, busy=busy)
+        if os.fstat(file).st_nlink:
+            break
+        os.close(file)  # it was removed between its opening and its locking
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
+@contextlib.contextmanager
 def _hold_file(folder: epath.Path, instead: str) -> Iterator[None]:
     path = pathlib.Path(folder) / FILE
     try:

@@ -19,8 +19,9 @@ import yaml
 from etils import epath
 from safetensors.numpy import save
 
-from emollama_jax import yaml_file
+from emollama_jax import foreign_json, yaml_file
 from emollama_jax.config import Config, to_dict
+from emollama_jax.disk import whole_file
 from emollama_jax.errors import UserError
 from emollama_jax.models import parameters
 from emollama_jax.paths import as_path, on_disk
@@ -76,9 +77,8 @@ def write(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     (folder / ABOUT).write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-    half = folder / f"{PACKED}.part"
-    half.write_bytes(data)  # as others may read it: `save_file` writes for its owner alone
-    half.replace(folder / PACKED)
+    with whole_file(folder / PACKED, wanted=len(data)) as half:
+        half.write_bytes(data)  # as others may read it: `save_file` writes for its owner alone
 
 
 def read_origin(folder: epath.PathLike) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def read_origin(folder: epath.PathLike) -> dict[str, Any]:
     """
     folder = on_disk(folder, instead="copy it here first: gcloud storage cp -r gs://… FOLDER")
     try:
-        about = json.loads((folder / ABOUT).read_text())
+        about = foreign_json.parse((folder / ABOUT).read_bytes())
         found = about["format"]
         missing = {"base", "sha256", "learned_from"} - about.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

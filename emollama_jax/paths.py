@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
+from emollama_jax.disk import whole_file
 from emollama_jax.errors import UserError
 
 REMOTE = re.compile(r"\w+://")
@@ -67,11 +68,10 @@ def parts_folder(folder: pathlib.Path, of: Any) -> pathlib.Path:
         folder: parent folder of the parts.
         of: values that the work depends on, as JSON.
     """
-    mark = folder / "of.json"
-    if not mark.exists() or json.loads(mark.read_text()) != of:
+    mark, text = folder / "of.json", json.dumps(of)
+    if not mark.exists() or mark.read_text() != text:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        mark.write_text(json.dumps(of))
+        write_whole(epath.Path(mark), text)
     return folder
 
 
@@ -81,9 +81,9 @@ def write_whole(path: epath.Path, text: str) -> None:
     if is_remote(path):  # an object appears when it is complete
         path.write_text(text)
         return
-    half = path.with_name(path.name + ".part")
-    half.write_text(text)
-    half.replace(path)
+    data = text.encode()
+    with whole_file(path, wanted=len(data)) as half:
+        half.write_bytes(data)
 
 
 def _check_filesystem(text: str) -> None:

@@ -2,12 +2,12 @@
 
 Predictions, a user's own lists and the official lists all come through here, so that what is
 tolerated (marks, line ends, blank lines, quoted line breaks, spaces around cells) and what is
-refused (a column twice, a row of another length, a key twice, other encodings) is the same for all.
+refused (a column twice, a row of another length, a key twice, other encodings, JSON that is nested
+without end) is the same for all.
 """
 
 import csv
 import io
-import json
 import pathlib
 import re
 import sys
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from emollama_jax import foreign_json
 from emollama_jax.errors import UserError
 
 Rows = list[tuple[int, dict[str, Any]]]  # line number, or the object's in a list; cells by name
@@ -187,7 +188,7 @@ def _json_list(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, A
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_pairs)
+    return foreign_json.parse(text, pairs=_pairs)
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

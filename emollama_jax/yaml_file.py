@@ -11,6 +11,9 @@ import yaml
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
 
+LARGEST = 2**18  # characters of a config; the longest here has 4,000
+BRACKETS = 1000
+
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -27,6 +30,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if ":" in node.value:  # YAML 1.1 reads 1:30 as 90
+        raise ValueError(f"{node.value} is a number in base 60: write a plain one, or quote it")
+    return loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -43,6 +53,11 @@ def parse(text: str, *, name: str) -> Any:
     Raises:
         UserError: not YAML, a tag or a nesting that configs have no use for, a key given twice.
     """
+    # PyYAML takes seconds for what no config has.
+    if len(text) > LARGEST:
+        raise UserError(f"{name}: {len(text):,} characters, wanted a config of at most {LARGEST:,}")
+    if text.count("[") + text.count("{") > BRACKETS:
+        raise UserError(f"{name}: not a config: more than {BRACKETS:,} brackets")
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except UserError as error:

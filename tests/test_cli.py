@@ -22,8 +22,10 @@ from emollama_jax import base, cli, config, dispatch
 from emollama_jax.cli_words import LogLines, new_console, remove_handlers
 from emollama_jax.data import inspect, sets
 from emollama_jax.data.split import Split
+from emollama_jax.errors import UserError
 from emollama_jax.locks import hold
 from emollama_jax.tiny import builder
+from tools import command
 
 HERE = pathlib.Path(emollama_jax.__file__).parent
 
@@ -246,6 +248,45 @@ def test_a_fault_of_ours_asks_for_a_report(capsys, monkeypatch, tmp_path, error)
     assert f"jax {jax.__version__}" in err and "in run\n" in err
     (saved,) = tmp_path.glob("emollama-*.txt")
     assert str(saved) in err and "Traceback" in saved.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a\x1b[2Jb\rc", r"a\x1b[2Jb\rc"),  # a name that would clear the screen
+        ("x" * 10_000 + ": rename it", "x … x"),
+        ("café \ud800", r"café \ud800"),
+    ],
+)
+def test_messages_hold_what_a_terminal_can_bear(capfd, monkeypatch, text, said):
+    failing(monkeypatch, UserError(text))
+    err = refused(capfd, "train")
+    assert said in err and len(err) < 4200
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    failing(monkeypatch, MemoryError())
+    assert "not enough memory: close other programs" in refused(capsys, "train")
+
+
+def test_tools_end_as_the_program_does(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def ends(error):
+        def work():
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            command.run("package_run", work, ["RUN"])
+        return stop.value.code, capsys.readouterr().err
+
+    assert ends(UserError("RUN: no such folder")) == (2, "package_run: RUN: no such folder\n")
+    assert ends(KeyboardInterrupt()) == (130, "")
+    status, err = ends(PermissionError(errno.EACCES, "denied", "/x"))
+    assert status == 2 and err.startswith("package_run: /x: Permission denied")
+    status, err = ends(KeyError("lost"))
+    assert status == 70 and "  command   package_run RUN\n" in err
+    assert len(list(tmp_path.glob("emollama-*.txt"))) == 1
 
 
 def test_an_exception_of_a_thread_goes_into_the_report(capsys, monkeypatch, tmp_path):

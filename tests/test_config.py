@@ -366,12 +366,16 @@ TINY = (config.config_dir() / "tiny.yaml").read_text()
         (TINY + "\n? [1]\n: 2\n", "unhashable key"),
         (TINY + "\n---\na: 1\n", "another document"),
         (TINY.replace("\ntrain:", "\ntrain: &a\n  me: *a"), "unknown key train.me"),
-        ("[" * 100_000, "nested too deeply"),
-        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("[" * 100_000, "not a config: more than 1,000 brackets"),
+        ("a: " + "[" * 500 + "]" * 500, "nested too deeply"),
+        ("a:\n  " + "- " * 20_000, "nested too deeply"),
+        (TINY + "#" * 2**18, "wanted a config of at most 262,144"),
+        (TINY.replace("steps: 300", "steps: 1:30"), "1:30 is a number in base 60"),
+        (TINY.replace("trainable: [", "trainable: ['(', "), "'\\(' is no regular expression"),
         (b"\0\0", "not YAML"),
         ("\n".join(f"key{i}: 1" for i in range(1000)), "and 998 more"),
     ],
-    ids=range(19),
+    ids=range(23),
 )  # fmt: skip
 def test_odd_yaml_gets_one_line(tmp_path, content, said):
     path = tmp_path / "odd.yaml"

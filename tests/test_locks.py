@@ -17,7 +17,7 @@ import pytest
 
 from emollama_jax import locks
 from emollama_jax.errors import UserError
-from emollama_jax.locks import hold, lock_file
+from emollama_jax.locks import hold, hold_new, lock_file
 from tests.helpers.fake_gcs import Bucket
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -99,6 +99,33 @@ def test_a_disk_without_locks_warns_and_other_errors_are_raised(tmp_path, monkey
     fails(errno.EIO)
     with pytest.raises(OSError, match="Input/output"):
         lock_file(tmp_path / "x", busy="")
+
+
+def test_what_is_not_there_yet_is_made_once(tmp_path):
+    out = tmp_path / "weights"
+    with (
+        hold_new(out, instead="choose another --out"),
+        pytest.raises(UserError, match="weights: another process is writing it: wait for it to"),
+    ):
+        hold_new(out, instead="choose another --out").__enter__()
+    assert os.listdir(tmp_path) == []
+    with hold_new(out, instead=""):  # released
+        assert not out.exists()
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_taken_again(tmp_path, monkeypatch):
+    real, seen = locks.lock_file, []
+
+    def lock_file(path, *, busy):
+        file = real(path, busy=busy)
+        if not seen:  # another process just ended, and removed it
+            path.unlink()
+        seen.append(file)
+        return file
+
+    monkeypatch.setattr(locks, "lock_file", lock_file)
+    with hold_new(tmp_path / "weights", instead=""):
+        assert len(seen) == 2 and (tmp_path / ".weights.lock").exists()
 
 
 # ------------------------------------------------------------------ buckets

@@ -1,22 +1,18 @@
-"""How the tools' commands end: bad input is one line and exit status 2, an interrupt status 130."""
+"""How the tools' commands end: as `emollama`'s do (`dispatch.boundary`)."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from emollama_jax.errors import UserError
+from emollama_jax.dispatch import boundary
 
 
-def run(name: str, command: Callable[[], object]) -> None:
+def run(name: str, command: Callable[[], object], args: Sequence[str] | None = None) -> None:
     """Runs a command.
 
     Args:
         name: name of the tool, shown before an error.
         command: function to run.
+        args: words of the command, for a report; the program's own by default.
     """
-    try:
+    with boundary(sys.argv[1:] if args is None else args, program=name):
         command()
-    except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

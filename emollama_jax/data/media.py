@@ -140,7 +140,7 @@ def read_frames(source: Source, pick: Pick) -> Clip:
             indices = choose(count, fps)
             wanted = set(indices.tolist())
             size = stream.codec_context.width * stream.codec_context.height
-            _check_total(source, len(wanted), size)
+            _check_total(source, len(wanted), size, video.MAX_CLIP)
             found = video.select(stream, held, wanted, name=name_of(source)) if held else None
         if found is not None:
             return Clip([found[i] for i in indices.tolist()], indices, count, fps)
@@ -154,7 +154,8 @@ def read_frames(source: Source, pick: Pick) -> Clip:
             decoded = index + 1
             if picture is not None:
                 if not kept:
-                    _check_total(source, len(wanted), picture.shape[0] * picture.shape[1])
+                    size = picture.shape[0] * picture.shape[1]
+                    _check_total(source, len(wanted), size, video.MAX_CLIP)
                 kept[index] = picture
             if len(kept) == len(wanted):
                 return Clip([kept[i] for i in indices.tolist()], indices, count, fps)
@@ -167,11 +168,18 @@ def read_frames(source: Source, pick: Pick) -> Clip:
 
 
 def read_video(source: Source) -> Iterator[Picture]:
-    """Yields every frame of a clip, one at a time. Raises what `read_frames` raises."""
+    """Yields every frame of a clip, one at a time.
+
+    Raises:
+        UserError: as `read_frames`, and for more than `video.MAX_WHOLE` pixels in all.
+    """
     count, _ = _probe(source)
     decoded = 0
     for _, picture in _stream(source, range(count)):
         if picture is not None:
+            if not decoded:
+                size = picture.shape[0] * picture.shape[1]
+                _check_total(source, count, size, video.MAX_WHOLE)
             decoded += 1
             yield picture
     if decoded == 0:
@@ -272,11 +280,11 @@ def _square(image: Image.Image) -> Image.Image:
     return square
 
 
-def _check_total(source: Source, frames: int, size: int) -> None:
-    if frames * size > video.MAX_CLIP:
+def _check_total(source: Source, frames: int, size: int, most: int) -> None:
+    if frames * size > most:
         raise UserError(
             f"{name_of(source)}: {frames} frames of {size:,} pixels, wanted at most "
-            f"{video.MAX_CLIP:,} together; scale the clip down first"
+            f"{most:,} together; scale the clip down first"
         )
 
 

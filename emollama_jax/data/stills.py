@@ -30,7 +30,8 @@ from emollama_jax.errors import UserError
 Picture = UInt8[np.ndarray, "h w 3"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs; 9,459 × 9,459
-MAX_ANIMATION = 2**28  # pixels of all frames of an animation, each of which has to be decoded
+MAX_FRAME = 2**25  # pixels of one frame of a clip; 8K video has 33,177,600
+MAX_ANIMATION = 2**27  # pixels of all frames of an animation, each of which has to be decoded
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 BITS = (8, 10, 12, 14, 16)
@@ -161,7 +162,8 @@ def count_frames(image: Image.Image) -> int:
 
 
 def check_animation(image: Image.Image, frames: int, name: str) -> None:
-    """Raises UserError where all frames together are over MAX_ANIMATION."""
+    """Raises UserError where a frame is over MAX_FRAME, or all together over MAX_ANIMATION."""
+    check_frame(image.size, name)
     pixels = frames * image.width * image.height
     if pixels > MAX_ANIMATION:
         raise UserError(
@@ -372,6 +374,13 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         raise UserError(too_large(name, f"{size[0]}×{size[1]}"))
 
 
-def too_large(name: str, found: str, *, what: str = "picture") -> str:
-    """Message about a picture, or frames, over MAX_PIXELS."""
-    return f"{name}: {what} of {found} pixels, wanted at most {MAX_PIXELS:,}; shrink it first"
+def check_frame(size: tuple[int, int], name: str) -> None:
+    """Raises UserError for a frame of a clip over MAX_FRAME."""
+    if size[0] * size[1] > MAX_FRAME:
+        found = f"{size[0]}×{size[1]}"
+        raise UserError(too_large(name, found, what="frames", most=MAX_FRAME))
+
+
+def too_large(name: str, found: str, *, what: str = "picture", most: int = MAX_PIXELS) -> str:
+    """Message about a picture, or frames, of too many pixels."""
+    return f"{name}: {what} of {found} pixels, wanted at most {most:,}; shrink it first"

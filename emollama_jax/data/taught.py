@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from emollama_jax.data.face_labels import AGE_LABELS
 from emollama_jax.data.split import Split
+from emollama_jax.disk import whole_file
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
 
@@ -71,9 +72,8 @@ def write_labels(path: pathlib.Path, labels: Labels, of: Mapping[str, str]) -> N
 
 def write_columns(path: pathlib.Path, columns: Mapping[str, np.ndarray]) -> None:
     """Writes an `.npz` file that appears whole or not at all."""
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **columns)  # ty: ignore[invalid-argument-type]  # "allow_pickle" is no column
-    partial.replace(path)
+    with whole_file(path) as half, half.open("wb") as file:
+        np.savez(file, **columns)  # ty: ignore[invalid-argument-type]  # "allow_pickle" is no column
 
 
 def read_columns(path: epath.PathLike) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import dataclasses
 import json
 from typing import Any
 
+from emollama_jax import foreign_json
 from emollama_jax.errors import UserError
 
 TEMPLATE_FILE = "template.json"  # of a folder of converted weights: {"name": …, "system": …}
@@ -144,7 +145,7 @@ def read_template(text: str, *, name: Any) -> Template:
     """
     wanted = f'wanted {{"name": one of {", ".join(TEMPLATES)}, "system": text}}'
     try:
-        held = json.loads(text)
+        held = foreign_json.parse(text)
         template, system = TEMPLATES[held["name"]], held["system"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{name}: names no conversation format, {wanted}: convert again") from None

@@ -22,7 +22,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from emollama_jax import config_weights
+from emollama_jax import config_weights, foreign_json
 from emollama_jax.config import TokenizerConfig
 from emollama_jax.data.templates import CONTROL
 from emollama_jax.errors import UserError
@@ -148,7 +148,7 @@ def from_files(text: str, settings: Mapping[str, Any]) -> JsonTokenizer:
     if eos is None:
         raise ValueError(f"{TOKENIZER_CONFIG} names no eos_token")
     pad = named("pad_token") or eos
-    tree = json.loads(text)
+    tree = foreign_json.parse(text)
     special = {*CONTROL, bos, eos, pad, named("unk_token")}
     for token in tree.get("added_tokens", []):  # what only formats may place is never read in text
         token["special"] = token["special"] or token["content"] in special
@@ -184,7 +184,7 @@ def load_tokenizer(
         ) from None
     try:
         if cfg.kind == "json":
-            return from_files(content.decode(), json.loads(beside))
+            return from_files(content.decode(), foreign_json.parse(beside))
         if cfg.kind == "sentencepiece":
             return SentencePieceTokenizer(content)
         if cfg.kind == "bpe":

@@ -20,11 +20,12 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from emollama_jax.data.file_kinds import Source, name_of, one_line, open_binary
-from emollama_jax.data.stills import MAX_PIXELS, Picture, too_large
+from emollama_jax.data.stills import Picture, check_frame
 from emollama_jax.errors import UserError
 
 MAX_HELD = 2**26  # bytes of a video file whose packets are held between counting and decoding
-MAX_CLIP = 2**28  # pixels of all frames that are held together; 0.8 GB
+MAX_CLIP = 2**28  # pixels of the sampled frames, which are held together; 0.8 GB
+MAX_WHOLE = 2**30  # pixels of all frames of a clip, where all are wanted; 17 s of 1080p
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,m4v,h264,hevc,ivf,nut,mxf,dv,rm"
 
 
@@ -46,7 +47,7 @@ def opened(source: Source, *, formats: str = CONTAINERS) -> Iterator[tuple[Any, 
         formats: formats that FFmpeg may open.
 
     Raises:
-        UserError: no video, no decoder for it, frames over MAX_PIXELS, broken.
+        UserError: no video, no decoder for it, frames over MAX_FRAME, broken.
     """
     import av.stream  # imported here: FFmpeg's libraries are large and most commands need none
 
@@ -71,7 +72,7 @@ def opened(source: Source, *, formats: str = CONTAINERS) -> Iterator[tuple[Any, 
                     f"{name}: video in a codec that FFmpeg cannot decode; save it as H.264 with "
                     "the program that made it"
                 )
-            _check_size(name, stream.codec_context.width, stream.codec_context.height)
+            check_frame((stream.codec_context.width, stream.codec_context.height), name)
             yield container, stream
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         raise NotAVideo(f"{name}: not a readable video ({one_line(error)})") from None
@@ -195,13 +196,8 @@ def no_frames(source: Source) -> str:
     return f"{name_of(source)}: video without frames"
 
 
-def _check_size(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UserError(too_large(name, f"{width}×{height}", what="frames"))
-
-
 def _picture(converter: Any, frame: Any, name: str) -> Picture:
-    _check_size(name, frame.width, frame.height)
+    check_frame((frame.width, frame.height), name)
     clear = any(component.is_alpha for component in frame.format.components)
     try:
         found = converter.reformat(frame, format="rgba" if clear else "rgb24", threads=1)

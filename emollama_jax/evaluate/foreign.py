@@ -82,7 +82,7 @@ def read_foreign(
         parsed = parse_answer(cell, space, form=form)
         found.append(
             Prediction(
-                id=str(row[columns.id_column]) if columns.id_column else f"line {line}",
+                id=_id(path, line, row, columns.id_column),
                 source=path.name,
                 label=words[truth],
                 predicted=parsed.label,
@@ -128,6 +128,19 @@ def _truth(path: pathlib.Path, line: int, cell: Any) -> str:
     if not text:
         raise UserError(f"{path}, line {line}: no truth; every item needs its true label")
     return text.casefold()
+
+
+def _id(path: pathlib.Path, line: int, row: Mapping[str, Any], column: str | None) -> str:
+    """The item's name."""
+    if column is None:
+        return f"line {line}"
+    cell = row.get(column)
+    if not isinstance(cell, str | int | float) or cell == "":
+        raise UserError(
+            f"{path}, line {line}: {column} is {json.dumps(cell)[:80]}, wanted the item's id: a "
+            "text or a number"
+        )
+    return str(cell)
 
 
 def _answer(cell: Any) -> Any:

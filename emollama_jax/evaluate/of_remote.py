@@ -33,6 +33,7 @@ from emollama_jax.evaluate.protocol import Prediction, subject_of
 from emollama_jax.evaluate.publish import publish
 from emollama_jax.evaluate.result import Answers, Result, Settings
 from emollama_jax.evaluate.trace import data_hash, predictions_hash, versions
+from emollama_jax.locks import hold
 from emollama_jax.remote.clients import check_spec
 from emollama_jax.remote.journal import Entry, Journal
 from emollama_jax.remote.prices import price_of
@@ -148,6 +149,11 @@ def evaluate_remote(options: ZeroShot, home: pathlib.Path, console: Console) -> 
     Raises:
         UserError: as `answer`, or no such fold.
     """
+    with hold(home, instead="choose another --out"):
+        return _evaluate_folds(options, home, console)
+
+
+def _evaluate_folds(options: ZeroShot, home: pathlib.Path, console: Console) -> Result:
     names = folds.names(options.data, options.fold, without=options.without)
     results, left = [], options.limits.budget  # one budget for all folds
     for number, name in names:

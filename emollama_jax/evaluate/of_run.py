@@ -1,5 +1,6 @@
 """The `Result` of a trained run on one prepared split, or on every fold of a set."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ from emollama_jax.evaluate.trace import (
 )
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.runs import PACKAGE, find
-from emollama_jax.sharding.distributed import leads
+from emollama_jax.sharding.distributed import hold_together, leads
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.status import Bars
 
@@ -72,6 +73,21 @@ def evaluate_runs(
     for cfg, (_, name) in zip(configs, names, strict=True):  # before any model is loaded
         check_unseen(cfg, name, what.split)
     console = console if leads() else Console(quiet=True)
+    with contextlib.ExitStack() as stack:
+        hold_together(home, stack, instead="choose another --out")
+        return _evaluate_folds(what, how, paths, configs, home, console), home
+
+
+def _evaluate_folds(
+    what: Tested,
+    how: Asking,
+    paths: Sequence[str],
+    configs: Sequence[Config],
+    home: str,
+    console: Console,
+) -> Result:
+    """Evaluates the run of each fold, and publishes every result."""
+    names = folds.names(what.name, what.fold, without=how.without)
     results, loaded = [], ""
     for path, cfg, (number, name) in zip(paths, configs, names, strict=True):
         if path != loaded:
@@ -86,13 +102,13 @@ def evaluate_runs(
             publish(result, f"{home}/fold{number}" if len(names) > 1 else home)
         results.append(result)
     if len(results) == 1:
-        return results[0], home
+        return results[0]
     title = f"{folds.title_of(what.name)}, {what.split}"
     command = _command(what.name, what.split, how) + " --fold all"
     result = folds.join(results, what.name, what=title, command=command)
     if leads():
         publish(result, home)
-    return result, home
+    return result
 
 
 def evaluate_run(

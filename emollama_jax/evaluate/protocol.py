@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 from etils import epath
 
+from emollama_jax import foreign_json
 from emollama_jax.data.emotions import LabelSpace
 from emollama_jax.data.sets import known_family
 from emollama_jax.errors import UserError
@@ -219,7 +220,8 @@ def read_predictions(path: epath.PathLike) -> list[Prediction]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                items.append(_read(json.loads(line.rstrip())))
+                items.append(_read(foreign_json.parse(line.rstrip())))
+                _check_scores(items[0].scores, items[-1].scores)
             except json.JSONDecodeError as error:
                 why = f"not JSON ({error.msg}, column {error.colno})"
                 raise UserError(f"{path}, line {number}: {why}") from None
@@ -260,6 +262,13 @@ def _read(tree: Any) -> Prediction:
         _demand(good, "options", options, "a list of texts, or null")
         tree = tree | {"options": tuple(options)}
     return Prediction(**tree)
+
+
+def _check_scores(first: Mapping[str, float] | None, found: Mapping[str, float] | None) -> None:
+    if first and found and first.keys() != found.keys():
+        raise ValueError(
+            f"scores of {', '.join(found)}, wanted the classes of line 1: {', '.join(first)}"
+        )
 
 
 def _demand(good: bool, name: str, found: object, wanted: str) -> None:

@@ -17,15 +17,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from emollama_jax.ahead import ahead
 from emollama_jax.data.face_crop import track
 from emollama_jax.data.media import read_image, read_video
 from emollama_jax.data.priors import PER_EXAMPLE, PER_FRAME, Prior
 from emollama_jax.data.sets import Report
+from emollama_jax.disk import sweep, whole_file
 from emollama_jax.errors import UserError
 from emollama_jax.faces.reader import Detect, Reader, cut_out, read_faces
-from emollama_jax.paths import parts_folder
+from emollama_jax.paths import parts_folder, write_whole
 
 CHUNK = {"image": 512, "clip": 32}  # examples of one resumable part
 GROUP = 256  # frames that are searched and read together, at least; one clip's stay together
@@ -93,6 +95,7 @@ def prepare_priors(
         return Summary(**done["summary"], frames_done=0, seconds=0.0)
     shutil.rmtree(folder, ignore_errors=True)
     parts = parts_folder(folder.with_name(folder.name + ".parts"), mark)
+    sweep(parts)
     began, frames = time.monotonic(), 0
     chunk = CHUNK[examples[0]["kind"]] if len(examples) else 1
     files = []
@@ -111,7 +114,7 @@ def prepare_priors(
             frames += sum(len(prior.found) for prior in priors)
         progress(stop, len(examples))
     summary = _join(files, folder)
-    path.write_text(json.dumps({"of": mark, "summary": summary}))
+    write_whole(epath.Path(path), json.dumps({"of": mark, "summary": summary}))
     shutil.rmtree(parts)
     return Summary(**summary, frames_done=frames, seconds=time.monotonic() - began)
 
@@ -180,9 +183,9 @@ def _save(path: pathlib.Path, priors: Sequence[Prior]) -> None:
     arrays = {name: np.concatenate([getattr(p, name) for p in priors]) for name in PER_FRAME}
     arrays |= {name: np.stack([getattr(p, name) for p in priors]) for name in PER_EXAMPLE}
     arrays["counts"] = np.array([len(p.found) for p in priors])
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **arrays)
-    partial.replace(path)
+    wanted = sum(array.nbytes for array in arrays.values())
+    with whole_file(path, wanted=wanted) as half, half.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _join(files: Iterable[pathlib.Path], folder: pathlib.Path) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pydantic
 
+from emollama_jax import foreign_json
 from emollama_jax.data.items import MEDIUM
 from emollama_jax.data.prompts import PLACE
 from emollama_jax.instruct.check import faults
@@ -127,13 +128,15 @@ def judge_conversation(reply: Reply, *, label: str, kind: str) -> Verdict:
     if reply.finish == "cut":
         return Verdict(None, "the answer was cut off before its end; be shorter")
     try:
-        dialogue = Dialogue.model_validate(json.loads(reply.text))
+        dialogue = Dialogue.model_validate(foreign_json.parse(reply.text))
     except json.JSONDecodeError as error:
         return Verdict(None, f"not JSON ({error.msg}, column {error.colno})")
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         return Verdict(None, f"not of the wanted form ({where}: {first['msg']})")
+    except ValueError as error:
+        return Verdict(None, f"not JSON that can be read ({error})")
     turns = [(one_line(t.question, 300), one_line(t.answer, 1200)) for t in dialogue.turns]
     if found := faults(turns, label=label, kind=kind):
         return Verdict(None, "; ".join(found))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from emollama_jax import foreign_json
 from emollama_jax.data.builders.stored import Example
 from emollama_jax.data.media import read_frames, read_image
 from emollama_jax.data.sets import parse
@@ -20,6 +21,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.instruct import ask, store
 from emollama_jax.instruct.options import InstructOptions
 from emollama_jax.instruct.templates import template
+from emollama_jax.locks import hold
 from emollama_jax.paths import on_disk
 from emollama_jax.preflight import at_least
 from emollama_jax.remote.clients import check_spec
@@ -29,6 +31,7 @@ from emollama_jax.remote.prices import Price, price_of
 from emollama_jax.remote.request import Request, jpeg
 from emollama_jax.remote.run import Outcome, Task, ask_model
 from emollama_jax.status import Bars
+from emollama_jax.tables import read_text
 
 # As in EMO-LLaMA's data: FERPlus (grey, 48 pixels wide) has category items only.
 CATEGORY_ONLY = ("ferplus",)
@@ -84,7 +87,12 @@ def instruct(options: InstructOptions, console: Console) -> tuple[pathlib.Path, 
         UserError: not prepared, no descriptions for clips, a service that refuses or keeps failing.
     """
     work = _open(options)
-    folder, by = work.folder, _maker(options, console)
+    with hold(work.folder, instead="choose another --dir"):
+        return _instruct(work, console)
+
+
+def _instruct(work: "Work", console: Console) -> tuple[pathlib.Path, Outcome]:
+    options, folder, by = work.options, work.folder, _maker(work.options, console)
     if by != "gemini":
         _keep_what_was_paid(folder, by)
         found = {} if by == "category" else _templates(work, console)
@@ -260,9 +268,9 @@ def _read_descriptions(path: pathlib.Path) -> dict[str, str]:
     if not path.is_file():
         raise UserError(f"{path}: no such file of descriptions")
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
-            read = json.loads(line)
+            read = foreign_json.parse(line)
             found[str(read["id"])] = str(read["description"])
         except (ValueError, KeyError, TypeError):
             raise UserError(

@@ -1,8 +1,8 @@
 """Writes instruction data: the field's JSON list, and ArrayRecord for this package's training."""
 
+import contextlib
 import io
 import json
-import os
 import pathlib
 import re
 import zipfile
@@ -14,6 +14,7 @@ import numpy as np
 from emollama_jax.data.builders.stored import Example
 from emollama_jax.data.items import CONVERSES, DONE, ITEMS, MEDIUM
 from emollama_jax.data.split import Split
+from emollama_jax.disk import whole_file
 
 JSON = "conversations.json"
 ASIDE = "set_aside.jsonl"
@@ -56,12 +57,17 @@ def write(
     folder, data = pathlib.Path(split.instruct_folder), split.examples
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
-    # Groups of one record: training reads single ones, in any order.
-    records = ArrayRecordWriter(str(folder / (ITEMS + ".part")), "group_size:1")
-    with (
-        (folder / (JSON + ".part")).open("w", encoding="utf-8") as entries,
-        (folder / (ASIDE + ".part")).open("w", encoding="utf-8") as left_out,
-    ):
+    has = np.isin(np.arange(len(data)), list(conversations))
+    with contextlib.ExitStack() as stack:
+        # Files get their names in the reverse of this order: the mark that all is there, last.
+        halves = {
+            name: stack.enter_context(whole_file(folder / name))
+            for name in (DONE, CONVERSES, ASIDE, JSON, ITEMS)
+        }
+        # Groups of one record: training reads single ones, in any order.
+        records = ArrayRecordWriter(str(halves[ITEMS]), "group_size:1")
+        entries = stack.enter_context(halves[JSON].open("w", encoding="utf-8"))
+        left_out = stack.enter_context(halves[ASIDE].open("w", encoding="utf-8"))
         separator = "[\n"
         for index in range(len(data)):
             example = data[index]
@@ -80,15 +86,12 @@ def write(
                 _write_media(folder / MEDIA / path, example["media"])
             progress(index + 1)
         entries.write("\n]\n")
-    records.close()
-    has = np.isin(np.arange(len(data)), list(conversations))
-    with (folder / (CONVERSES + ".part")).open("wb") as file:
-        np.save(file, has)
-    counts = {"examples": len(data), "conversations": int(has.sum()), "set_aside": len(aside)}
-    done = {"set": split.name, "split": split.split, "made_by": made_by, **counts}
-    (folder / (DONE + ".part")).write_text(json.dumps(done, indent=1) + "\n")
-    for name in (ITEMS, JSON, ASIDE, CONVERSES, DONE):
-        os.replace(folder / (name + ".part"), folder / name)
+        records.close()
+        with halves[CONVERSES].open("wb") as file:
+            np.save(file, has)
+        counts = {"examples": len(data), "conversations": int(has.sum()), "set_aside": len(aside)}
+        done = {"set": split.name, "split": split.split, "made_by": made_by, **counts}
+        halves[DONE].write_text(json.dumps(done, indent=1) + "\n")
 
 
 def _json(tree: Any) -> str:

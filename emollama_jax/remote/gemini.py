@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emollama_jax.errors import UserError
-from emollama_jax.remote.request import Reply, Request, Trouble, one_line
+from emollama_jax.remote.request import Reply, Request, Trouble, one_line, text_of, tokens_of
 
 KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")  # the environment's; nothing else is looked at
 
@@ -90,7 +90,7 @@ class Gemini:
         except (httpx2.HTTPError, TimeoutError) as error:
             what = f"{type(error).__name__} {one_line(error)}".strip()
             raise Trouble(what, kind="passing", maybe_paid=True) from None
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             # A body that is no answer: cut off, or no JSON. The SDK does not check before it reads.
             what = f"unreadable response ({one_line(error, 120)})"
             raise Trouble(what, kind="passing", maybe_paid=True) from None
@@ -108,7 +108,9 @@ def _reply(response: Any) -> Reply:
     if usage is not None:
         output = (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0)
         reply = functools.partial(
-            Reply, input_tokens=usage.prompt_token_count, output_tokens=output
+            Reply,
+            input_tokens=tokens_of(usage.prompt_token_count),
+            output_tokens=tokens_of(output),
         )
     if not response.candidates:
         feedback = response.prompt_feedback
@@ -118,7 +120,7 @@ def _reply(response: Any) -> Reply:
         return reply(text="", finish="blocked", why=why, final=True)
     candidate = response.candidates[0]
     parts = (candidate.content and candidate.content.parts) or []
-    text = "".join(part.text for part in parts if part.text and not part.thought)
+    text = text_of([part.text for part in parts if part.text and not part.thought])
     reason = getattr(candidate.finish_reason, "value", "STOP")
     if reason == "MAX_TOKENS":
         return reply(text=text, finish="cut")

@@ -7,18 +7,24 @@ One JSON object a line, only ever appended. The first says what the journal is o
                                why it was rejected, and whether the item is set aside with that
 Answers reach the disk before anything else happens (fsync), so a paid answer is lost only in the
 moment between its arrival and its line. A line that a kill cut short is dropped when the journal is
-opened again. Only one process may write at a time.
+opened again; one that cannot be read is told of and left alone: its item is asked again, and what
+its question cost at the most stays in the sum. Only one process may write at a time.
 """
 
 import dataclasses
 import json
+import logging
+import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from emollama_jax.errors import UserError
+from emollama_jax import foreign_json
+from emollama_jax.errors import UserError, some
 from emollama_jax.locks import lock_file
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -104,7 +110,8 @@ class Journal:
         self._write({"aside": key, "why": why}, sync=True)
 
     def _write(self, line: dict[str, Any], *, sync: bool) -> None:
-        data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        data = foreign_json.plain(text).encode() + b"\n"
         while data:  # a full disk may take a part
             data = data[os.write(self._file, data) :]
         if sync:
@@ -148,18 +155,25 @@ class Journal:
             os.fsync(folder)  # the new name, too
             os.close(folder)
             return
-        for number, line in enumerate(lines, 1):
+        try:
+            found = dict(foreign_json.parse(lines[0])["of"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self._path}, line 1: damaged: it says what the journal is of; move the file "
+                "away to start over (and pay again)"
+            ) from None
+        damaged = []
+        for number, line in enumerate(lines[1:], 2):
             try:
-                read = json.loads(line)
-                if number == 1:
-                    found = read["of"]
-                else:
-                    self._take(read)
+                self._take(_checked(foreign_json.parse(line)))
             except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self._path}, line {number}: damaged; remove the line, or move the file away "
-                    "to start over (and pay again)"
-                ) from None
+                damaged.append(str(number))
+        if damaged:
+            _log.warning(
+                "%s: left out line %s, which cannot be read: its item is asked again",
+                self._path,
+                some(damaged),
+            )
         if found != of:
             names = [name for name in {**found, **of} if found.get(name) != of.get(name)]
             name = names[0]
@@ -167,3 +181,30 @@ class Journal:
                 f"{self._path}: a journal of {name} = {found.get(name)!r}, and this is "
                 f"{of.get(name)!r}; move the file away to start over (and pay again)"
             )
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """A line that `Journal._write` may have written.
+
+    Raises:
+        ValueError: a value of another kind.
+        KeyError: a missing one.
+        TypeError: no object.
+    """
+    texts = [line[name] for name in ("sent", "failed", "answer", "text", "why") if name in line]
+    costs = [] if "aside" in line and "answer" not in line else [line["cost"]]
+    tokens: list[Any] = []
+    if "answer" in line:
+        tokens = [*line["tokens"]]
+        good = len(tokens) == 2 and isinstance(line["aside"], bool) and {"text", "value"} <= {*line}
+        if not good or (line["value"] is None and "why" not in line):
+            raise ValueError("an answer without its parts")
+    elif "aside" in line:
+        texts += [line["aside"], line["why"]]
+    numbers = [*costs, *tokens]
+    whole = all(isinstance(n, int) for n in tokens)
+    if not all(isinstance(text, str) for text in texts) or not whole:
+        raise ValueError("a value of another kind")
+    if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
+        raise ValueError("a number that counts nothing")
+    return line

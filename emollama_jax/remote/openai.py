@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx2
 
+from emollama_jax import foreign_json
 from emollama_jax.errors import UserError
-from emollama_jax.remote.request import Reply, Request, Trouble, one_line
+from emollama_jax.remote.request import Reply, Request, Trouble, one_line, text_of, tokens_of
 
 KEY = "OPENAI_API_KEY"
 
@@ -66,7 +67,7 @@ class OpenAI:
                 raise Trouble("max_tokens has another name here", kind="passing", after=0.0)
             raise _trouble(response)
         try:
-            return _reply(response.json())
+            return _reply(foreign_json.parse(response.content))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             what = f"unreadable response ({one_line(repr(error), 120)})"
             raise Trouble(what, kind="passing", maybe_paid=True) from None
@@ -84,12 +85,13 @@ def _part(part: str | bytes) -> dict[str, Any]:
 
 
 def _reply(tree: dict[str, Any]) -> Reply:
-    choice, usage = tree["choices"][0], tree.get("usage") or {}
-    text = choice["message"].get("content") or ""
+    choice, usage = tree["choices"][0], tree.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    text = text_of(choice["message"].get("content"))
     reply = functools.partial(
         Reply,
-        input_tokens=usage.get("prompt_tokens"),
-        output_tokens=usage.get("completion_tokens"),
+        input_tokens=tokens_of(usage.get("prompt_tokens")),
+        output_tokens=tokens_of(usage.get("completion_tokens")),
     )
     reason = choice.get("finish_reason")
     if reason == "length":

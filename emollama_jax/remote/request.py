@@ -10,11 +10,16 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from emollama_jax import foreign_json
+
 # Gemini counts 258 tokens for a picture whose sides are at most 384 pixels (its guide to tokens).
 SIDE = 384  # pixels
 IMAGE_TOKENS = 258
 TILE = 768  # pixels; a larger picture is cut into tiles of so many tokens each
 CHARACTERS = 3  # of a token at least, for an estimate that is not too low (English has about 4)
+
+MOST_TOKENS = 10**8  # of one question; a service that counts more does not count
+LONGEST_AFTER = 3600.0  # seconds that a service may ask to wait
 
 Finish = Literal["stop", "cut", "blocked"]
 
@@ -67,11 +72,12 @@ class Trouble(Exception):
         Args:
             message: message of the service, one line.
             kind: "passing": try again; "item": this question is refused; "fatal": every one is.
-            after: seconds that the service asks to wait.
+            after: seconds that the service asks to wait; at most LONGEST_AFTER are waited.
             maybe_paid: the answer may have been made, and got lost.
         """
         super().__init__(message)
-        self.kind, self.after, self.maybe_paid = kind, after, maybe_paid
+        self.kind, self.maybe_paid = kind, maybe_paid
+        self.after = None if after is None else min(after, LONGEST_AFTER)
 
 
 class Client(Protocol):
@@ -108,4 +114,34 @@ def picture_tokens(side: int) -> int:
 
 def one_line(text: object, length: int = 300) -> str:
     """For messages and the journal."""
-    return " ".join(str(text).split())[:length]
+    return foreign_json.plain(" ".join(str(text).split())[:length])
+
+
+def text_of(content: Any) -> str:
+    """The text in an answer's content: a text, none, or a list of parts, whose texts are joined.
+
+    Args:
+        content: as the service sent it.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        if content and not texts:
+            raise ValueError(f"a content of {len(content)} parts without a text")
+        content = "".join(texts)
+    if not isinstance(content, str):
+        raise ValueError(f"a content that is a {type(content).__name__}, wanted a text")
+    return foreign_json.plain(content)
+
+
+def tokens_of(count: Any) -> int | None:
+    """A service's count of tokens; None for what no count can be: the estimate is used then."""
+    whole = isinstance(count, int) or (isinstance(count, float) and count.is_integer())
+    if isinstance(count, bool) or not whole or not 0 <= count <= MOST_TOKENS:
+        return None
+    return int(count)

@@ -4,18 +4,21 @@ Every host runs the same program and holds a part of every global array. `start`
 before anything else asks JAX for its devices. On one host it does nothing.
 """
 
+import contextlib
 import dataclasses
 import pickle
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
 from emollama_jax.config import DistributedConfig
 from emollama_jax.errors import UserError
+from emollama_jax.locks import hold
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards
 
 # What `jax.distributed.initialize` says where it finds neither cluster nor address, and where JAX
@@ -87,6 +90,30 @@ def alone(what: str) -> None:
         raise UserError(
             f"{what} runs on one host, found {jax.process_count()}: run it on one before the others"
         )
+
+
+def hold_together(folder: epath.PathLike, stack: contextlib.ExitStack, *, instead: str) -> None:
+    """Locks the folder of all hosts' work until the stack ends: the first does; if not, all raise.
+
+    Args:
+        folder: on a disk or in a bucket.
+        stack: stack that the lock goes onto.
+        instead: advice to the user if another process holds it.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    refusal = None
+    if leads():
+        try:
+            stack.enter_context(hold(folder, instead=instead))
+        except UserError as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = f"{folder}: cannot be the output's folder: {error.strerror}"
+    for said in gather(refusal):
+        if said is not None:
+            raise UserError(said)
 
 
 def leads() -> bool:

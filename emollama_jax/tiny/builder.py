@@ -9,8 +9,6 @@ import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +23,7 @@ from emollama_jax.data.sets import CENTRES, PICTURE, Preparation, Report, Testin
 from emollama_jax.errors import UserError, did_you_mean
 from emollama_jax.tiny.actionfaces.examples import Task, make_examples
 from emollama_jax.tiny.actionfaces.sample import SPLITS
+from emollama_jax.workers import pool as worker_pool
 
 NAME = "actionfaces"
 SIZES: Mapping[str, Mapping[str, int]] = {
@@ -152,7 +151,7 @@ def prepare(
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.ExitStack() as stack:
-        pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        pool = worker_pool(processes)
         stack.callback(pool.shutdown, cancel_futures=True)  # a stop does not draw the rest first
         builder = ActionFaces(
             config=config_name,

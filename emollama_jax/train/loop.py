@@ -34,11 +34,10 @@ from emollama_jax.checkpoint import Checkpoints
 from emollama_jax.config import Config, TrainConfig
 from emollama_jax.data.pipeline import TrainIterator, make_train_iterator
 from emollama_jax.errors import UserError
-from emollama_jax.locks import hold
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path
 from emollama_jax.runs import refuse_packed
-from emollama_jax.sharding.distributed import Share, gather, leads, place_batch, share
+from emollama_jax.sharding.distributed import Share, hold_together, leads, place_batch, share
 from emollama_jax.sharding.mesh import batch_shards, make_mesh
 from emollama_jax.train.optimizer import warmup_cosine
 from emollama_jax.train.run_log import RunLog
@@ -154,7 +153,8 @@ def fit(
     steps = cfg.train.steps if until is None else min(until, cfg.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        _hold(out, stack)
+        refuse_packed(out)
+        hold_together(out, stack, instead="choose another --out")
         stop = stack.enter_context(StopSignals())
         batches = data(cfg, part)
         stack.callback(batches.close)
@@ -222,26 +222,6 @@ def begin(
     if change := _schedule_change(cfg.train, before, int(state.step)):
         console.print(change, soft_wrap=True, highlight=False)
     return frozen, state
-
-
-def _hold(out: epath.Path, stack: contextlib.ExitStack) -> None:
-    """Locks the run's folder until the stack ends. The first host does; if it cannot, all raise.
-
-    Raises:
-        UserError: another process trains in it, it cannot be made, or is a packed run.
-    """
-    refuse_packed(out)
-    refusal = None
-    if leads():
-        try:
-            stack.enter_context(hold(out, instead="choose another --out"))
-        except UserError as error:
-            refusal = str(error)
-        except OSError as error:
-            refusal = f"{out}: cannot be a run's folder: {error.strerror}"
-    for said in gather(refusal):
-        if said is not None:
-            raise UserError(said)
 
 
 def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:

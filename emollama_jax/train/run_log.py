@@ -37,6 +37,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from emollama_jax import foreign_json
+from emollama_jax.disk import room
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path, is_remote
 
@@ -54,18 +56,23 @@ class JsonLines:
         """Opens the file behind the line of `step`, the restored one; 0 starts a new file."""
         self.last: dict[str, float] | None = None  # the newest line
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _is_before(line, step)]
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines() if _is_before(line, step)]
             if kept:
                 self.last = json.loads(kept[-1])
             new = path.with_name(path.name + ".new")
             new.write_text("".join(line + "\n" for line in kept))
             os.replace(new, path)  # a crash between the two loses neither file
+        self._folder = path.parent
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a line; UserError where the disk is full."""
+        line = json.dumps({"step": step, **values}) + "\n"
+        with room(self._folder, len(line)):
+            self._file.write(line)
+            self._file.flush()
         self.last = {"step": step, **values}
-        self._file.write(json.dumps(self.last) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -81,11 +88,11 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
     if not path.exists():
         raise UserError(f"{path}: no such file (wanted: the metrics.jsonl of a run)")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from None
+            rows.append(foreign_json.parse(line))
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error})") from None
     return rows
 
 

@@ -1,6 +1,8 @@
 """Every picture upright, mirrored, bright and bounded as it should be."""
 
+import io
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -212,12 +214,33 @@ def test_lab():
 # --- bounds ---
 
 
-def test_clips_have_the_bound_of_pictures(monkeypatch):
-    data = movie([RGB] * 4, "ffv1", "matroska")
-    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
-    for read in (is_video, lambda d: read_frames(d, everything), lambda d: list(read_video(d))):
-        with pytest.raises(UserError, match="frames of 64×48 pixels, wanted at most"):
+@pytest.mark.parametrize("kind", ["movie", "GIF", "WEBP"])
+def test_frames_of_clips_are_bounded_one_by_one(monkeypatch, kind):
+    data = movie([RGB] * 4, "ffv1", "matroska") if kind == "movie" else animation(kind)
+    assert len(read_frames(data, everything).frames) == len(list(read_video(data)))
+    monkeypatch.setattr(stills, "MAX_FRAME", 64 * 48 - 1)
+    for read in (lambda d: read_frames(d, everything), lambda d: list(read_video(d))):
+        with pytest.raises(UserError, match="frames of 64×48 pixels, wanted at most 3,071"):
             read(data)
+
+
+def test_all_frames_of_a_clip_are_bounded_together(monkeypatch):
+    data = movie([RGB] * 4)
+    monkeypatch.setattr(video, "MAX_WHOLE", 64 * 48 * 4 - 1)
+    with pytest.raises(UserError, match="4 frames of 3,072 pixels, wanted at most 12,287"):
+        next(read_video(data))
+
+
+def test_a_small_file_of_huge_frames_costs_nothing():
+    """By its header alone: three frames of 9000×9000 are 179 KB of GIF and took 10 s and 2 GB."""
+    frames = [Image.new("L", (9000, 9000), level) for level in (0, 40, 80)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert len(file.getvalue()) < 200_000
+    start = time.process_time()
+    with pytest.raises(UserError, match="frames of 9000×9000 pixels, wanted at most 33,554,432"):
+        read_frames(file.getvalue(), everything)
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("kind", ["mp4", "GIF", "folder"])

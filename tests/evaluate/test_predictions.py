@@ -470,3 +470,56 @@ def test_classes_of_ones_own(file):
         evaluate_files(PredictionFiles((file,)))
     with pytest.raises(UserError, match="at least two names"):
         evaluate_files(PredictionFiles((file,), classes="pain,Pain"))
+
+
+def as_line(**row):
+    return json.dumps({"id": "a", "gt": "anger", "answer": "anger"} | row) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"gt": "anger", "answer": ' + "[" * 100_000 + "\n", "line 1: no JSON object (nested too"),
+        (
+            as_line() + '{"gt": "fear", "answer": ' + "9" * 5000 + "}",
+            "line 2: no JSON object (a num",
+        ),
+        (
+            as_line() + '{"gt": "fear", "answer": "fear"}',
+            "line 2: id is null, wanted the item's id",
+        ),
+        (as_line(id={"a": 1}), 'line 1: id is {"a": 1}, wanted the item\'s id'),
+        (as_line(id=""), 'line 1: id is "", wanted the item\'s id'),
+    ],
+)
+def test_json_that_nobody_expects_is_one_line(file, text, message):
+    with pytest.raises(UserError) as caught:
+        read(file, text, id_column="id")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_lone_surrogates_do_not_keep_a_file_from_being_scored(file, tmp_path, capsys):
+    """Half an emoji, as of a log that was cut at a number of characters."""
+    file.write_text(as_line(id="x\ud83d", answer="anger \ud83d") + as_line(gt="fear"))
+    options = ["--truth-column", "gt", "--prediction-column", "answer", "--id-column", "id"]
+    cli.main(["eval", "--predictions", str(file), *options, "--out", str(tmp_path / "out")])
+    assert "WAR 50.00" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["x\ufffd", "a"]
+
+
+def test_scores_that_no_float_holds_are_no_scores(file):
+    found, _ = read(file, as_line(answer={"anger": 10**290, "fear": 1}) + as_line(gt="fear"))
+    assert found[0].predicted == "anger"
+    found, _ = read(file, as_line(answer="{'anger': " + "9" * 400 + ", 'fear': 1}"))
+    assert found[0].predicted is None
+
+
+def test_our_own_scores_are_of_the_same_classes(tmp_path):
+    rows = [
+        Prediction(str(n), "raf_db:test", "anger", "anger", None, scores, "scored")
+        for n, scores in enumerate([{"anger": -1.0, "fear": -2.0}, {"anger": -1.0}])
+    ]
+    write_predictions(tmp_path / "own.jsonl", rows)
+    with pytest.raises(UserError, match=r"line 2: scores of anger, wanted the classes of line 1"):
+        foreign.read_foreign(tmp_path / "own.jsonl", PredictionFiles())

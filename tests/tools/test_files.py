@@ -1,5 +1,6 @@
 """Reading PyTorch's files: both formats, lazily; nothing runs; every fault is found at once."""
 
+import io
 import json
 import os
 import pathlib
@@ -8,9 +9,12 @@ import pickle
 import ml_dtypes
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import save_file
 
+from emollama_jax.testing.toy_model import TINY
 from tools.convert_torch.files import open_paths
+from tools.convert_torch.inspect import inspect
 
 torch = pytest.importorskip("torch", reason="PyTorch writes the files (extra `convert`)")
 
@@ -119,6 +123,41 @@ def test_a_state_dict_inside_a_release(tmp_path, name):
     for key, wanted in STATE.items():
         np.testing.assert_array_equal(opened.tensors[key].read(), wanted)
     assert (said in opened.notes[0]) if said else opened.notes == []
+
+
+def shown(*paths):
+    """What `inspect` prints."""
+    console = Console(file=io.StringIO(), width=180)
+    inspect(paths, source=None, model=TINY.model, console=console)
+    return console.file.getvalue()
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path):
+    names = ["[/red]", "a[bold", "[link=x]a"]
+    save_file(dict.fromkeys(names, np.ones(3, np.float32)), tmp_path / "model.safetensors")
+    said = shown(tmp_path)
+    assert all(f"matches nothing: {name} 3 float32" in said for name in names)
+
+
+def test_inspect_reads_what_a_release_wraps(tmp_path):
+    torch.save({"state_dict_backbone": INNER, "epoch": 3}, tmp_path / "model.pt")
+    assert "model.pt: read its state_dict_backbone, left epoch" in shown(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "3", "\ud800"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_settings_and_indices_of_another_kind_are_one_problem(tmp_path, name, text):
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    said = the_problem(tmp_path)
+    assert said.startswith(f"{tmp_path / name}: ") and "\n" not in said
+
+
+@pytest.mark.parametrize("shard", ["a\0.safetensors", 3, None, ["a"], {"a": 1}, ""])
+def test_an_index_that_names_no_files_is_none(tmp_path, shard):
+    index = {"weight_map": {"a": shard}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "not an index (wanted JSON with a weight_map)" in the_problem(tmp_path)
 
 
 def test_shards_may_be_wrapped_too(tmp_path):

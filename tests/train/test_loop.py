@@ -226,5 +226,5 @@ def test_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
 
 def test_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match="run: cannot be a run's folder"):
+    with pytest.raises(UserError, match="run: cannot be the output's folder"):
         fit(toy_config(), tmp_path / "run", console=quiet())

@@ -26,8 +26,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from emollama_jax import config
 from emollama_jax.config import EmoLlamaConfig, MeshConfig, Preset
+from emollama_jax.disk import room
 from emollama_jax.errors import UserError
 from emollama_jax.imported import Manifest, Writer, layer_key, layer_place, sizes
+from emollama_jax.locks import hold_new
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.rules import param_shardings
 from tools.convert_torch import positions
@@ -230,10 +232,17 @@ def convert(
     Raises:
         UserError: all that is wrong; nothing is left behind then.
     """
+    with hold_new(out, instead="choose another --out"):
+        if out.exists():
+            raise UserError(f"{out}: already exists: delete it, or choose another folder")
+        plan = make_plan(source, paths, model)
+        return _convert(plan, out, dtype=dtype, mesh=mesh, console=console)
+
+
+def _convert(
+    plan: Plan, out: pathlib.Path, *, dtype: str, mesh: MeshConfig, console: Console
+) -> Summary:
     start = time.monotonic()
-    if out.exists():
-        raise UserError(f"{out}: already exists: delete it, or choose another folder")
-    plan = make_plan(source, paths, model)
     targets = {leaf.path: _dtype(leaf, dtype) for leaf in plan.leaves}
     places = _places(plan, make_mesh(mesh), mesh.preset)
     manifest = _manifest(plan, dtype)
@@ -243,12 +252,18 @@ def convert(
         DownloadColumn(),
         TimeRemainingColumn(),
     )
+    whole = sum(
+        math.prod(leaf.slot_shape) * targets[leaf.path].itemsize
+        for leaf in plan.leaves
+        for _ in leaf.slots
+    )
     with (
+        room(out.parent, whole),
         Progress(*columns, console=console) as progress,
         Writer(out, manifest, files=plan.opened.carried) as writer,
         ThreadPoolExecutor(READERS) as pool,
     ):
-        task = progress.add_task(source, total=sum(leaf.nbytes for leaf in plan.leaves))
+        task = progress.add_task(plan.source, total=sum(leaf.nbytes for leaf in plan.leaves))
         reader = Reader(targets, places, pool, functools.partial(progress.advance, task))
         written = _copy(plan, reader, writer)
         writer.finish()

@@ -7,6 +7,7 @@ Mining in LLaMA-VID, say) is named in the result. A folder appears when it is wh
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -176,7 +177,7 @@ def export(
     if merge and adapters and to != "peft":
         get = _merged(ours, dtype=np.dtype(np.float32) if dtype == "f32" else None)
     tensors = _cast(emit(get, rows), dtype)
-    partial = out.parent / f"{out.name}.partial"
+    partial = out.parent / f"{out.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from emollama_jax import foreign_json
 from tools.convert_torch.pickled import PICKLED, Unreadable
 
 SAFETENSORS = (".safetensors",)
@@ -207,7 +208,7 @@ def _settings(opened: Opened, folder: pathlib.Path) -> list[pathlib.Path]:
         if path in opened.settings:
             continue
         try:
-            held = json.loads(path.read_text())
+            held = foreign_json.parse(path.read_bytes())
         except (ValueError, OSError, RecursionError) as error:
             opened.problems.append(f"{path}: not JSON ({str(error)[:120]})")
             continue
@@ -296,9 +297,9 @@ def _names(paths: Iterable[pathlib.Path]) -> str:
 def _indexed(opened: Opened, index: pathlib.Path) -> set[pathlib.Path]:
     """Adds the files that an index names; returns those that are there."""
     try:
-        shards_of = json.loads(index.read_text())["weight_map"]
+        shards_of = foreign_json.parse(index.read_bytes())["weight_map"]
         shards = sorted(set(shards_of.values()))
-        if not all(isinstance(shard, str) and shard for shard in shards):
+        if not all(isinstance(shard, str) and shard and "\0" not in shard for shard in shards):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         opened.problems.append(f"{index}: not an index (wanted JSON with a weight_map)")

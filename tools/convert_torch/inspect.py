@@ -97,7 +97,7 @@ def _theirs(
         _list("matches nothing", tensors, tensors, console)
         return
     naming, prefix = known
-    console.print(f"source [bold]{source}[/bold], named as in {naming.name}")
+    console.print(f"source [bold]{source}[/bold], named as in {escape(naming.name)}")
     ignore = naming.ignore(model)
     table = Table(box=box.SIMPLE)
     for title in ("torch", "layers", "shape", "dtype", "ours", "by"):
@@ -112,22 +112,22 @@ def _theirs(
             continue
         used |= set(keys)
         table.add_row(
-            row.torch,
+            escape(row.torch),
             str(len(keys)) if row.stacked else "",
             _distinct(_shape(tensors[key]) for key in keys),
             _distinct(str(tensors[key].dtype) for key in keys),
-            ours,
-            row.transform.name,
+            escape(ours),
+            escape(row.transform.name),
         )
     console.print(table)
     for line in absent:
-        console.print(f"[red]missing[/red] {line}", highlight=False)
+        console.print(f"[red]missing[/red] {escape(line)}", highlight=False)
     rest = [key for key in tensors if key not in used]
     left = [key for key in rest if matches_any(key, ignore)]
     for key, count in _collapsed(left).items():
         example = _example(key, left)
         reason = next(why for pattern, why in ignore.items() if re.fullmatch(pattern, example))
-        console.print(f"left out: {_times(key, count)}: {reason}", highlight=False)
+        console.print(f"left out: {_times(key, count)}: {escape(reason)}", highlight=False)
     _list("matches nothing", [key for key in rest if key not in left], tensors, console)
 
 
@@ -135,13 +135,14 @@ def _ours(folder: pathlib.Path, console: Console) -> None:
     """A folder that this tool wrote."""
     manifest = imported.read_manifest(folder)
     files = ", ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in manifest.files.items())
-    console.print(f"source [bold]{manifest.source}[/bold], from {files}", highlight=False)
-    console.print(f"fingerprint {manifest.fingerprint}", highlight=False)
+    source = escape(manifest.source)
+    console.print(f"source [bold]{source}[/bold], from {escape(files)}", highlight=False)
+    console.print(f"fingerprint {escape(manifest.fingerprint)}", highlight=False)
     for note in manifest.notes:
         console.print(f"note: {escape(note)}", highlight=False)
     table = Table("ours", "shape", "dtype", box=box.SIMPLE)
     for path, leaf in imported.leaves_of(folder).items():
-        table.add_row(path, str(tuple(leaf.shape)), str(leaf.dtype))
+        table.add_row(escape(path), str(tuple(leaf.shape)), str(leaf.dtype))
     console.print(table)
 
 
@@ -165,7 +166,7 @@ def _example(collapsed: str, keys: Iterable[str]) -> str:
 
 
 def _times(key: str, count: int) -> str:
-    return f"{key} ({count} tensors)" if count > 1 else key
+    return escape(f"{key} ({count} tensors)" if count > 1 else key)
 
 
 def _shape(tensor: Tensor) -> str:

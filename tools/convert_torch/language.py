@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from emollama_jax import foreign_json
 from emollama_jax.data import templates
 from emollama_jax.data.chat import Chat
 from emollama_jax.data.templates import TEMPLATE_FILE, TEMPLATES, Template
@@ -56,7 +57,7 @@ def carry(opened: Opened) -> None:
         )
         return
     try:
-        settings = json.loads(held.get(TOKENIZER_CONFIG, b"{}"))
+        settings = foreign_json.parse(held.get(TOKENIZER_CONFIG, b"{}"))
         tokenizer = _tokenizer(held, settings)
     except Exception as error:  # the Rust and C++ libraries raise bare Exception and RuntimeError
         reason = " ".join(str(error).split())[:200]
@@ -191,7 +192,7 @@ def stops(held: Mapping[str, bytes]) -> dict[str, object]:
     """
     if not {TOKENIZER, TOKENIZER_CONFIG} <= held.keys() and SENTENCEPIECE not in held:
         return {}
-    tokenizer = _tokenizer(held, json.loads(held.get(TOKENIZER_CONFIG, b"{}")))
+    tokenizer = _tokenizer(held, foreign_json.parse(held.get(TOKENIZER_CONFIG, b"{}")))
     ends = [tokenizer.eos]
     if TEMPLATE_FILE in held:
         template = templates.read_template(held[TEMPLATE_FILE].decode(), name=TEMPLATE_FILE)

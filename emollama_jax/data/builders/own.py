@@ -221,8 +221,11 @@ def _of_class(
 def _media(root: pathlib.Path, path: str, tree: listing.Tree) -> pathlib.Path | None:
     """The file or folder of frames at a path, which may be absolute."""
     direct = root / path
-    if direct.is_file() or listing.has_frames(direct):
-        return direct
+    try:
+        if direct.is_file() or listing.has_frames(direct):
+            return direct
+    except (OSError, ValueError):  # a name too long for the disk, or with a NUL: no file has it
+        return None
     if pathlib.PurePosixPath(path).is_absolute() or ".." in path.split("/"):
         return None
     found = tree.find(root, path)

@@ -2,7 +2,7 @@
 
     DATA/dfew/1.0.0.parts/    shards of a preparation that is under way
 
-A shard is written by one process under another name and renamed when it is whole, so that a
+A shard is written by one process under a name of its own and renamed when it is whole, so that a
 preparation that was stopped resumes with the shards that it lacks. Clips of sets with folds are
 stored once: a fold is a view, two lists of positions.
 """
@@ -14,8 +14,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,11 @@ from emollama_jax.data.builders.stored import VERSION, StoredSet, digest
 from emollama_jax.data.items import category_item
 from emollama_jax.data.media import pack_frames
 from emollama_jax.data.sets import Preparation, Report, parse
+from emollama_jax.disk import sweep, whole_file
 from emollama_jax.errors import UserError
-from emollama_jax.paths import parts_folder
+from emollama_jax.paths import parts_folder, write_whole
 from emollama_jax.terms import LANDMARKS, Kind
+from emollama_jax.workers import pool as worker_pool
 
 SHARD = {"image": 2048, "clip": 128}  # examples of one
 
@@ -102,6 +103,7 @@ class Builder(schema.Builder, skip_registration=True):
         del dl_manager, download_config
         target = pathlib.Path(self.data_dir)
         parts = parts_folder(target.with_name(f"{VERSION}.parts"), fingerprint(self._listing))
+        sweep(parts)
         plan = {split: _shards(self._listing, split, parts) for split in self._listing.splits}
         _write([s for shards in plan.values() for s in shards], self._processes, self._progress)
         infos = []
@@ -167,7 +169,7 @@ def _write(shards: Sequence[_Shard], processes: int, progress: Report) -> None:
             done += write_shard(shard)
             progress(done, total)
         return
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    pool = worker_pool(processes)
     try:
         for future in as_completed([pool.submit(write_shard, shard) for shard in left]):
             done += future.result()
@@ -183,21 +185,31 @@ def write_shard(shard: _Shard) -> int:
     )
 
     features, size, digests = schema.features(votes=shard.votes), 0, []
-    partial = shard.path.with_suffix(".partial")
-    # Groups of one record, as TFDS writes them: each example is read alone.
-    writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")
-    for entry in shard.entries:
-        example = make_example(entry, shard.kind, shard.classes)
-        record = features.serialize_example(example)
-        writer.write(record)
-        size += len(record)
-        digests.append(digest(example["media"]))
-    writer.close()
-    partial.replace(shard.path)
-    half = shard.done.with_suffix(".half")
-    half.write_text(json.dumps({"bytes": size, "digests": digests}))
-    half.replace(shard.done)
+    wanted = sum(map(_bytes, shard.entries))
+    with whole_file(shard.path, wanted=wanted) as half:
+        # Groups of one record, as TFDS writes them: each example is read alone.
+        writer = ArrayRecordWriter(os.fspath(half), "group_size:1")
+        for entry in shard.entries:
+            example = make_example(entry, shard.kind, shard.classes)
+            record = features.serialize_example(example)
+            writer.write(record)
+            size += len(record)
+            digests.append(digest(example["media"]))
+        writer.close()
+    write_whole(epath.Path(shard.done), json.dumps({"bytes": size, "digests": digests}))
     return len(shard.entries)
+
+
+def _bytes(entry: Entry) -> int:
+    """Bytes of an example's media; 0 of what is missing, which is told when it is read."""
+    if entry.content is not None:
+        return len(entry.content)
+    try:
+        if entry.media.is_dir():
+            return sum(file.stat().st_size for file in os.scandir(entry.media))
+        return entry.media.stat().st_size
+    except OSError:
+        return 0
 
 
 def make_example(entry: Entry, kind: Kind, classes: Sequence[str]) -> dict[str, Any]:
@@ -320,6 +332,4 @@ def _check_missing(found: Listing, folder: pathlib.Path, *, title: str, share: f
 
 def write_views(folder: pathlib.Path, found: Listing) -> None:
     """Writes which names and splits a stored set can be opened by."""
-    half = folder / "views.json.half"
-    half.write_text(json.dumps(found.views))
-    half.replace(folder / "views.json")
+    write_whole(epath.Path(folder / "views.json"), json.dumps(found.views))

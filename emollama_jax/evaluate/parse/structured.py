@@ -7,11 +7,12 @@ what such an answer holds; which class that is, `answers.py` decides.
 
 import ast
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from emollama_jax import foreign_json
 
 _AFFIRMED = dict.fromkeys(("yes", "true", "present", "y", "✓", "✔", "✅", "x"), 1.0)
 _DENIED = dict.fromkeys(("no", "false", "absent", "n", "not present", "✗", "✘", "❌"), 0.0)
@@ -163,7 +164,10 @@ def _key(name: Any) -> str:
 def _score(value: Any) -> float | None:
     """A number, "97 %", yes or no; None for anything else."""
     if isinstance(value, bool | int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a literal of Python's
+            return None
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         return _score(value[0])
     if not isinstance(value, str):
@@ -195,7 +199,7 @@ def _literal(text: str) -> Any:
         return None
     tree = None
     try:
-        tree = json.loads(text)
+        tree = foreign_json.parse(text)
     except ValueError:
         numbers = re.sub(r"(?<![\w'\"])([-+]?)(?:nan|inf)\b", r"\g<1>1e999", text)
         names = {"true": "True", "false": "False", "null": "None"}
@@ -206,8 +210,6 @@ def _literal(text: str) -> Any:
             tree = ast.literal_eval(plain)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
-    except RecursionError:
-        return None
     return tree if isinstance(tree, dict | list | tuple) else None
 
 

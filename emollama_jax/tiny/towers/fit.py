@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from emollama_jax.ahead import ahead
+from emollama_jax.disk import whole_file
 
 Augment = Callable[[dict[str, jax.Array], jax.Array, Any], dict[str, jax.Array]]
 
@@ -110,9 +111,8 @@ def _decays(path: Sequence[Any], leaf: Any) -> bool:
 
 def save_leaves(path: pathlib.Path, tree: Any, **more: Any) -> None:
     """Writes a tree's arrays in their order, and more by name; the file appears whole or not."""
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, *map(np.asarray, jax.tree.leaves(tree)), **more)
-    partial.replace(path)
+    with whole_file(path) as half, half.open("wb") as file:
+        np.savez(file, *map(np.asarray, jax.tree.leaves(tree)), **more)
 
 
 def progress_lines(name: str, steps: int, console: Any) -> Callable[[int, dict[str, float]], None]:

@@ -7,8 +7,6 @@ its labels and a teacher say. Unknown numbers are nan, unknown classes -1, unkno
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from emollama_jax.data.emotions import LABEL_SPACES
 from emollama_jax.data.face_crop import crop_face, to_crop
 from emollama_jax.data.media import to_model_frame
 from emollama_jax.tiny.actionfaces.sample import sample_clip, sample_image
+from emollama_jax.workers import pool as worker_pool
 
 CLASSES = LABEL_SPACES["ferplus"].classes  # every set's votes are told in these
 CHUNK = 250  # pictures, or clips divided by 10, that one task draws
@@ -145,7 +144,7 @@ def draw_pictures(
             for start in range(0, total, step)
         ]
         chunks = []
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with worker_pool(processes) as pool:
             for chunk in pool.map(_draw, tasks):
                 chunks.append(chunk)
                 progress(len(chunks), len(tasks))

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/campaign.py`: what is killed, raced, starved of disk, mutated."""
