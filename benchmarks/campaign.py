@@ -26,9 +26,11 @@ import os
 import pathlib
 import random
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -67,7 +69,7 @@ class Journal:
     """What is done, one line each."""
 
     def __init__(self, path: pathlib.Path):
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         self.done: dict[str, dict[str, Any]] = {}
         if path.exists():
             whole = path.read_text().rpartition("\n")[0]  # a kill may have cut the last line
@@ -86,11 +88,11 @@ class Journal:
         except Exception as error:  # of the campaign's own: told, and not the end of it
             found = {"fault": f"{type(error).__name__}: {error}"}
         line = {"unit": name, **found, "took": round(time.monotonic() - start, 1)}
-        with self._path.open("a") as file:
+        with self._lock, self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.done[name] = line
+            self.done[name] = line
         fault = line.get("fault") or "; ".join(line.get("faults", ()))
         print(
             f"{name}: {'FAILED: ' + fault[:300] if fault else 'held'} ({line['took']} s)",
@@ -109,14 +111,14 @@ def units(
             yield (
                 name,
                 lambda v=verb, k=kills, r=rng, n=name: processes.kill(
-                    place, v, kills=k, rng=r, name=n
+                    place.of(n), v, kills=k, rng=r, name=n
                 ),
             )
     for number in range(amounts.races):
         verb = verbs[number % len(verbs)]
         name = f"race-{verb.name}-{number}"
         rng = random.Random(f"{seed} {name}")
-        yield name, lambda v=verb, r=rng, n=name: processes.race(place, v, rng=r, name=n)
+        yield name, lambda v=verb, r=rng, n=name: processes.race(place.of(n), v, rng=r, name=n)
     mounts = processes.can_mount(place.root)
     for number in range(amounts.disks):
         verb = verbs[number % len(verbs)]
@@ -126,7 +128,7 @@ def units(
         yield (
             name,
             lambda v=verb, s=share, n=name: processes.fill_disk(
-                place, v, share=s, mounts=mounts, name=n
+                place.of(n), v, share=s, mounts=mounts, name=n
             ),
         )
     for start in range(0, amounts.inputs, BATCH):
@@ -134,13 +136,14 @@ def units(
         yield f"inputs-{start}", lambda a=start, b=stop: fuzz.feed(seed, a, b, place.variables)
 
 
-def run(out: pathlib.Path, amounts: Amounts, *, seed: int) -> dict[str, Any]:
+def run(out: pathlib.Path, amounts: Amounts, *, seed: int, at_once: int = 1) -> dict[str, Any]:
     """Runs or resumes a campaign; its summary.
 
     Args:
         out: folder for everything.
         amounts: sizes.
         seed: seed of moments and inputs.
+        at_once: number of units that run side by side.
     """
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -159,11 +162,21 @@ def run(out: pathlib.Path, amounts: Amounts, *, seed: int) -> dict[str, Any]:
         verbs = [verb for verb in every if verb.name in amounts.verbs]
         work = list(units(amounts, place, verbs, seed))
         if any(name not in journal.done for name, _ in work if not name.startswith("inputs")):
+            # Together, so that their times are those of a machine that runs as many units.
+            with ThreadPoolExecutor(at_once) as pool:
+                list(
+                    pool.map(
+                        lambda verb: place.refer(verb, twice=amounts.faces),
+                        [verb for verb in verbs if verb.name != "instruct"],
+                    )
+                )
             for verb in verbs:
-                place.refer(verb, twice=amounts.faces)
+                if verb.name == "instruct":  # which begins with what `prepare` made
+                    place.refer(verb, twice=amounts.faces)
                 print(f"{verb.name}, undisturbed: {place.seconds[verb.name]:.1f} s", flush=True)
-        for name, do in work:
-            journal.unit(name, do)
+        random.Random(seed).shuffle(work)  # a campaign that is stopped has done some of each
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda unit: journal.unit(*unit), work))
     found = summary([journal.done[name] for name, _ in work])
     (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "report.html").write_text(page(found))
@@ -217,13 +230,15 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder; resumed if there")
     parser.add_argument("--short", action="store_true", help="two minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=1, help="units that run side by side")
     for name in ("kills", "races", "disks", "inputs"):
         parser.add_argument(f"--{name}", type=int, help=f"{name} instead of the usual number")
     given = parser.parse_args(args)
     amounts = SHORT if given.short else WHOLE
     changed = {name: getattr(given, name) for name in ("kills", "races", "disks", "inputs")}
     changed = {name: value for name, value in changed.items() if value is not None}
-    found = run(given.out, dataclasses.replace(amounts, **changed), seed=given.seed)
+    amounts = dataclasses.replace(amounts, **changed)
+    found = run(given.out, amounts, seed=given.seed, at_once=given.at_once)
     for name, row in found["rows"].items():
         print(f"{name:24} {row['done']:6} done, {row['failed']} failed")
     print(f"{given.out / 'report.html'}")

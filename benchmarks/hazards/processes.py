@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from benchmarks.hazards.verbs import MARK, OUT, Verb, difference
 
-PATIENCE = 300.0  # seconds for a verb of seconds, on a busy machine
+PATIENCE = 1800.0  # seconds for a verb of seconds, on a machine that is busy with more
 PAGE = 4096
 GROWING = (".lock", "metrics.jsonl")  # may be empty: nothing was logged yet
 GRACE = 20.0  # seconds in which workers of a killed process must end; one may just be starting
@@ -38,6 +38,11 @@ class Place:
     references: dict[str, Mapping[str, bytes]] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def of(self, unit: str) -> "Place":
+        """The same place, whose processes are known as one unit's."""
+        variables = {**self.variables, MARK: f"{self.variables[MARK]}-{unit}"}
+        return dataclasses.replace(self, variables=variables)
 
     def fresh(self, verb: Verb, name: str) -> pathlib.Path:
         """A new work folder of a verb."""
@@ -118,13 +123,20 @@ def _bytes(folder: pathlib.Path) -> int:
 def kill(place: Place, verb: Verb, *, kills: int, rng: random.Random, name: str) -> dict:
     """One story: a verb is killed some times and then let run to its end.
 
-    Moments are uniform over an undisturbed run's time; a run that ended before its moment does not
-    count and is drawn again.
+    Every other moment is uniform over an undisturbed run's time, the others lie behind the first
+    change of the output folder, where things are being written. A run that ended before its moment
+    does not count and is drawn again.
     """
     work, done, early = place.fresh(verb, name), 0, 0
     while done < kills:
-        process = place.begin(verb, work)
-        time.sleep(rng.uniform(0.05, 1.0) * place.seconds[verb.name])
+        before = _signature(work / OUT)
+        process, seconds = place.begin(verb, work), place.seconds[verb.name]
+        if done % 2:
+            time.sleep(rng.uniform(0.05, 1.0) * seconds)
+        else:
+            while process.poll() is None and _signature(work / OUT) == before:
+                time.sleep(0.1)
+            time.sleep(rng.uniform(0.0, 0.3) * seconds)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             done += 1
@@ -142,6 +154,14 @@ def kill(place: Place, verb: Verb, *, kills: int, rng: random.Random, name: str)
         fault = f"{len(left)} processes outlived their parent"
     shutil.rmtree(work, ignore_errors=True)
     return {"kills": done, "fault": fault}
+
+
+def _signature(folder: pathlib.Path) -> tuple[int, int]:
+    """Changes when something is written into a folder."""
+    if not folder.exists():
+        return 0, 0
+    times = [path.lstat().st_mtime_ns for path in folder.glob("**/*") if path.exists()]
+    return len(times), max(times, default=0)
 
 
 def orphans(token: str) -> list[int]:

@@ -140,8 +140,8 @@ def test_a_journal_of_something_else_or_damaged_is_refused(tmp_path):
     with pytest.raises(UserError, match="a journal of model = 'm', and this is 'n'"):
         Journal(path, {"model": "n"})
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "not json", *lines[1:]]) + "\n")
-    with pytest.raises(UserError, match="line 2: damaged"):
+    path.write_text("\n".join(["not json", *lines[1:]]) + "\n")
+    with pytest.raises(UserError, match="line 1: damaged"):
         Journal(path, {"model": "m"})
     path.write_text("\n".join(lines) + "\n")
     with Journal(path, {"model": "m"}), pytest.raises(UserError, match="another process"):

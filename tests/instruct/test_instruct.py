@@ -423,7 +423,7 @@ def test_two_at_once_are_refused(data, capsys):
         status, err = refused(capsys, data, server)
         thread.join()
     assert status == 2
-    assert "another process is writing it" in " ".join(err.split())
+    assert f"raf_db/train: in use by process {os.getpid()}" in " ".join(err.split())
     assert output(data)[0]["conversations"] == TRAIN
 
 
