@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo test docs lint format clean
+.PHONY: help install demo test docs lint format lock audit clean
 
 help:
 	@echo "make install            .venv with all that demo and tests need"
@@ -22,6 +22,8 @@ help:
 	@echo "make docs               README and docs/ as a site in site/; fails on a broken link"
 	@echo "make lint               ruff and ty, nothing is changed"
 	@echo "make format             ruff mends what it can"
+	@echo "make lock               requirements/ci.txt: what CI installs, with hashes"
+	@echo "make audit              known holes in those versions"
 	@echo "make clean              removes .venv and caches"
 
 install: $(STAMP)
@@ -46,6 +48,20 @@ test: $(STAMP)
 
 # One folder of pages: README becomes the home page, links to docs/ lose that prefix, and pipes in
 # tables lose the backslash that GitHub wants.
+# What .ci/run installs, on Python 3.11 and Linux, with the SHA-256 of every file. Versions that are
+# there are kept; `make lock ARGS=--upgrade` takes the newest. PyTorch is its own index' CPU build.
+LOCK_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra parity --extra docs --extra plan \
+	  --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet $(LOCK_FROM) \
+	  --no-emit-index-url --no-emit-find-links $(ARGS) --output-file requirements/ci.txt
+
+# Known holes in the locked versions; without a network, nothing is known, and that is no error.
+audit: $(STAMP)
+	$(BIN)/python -m pip install --quiet pip-audit || true
+	$(BIN)/python -m tools.audit $(ARGS)
+
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	rm -rf build/docs

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from emollama_jax.redact import redact
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -64,5 +66,5 @@ class LogLines(logging.Handler):
         own = record.name.partition(".")[0] == __name__.partition(".")[0]
         where = "" if own else f"{record.name}: "
         text = (record.getMessage().splitlines() or [""])[0]
-        line = f"{record.levelname.lower()}: {where}{text}"
+        line = redact(f"{record.levelname.lower()}: {where}{text}")
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

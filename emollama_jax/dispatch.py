@@ -29,6 +29,7 @@ import tyro
 
 from emollama_jax.disk import FULL, causes, free, is_full
 from emollama_jax.errors import UserError, did_you_mean
+from emollama_jax.redact import redact
 
 Verb = Callable[..., None]
 Verbs = Mapping[str, Verb]
@@ -297,6 +298,7 @@ def _thread(held: threading.ExceptHookArgs) -> str:
 
 def _say(program: str, line: str) -> None:
     """Prints a message; what would move a terminal's cursor, of a file's name, is spelled out."""
+    line = redact(line)
     line = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda sign: repr(sign[0])[1:-1], line)
     print(f"{program}: {line}", file=sys.stderr)
 
@@ -310,7 +312,7 @@ def _report(error: Exception, words: Sequence[str], beside: Sequence[str]) -> st
     lines = [line.rstrip("\n") for line in traceback.format_list(shown)]
     what = " ".join("".join(traceback.format_exception_only(error)).split())
     command, program = shlex.join(words), words[0]
-    text = f"{whole}\n{command}\n{version()}, {platform.platform()}\n"
+    text = redact(f"{whole}\n{command}\n{version()}, {platform.platform()}\n")
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="emollama-", suffix=".txt", delete=False
@@ -319,7 +321,7 @@ def _report(error: Exception, words: Sequence[str], beside: Sequence[str]) -> st
         saved = f"the full traceback is in {file.name}"
     except OSError:
         saved = f"the full traceback:\n{whole}"
-    return "\n".join(
+    said = "\n".join(
         [
             *lines,
             f"{program}: {what[:500]}",
@@ -329,3 +331,4 @@ def _report(error: Exception, words: Sequence[str], beside: Sequence[str]) -> st
             f"  and attach the file: {saved}",
         ]
     )
+    return redact(said)

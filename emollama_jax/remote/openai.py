@@ -31,6 +31,11 @@ class OpenAI:
         """
         if not re.match(r"https?://[^/\s]+", url):
             raise UserError(f"openai:{url}: wanted a URL, e.g. http://localhost:8000/v1")
+        if re.match(r"https?://[^/]*@", url) or "?" in url:
+            raise UserError(
+                f"openai:{redact_url(url)}: a URL stands in journals and reports: give the key in "
+                f"{KEY} instead"
+            )
         self.name = f"openai:{url}#{model}"
         self._model = model
         key = os.environ.get(KEY)  # a local server needs none
@@ -75,6 +80,11 @@ class OpenAI:
     async def close(self) -> None:
         """Ends the connections. See `Client`."""
         await self._http.aclose()
+
+
+def redact_url(url: str) -> str:
+    """The URL without a user, a password and what is asked."""
+    return re.sub(r"(?<=//)[^/]*@", "", url).partition("?")[0]
 
 
 def _part(part: str | bytes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from emollama_jax import foreign_json
+from emollama_jax.redact import redact
 
 # Gemini counts 258 tokens for a picture whose sides are at most 384 pixels (its guide to tokens).
 SIDE = 384  # pixels
@@ -113,8 +114,8 @@ def picture_tokens(side: int) -> int:
 
 
 def one_line(text: object, length: int = 300) -> str:
-    """For messages and the journal."""
-    return foreign_json.plain(" ".join(str(text).split())[:length])
+    """For messages and the journal; without keys, which a service may repeat."""
+    return foreign_json.plain(redact(" ".join(str(text).split()))[:length])
 
 
 def text_of(content: Any) -> str:
@@ -136,7 +137,7 @@ def text_of(content: Any) -> str:
         content = "".join(texts)
     if not isinstance(content, str):
         raise ValueError(f"a content that is a {type(content).__name__}, wanted a text")
-    return foreign_json.plain(content)
+    return foreign_json.plain(redact(content))
 
 
 def tokens_of(count: Any) -> int | None:
