@@ -12,7 +12,7 @@ import tyro
 
 from emollama_jax import compile_cache, dispatch
 from emollama_jax.cli_results import evaluate, zero_shot
-from emollama_jax.cli_speed import bench_data, bench_decode, bench_train, plan
+from emollama_jax.cli_speed import bench_data, bench_decode, bench_serve, bench_train, plan
 from emollama_jax.cli_words import (
     FLAT,
     ConfigName,
@@ -281,7 +281,7 @@ def ask(
 
 
 def bench() -> None:
-    """Speed compared with PyTorch: data, train, decode."""
+    """Speed compared with PyTorch: data, train, decode, serve."""
 
 
 def data() -> None:
@@ -300,7 +300,12 @@ VERBS = {
     "plan": plan,
 }
 DATA_VERBS = {"prepare": data_prepare, "inspect": data_inspect, "instruct": data_instruct}
-BENCH_VERBS = {"data": bench_data, "train": bench_train, "decode": bench_decode}
+BENCH_VERBS = {
+    "data": bench_data,
+    "train": bench_train,
+    "decode": bench_decode,
+    "serve": bench_serve,
+}
 NESTED = {"data": DATA_VERBS, "bench": BENCH_VERBS}
 
 

@@ -1,14 +1,17 @@
 """The verbs about speed: plans for a TPU slice, and measurements against PyTorch."""
 
+import dataclasses
 import pathlib
 from typing import Literal
 
 import tyro
 
 from emollama_jax import compile_cache
-from emollama_jax.bench.options import DecodeSizes, TrainSizes
+from emollama_jax.bench.options import DecodeSizes, ServeSizes, TrainSizes
 from emollama_jax.cli_words import ConfigName, Overrides, load_config, new_console
+from emollama_jax.errors import UserError
 from emollama_jax.preflight import at_least
+from emollama_jax.runs import PACKAGE, find
 
 Inline = tyro.conf.OmitArgPrefixes
 
@@ -128,4 +131,35 @@ def bench_decode(
 
     work = decode.random_model() if folder is None else decode.load_folder(folder)
     result = decode.run(work, sizes, batches=batch, rounds=rounds, console=new_console())
+    print(result.report(as_json=json))
+
+
+def bench_serve(
+    run: str | None = None,
+    config: str | None = None,
+    sizes: Inline[ServeSizes] = ServeSizes(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Requests per second of the serving engine on this machine, against `emollama ask`'s way, one
+    at a time; and of its LLM part against `transformers`' batched `generate`, where the extra
+    `parity` is installed. Answers must be equal.
+
+    Args:
+        run: trained run; the one that ships with the package by default.
+        config: config to measure untrained instead, e.g. emollama_135m after python -m tools.parts.
+        sizes: requests, tokens, slots and rounds.
+        json: print JSON instead of the lines.
+    """
+    at_least(1, **dataclasses.asdict(sizes))
+    if run is not None and config is not None:
+        raise UserError("--run and --config: give one of them")
+    if config is None:
+        find(PACKAGE if run is None else run)
+    else:
+        load_config(config)
+    compile_cache.start()
+    from emollama_jax.bench import serve
+
+    loaded = serve.load_base(config) if config else serve.load_run(run or PACKAGE)
+    result = serve.run(loaded, sizes, console=new_console())
     print(result.report(as_json=json))

@@ -82,6 +82,7 @@ MAY_IMPORT = {
         "preflight",
         "compile_cache",
         "cli_words",
+        "runs",
         "bench",
         "scale",
     },
@@ -99,7 +100,7 @@ MAY_IMPORT = {
     "train": LOWER | {"faces"},
     "evaluate": LOWER | {"faces", "generate", "train", "remote"},
     "serve": LOWER | {"faces", "generate", "train"},
-    "bench": LOWER | {"faces", "generate", "train", "tiny"},
+    "bench": LOWER | {"faces", "generate", "train", "tiny", "serve"},
     "scale": LOWER | {"faces", "generate", "train"},
     "tiny": LOWER | {"prepare", "faces", "generate", "train", "evaluate", "serve", "scale"},
     "cli": LOWER

@@ -1,4 +1,4 @@
-"""Options of `emollama bench train` and `decode`."""
+"""Options of `emollama bench train`, `decode` and `serve`."""
 
 import dataclasses
 
@@ -77,3 +77,19 @@ class DecodeSizes:
     """tokens per prompt."""
     new: int = 64
     """tokens per answer; none ends earlier."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSizes:
+    """Sizes of the load."""
+
+    requests: int = 64
+    """requests that come at once, each about a picture of its own."""
+    new: int = 32
+    """longest answer in tokens."""
+    slots: int = 16
+    """slots of the engine, and rows of the other side's batches."""
+    loop: int = 16
+    """requests of each loop that answers one at a time."""
+    rounds: int = 3
+    """timed rounds of each measurement, in turns."""

@@ -206,7 +206,7 @@ def _start(
     """Prefill and the first token."""
     rows = prompt.length.shape[0]
     written, hidden = prefill(llama, prompt, extra=max_new_tokens)
-    cache = written if llama.by_token is None else llama.by_token.take(written)
+    cache = llama.writer.take(written)
     nothing = jnp.zeros((rows,), jnp.int32)
     state = DecodeState(
         cache=cache,
@@ -224,7 +224,7 @@ def _start(
 
 def _advance(llama: Llama, state: DecodeState, how: Sampling | None, ending: Ending) -> DecodeState:
     """The newest token enters the cache, the next one is drawn."""
-    llama = llama if llama.by_token is None else llama.by_token
+    llama = llama.writer
     out = llama(
         llama.embed(state.token[:, None]), positions=state.position[:, None], cache=state.cache
     )

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from emollama_jax.batch import Batch
 from emollama_jax.generate.cache import prefill
 from emollama_jax.generate.flagged import flagged
 from emollama_jax.generate.prompt import Prompt, VisionLanguageModel, read
+from emollama_jax.models.llama import KVCache, Llama
 
 
 @flax.struct.dataclass
@@ -63,12 +64,32 @@ def score(
 ) -> Float[Array, "b c"]:
     """`score_labels` as a pure function of a split decoder and prompts already read."""
     llama = nnx.merge(graphdef, state)
-    rows, tokens = prompt.length.shape[0], labels.ids.shape[1]
-    cache, hidden = prefill(llama, prompt, extra=tokens - 1)
-    first = jax.nn.log_softmax(llama.logits(hidden))[:, labels.ids[:, 0]]  # [B, C]
+    cache, hidden = prefill(llama, prompt, extra=labels.ids.shape[1] - 1)
+    return score_after(llama, cache, llama.logits(hidden), length=prompt.length, labels=labels)
+
+
+def score_after(
+    llama: Llama,
+    cache: KVCache,
+    logits: Float[Array, "b v"],
+    *,
+    length: Int[Array, " b"],
+    labels: Labels,
+) -> Float[Array, "b c"]:
+    """`score_labels` after prompts that have run.
+
+    Args:
+        llama: the decoder.
+        cache: holds the prompts, and is only read.
+        logits: of the token after each prompt.
+        length: tokens of each prompt.
+        labels: labels from `pad_labels`.
+    """
+    rows, tokens = length.shape[0], labels.ids.shape[1]
+    first = jax.nn.log_softmax(logits)[:, labels.ids[:, 0]]  # [B, C]
     if tokens == 1:
         return first
-    positions = prompt.length[:, None] + jnp.arange(tokens - 1)  # [B, N - 1]
+    positions = length[:, None] + jnp.arange(tokens - 1)  # [B, N - 1]
 
     def rest(ids: jax.Array, length: jax.Array) -> jax.Array:
         """One label's tokens after its first, for every prompt: [B]."""

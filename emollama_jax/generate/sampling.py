@@ -34,7 +34,7 @@ def sampling(cfg: GenerateConfig) -> Sampling | None:
     )
 
 
-def greedy(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
+def greedy(logits: Float[Array, "*b v"]) -> Int[Array, "*b"]:
     """The likeliest token; the lowest id among equals."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -51,17 +51,55 @@ def draw(
     """
     if how is None:
         return greedy(logits)
-    return _nucleus(logits, how, jax.random.fold_in(jax.random.key(how.seed), step))
+    rows = jnp.arange(logits.shape[0])
+    return jax.vmap(lambda logits, row: _nucleus(logits, how, step=step, row=row))(logits, rows)
 
 
-def _nucleus(logits: Float[Array, "b v"], how: Sampling, key: jax.Array) -> Int[Array, " b"]:
+def draw_each(
+    logits: Float[Array, "b v"], how: Sampling, *, steps: Int[Array, " b"]
+) -> Int[Array, " b"]:
+    """The next token of each of several answers that have nothing to do with one another.
+
+    Each row gets what `draw` gives it alone. Where no row samples nothing is sorted; on a CPU,
+    only the rows that sample are.
+
+    Args:
+        logits: float32.
+        how: its arrays are of [B]; a temperature of 0 means greedy.
+        steps: number of the token in each row's answer.
+    """
+
+    def one(row: tuple[jax.Array, Sampling, jax.Array]) -> jax.Array:
+        logits, how, step = row
+        # Greedy rows must not divide by 0; what they draw is not taken.
+        warm = how.replace(temperature=jnp.where(how.temperature > 0, how.temperature, 1))
+        return _nucleus(logits, warm, step=step, row=0)
+
+    def alone(row: tuple[jax.Array, Sampling, jax.Array]) -> jax.Array:
+        return jax.lax.cond(row[1].temperature > 0, one, lambda row: greedy(row[0]), row)
+
+    def sampled() -> jax.Array:
+        rows = (logits, how, steps)
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(alone, rows)
+        return jnp.where(how.temperature > 0, jax.vmap(one)(rows), greedy(logits))
+
+    return jax.lax.cond((how.temperature > 0).any(), sampled, lambda: greedy(logits))
+
+
+def _nucleus(
+    logits: Float[Array, " v"],
+    how: Sampling,
+    *,
+    step: Int[Array, ""] | int,
+    row: Int[Array, ""] | int,
+) -> Int[Array, ""]:
     """Draws among the fewest likeliest tokens whose probabilities reach top_p."""
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / how.temperature
-    probability = jax.nn.softmax(ranked, axis=-1)
+    order = jnp.argsort(logits, descending=True, stable=True)
+    ranked = logits[order] / how.temperature
+    probability = jax.nn.softmax(ranked)
     # A token stays if the likelier ones have not reached top_p: the first always does.
-    before = jnp.cumsum(probability, axis=-1) - probability
+    before = jnp.cumsum(probability) - probability
     ranked = jnp.where(before < how.top_p, ranked, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
-    rank = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(how.seed), step), row)
+    return order[jax.random.categorical(key, ranked)].astype(jnp.int32)

@@ -26,6 +26,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.sharding.points import per_head
 
 LANES = 128  # of a TPU's vector registers: head widths and blocks of splash are multiples of it
+SLOTS_BLOCK = 128  # slots of a cache that are read at a time, token by token
 SPLASH_BLOCKS = (512, 384, 256, 128)  # queries or keys of a tile; the first that fits is taken
 
 
@@ -119,27 +120,46 @@ def attention_up_to(
     v: Float[Array, "b k s h"],
     *,
     last: Int[Array, "b t"],
+    used: Int[Array, ""],
 ) -> Float[Array, "b t n h"]:
     """Attention of tokens over slots that hold their own keys and values too.
 
     Heads stand before slots: so neither product has to transpose them. Products and softmax are
-    float32.
+    float32. Slots are read in blocks, as far as `used`; a block that a row sees nothing of leaves
+    the row's numbers as they are, to the last bit.
 
     Args:
         q: queries.
         k: keys by slot.
         v: values by slot.
         last: the last slot that each query sees.
+        used: slots to read; rows that see more than these are not needed.
     """
     with jax.named_scope("attention"):
+        slots, block = k.shape[2], min(SLOTS_BLOCK, k.shape[2])
         queries = rearrange(q, "b t (k g) h -> b k (g t) h", k=k.shape[1])
-        logits = _product("bkrh,bksh->bkrs", queries, k) / math.sqrt(q.shape[-1])
-        seen = jnp.arange(k.shape[2]) <= jnp.tile(last, q.shape[2] // k.shape[1])[..., None]
-        logits = jnp.where(seen[:, None], logits, -jnp.inf)
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        mixed = _product("bkrs,bksh->bkrh", weights.astype(v.dtype), v)
-        mixed /= weights.sum(-1, keepdims=True)
-        return rearrange(mixed, "b k (g t) h -> b t (k g) h", t=q.shape[1]).astype(q.dtype)
+        ends = jnp.tile(last, q.shape[2] // k.shape[1])[:, None, :, None]
+
+        def step(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            top, total, mixed = carry
+            first = number * block
+            start = jnp.minimum(first, slots - block)  # the last block may begin earlier
+            keys = jax.lax.dynamic_slice_in_dim(k, start, block, axis=2)
+            values = jax.lax.dynamic_slice_in_dim(v, start, block, axis=2)
+            places = start + jnp.arange(block)
+            logits = _product("bkrh,bksh->bkrs", queries, keys) / math.sqrt(q.shape[-1])
+            logits = jnp.where((places >= first) & (places <= ends), logits, -jnp.inf)
+            highest = jnp.maximum(top, logits.max(-1, keepdims=True))
+            weights, kept = jnp.exp(logits - highest), jnp.exp(top - highest)
+            new = _product("bkrs,bksh->bkrh", weights.astype(v.dtype), values)
+            total = total * kept + weights.sum(-1, keepdims=True)
+            return highest, total, mixed * kept + new
+
+        zeros = jnp.zeros((*queries.shape[:-1], 1), jnp.float32)
+        start = zeros - jnp.inf, zeros, jnp.zeros(queries.shape, jnp.float32)
+        blocks = -(-jnp.minimum(used, slots) // block)
+        _, total, mixed = jax.lax.fori_loop(0, blocks, step, start)
+        return rearrange(mixed / total, "b k (g t) h -> b t (k g) h", t=q.shape[1]).astype(q.dtype)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -12,6 +12,7 @@ is on the right, so what is real never sees it. With a cache, a row's next token
 """
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -185,7 +186,7 @@ class Llama(nnx.Module):
         )
         self.layers = stack(lambda rngs: LlamaLayer(cfg, rngs=rngs), cfg.layers, rngs=rngs)
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
-        self.by_token: nnx.Module | None = None  # see `llama_by_token`
+        self.by_token: Llama | None = None  # see `llama_by_token`
         self.lm_head = (
             None
             if cfg.tied
@@ -198,6 +199,40 @@ class Llama(nnx.Module):
                 rngs=rngs,
             )
         )
+
+    @property
+    def writer(self) -> "Llama":
+        """What decodes token by token: `by_token` where there is one, else this."""
+        return self if self.by_token is None else self.by_token
+
+    def take(self, cache: KVCache) -> Any:
+        """A cache that was written in a prefill, in the layout that this decoder reads."""
+        return cache
+
+    def bounded(self, cache: Any, used: Int[Array, ""]) -> Any:
+        """The cache for a pass that needs no slot from `used` on, where that spares anything."""
+        return cache
+
+    def rows(self, cache: Any, which: Int[Array, " r"]) -> KVCache:
+        """Some rows of a cache in this decoder's layout: [L, R, S, K, H]."""
+        return jax.tree.map(lambda x: x[:, which], cache)
+
+    def stored(self, cache: Any, new: KVCache, which: Int[Array, " r"]) -> Any:
+        """A cache in this decoder's layout, in which rows begin with what was written elsewhere.
+
+        Args:
+            cache: [L, B, S, K, H].
+            new: [L, R, C, K, H], C at most S.
+            which: the row of each.
+        """
+
+        def store(slots: jax.Array, new: jax.Array) -> jax.Array:
+            for i in range(new.shape[1]):
+                part = new[:, i : i + 1].astype(slots.dtype)
+                slots = jax.lax.dynamic_update_slice(slots, part, (0, which[i], 0, 0, 0))
+            return slots
+
+        return jax.tree.map(store, cache, new)
 
     def embed(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Embeds ids; negative ones (places of visual tokens) get row 0 until `merge` fills them.

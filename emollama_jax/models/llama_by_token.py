@@ -33,6 +33,7 @@ class LayerCache:
 
     k: jax.Array  # [B, K, S, H]
     v: jax.Array  # [B, K, S, H]
+    used: jax.Array | None = None  # int32 [], slots to read; None: as far as the last position
 
     def attend(
         self,
@@ -50,7 +51,8 @@ class LayerCache:
 
         write = jax.vmap(row)
         after = LayerCache(k=write(self.k, k, positions[:, 0]), v=write(self.v, v, positions[:, 0]))
-        return attention_up_to(q, after.k, after.v, last=positions), after
+        used = positions.max() + 1 if self.used is None else self.used
+        return attention_up_to(q, after.k, after.v, last=positions, used=used), after
 
 
 class LeftLinear(nnx.Module):
@@ -96,6 +98,31 @@ class LlamaByToken(Llama):
         k, v = (x.swapaxes(2, 3) for x in (cache.k, cache.v))  # [L, B, K, S, H]
         return [LayerCache(k=k[i], v=v[i]) for i in range(self.cfg.layers)]
 
+    def bounded(self, cache: Sequence[LayerCache], used: Int[Array, ""]) -> list[LayerCache]:
+        """As `Llama.bounded`."""
+        return [one.replace(used=used) for one in cache]
+
+    def rows(self, cache: Sequence[LayerCache], which: Int[Array, " r"]) -> KVCache:
+        """As `Llama.rows`."""
+
+        def turned(layers: Sequence[jax.Array]) -> jax.Array:
+            return jnp.stack([x[which] for x in layers]).swapaxes(2, 3)
+
+        return KVCache(k=turned([one.k for one in cache]), v=turned([one.v for one in cache]))
+
+    def stored(
+        self, cache: Sequence[LayerCache], new: KVCache, which: Int[Array, " r"]
+    ) -> list[LayerCache]:
+        """As `Llama.stored`."""
+
+        def store(slots: jax.Array, new: jax.Array) -> jax.Array:
+            for i in range(len(new)):
+                slots = jax.lax.dynamic_update_slice(slots, new[i : i + 1], (which[i], 0, 0, 0))
+            return slots
+
+        layers = zip(cache, self.take(new), strict=True)
+        return [jax.tree.map(store, old, layer) for old, layer in layers]
+
     def __call__(
         self,
         embeds: Float[Array, "b t d"],
@@ -117,15 +144,20 @@ class LlamaByToken(Llama):
         return self.head(hidden)
 
 
-def laid_out(llama: Llama) -> Llama:
+def laid_out(llama: Llama, *, least: int | None = None) -> Llama:
     """The decoder with `by_token` beside it where that pays, else as it is.
 
     It does in float32 on one CPU, unless the kernels fit its caches anyway, or a second copy of
     them might not fit its memory.
+
+    Args:
+        llama: the decoder.
+        least: MiB of kernels that are worth a second copy; `LEAST` by default.
     """
     kernels = [child.kernel for child in vars(llama.layers).values() if isinstance(child, Linear)]
     mebibytes = sum(4 * kernel.size for kernel in kernels) / 2**20
-    fits = llama.cfg.dtype == "float32" and LEAST <= mebibytes <= MOST
+    least = LEAST if least is None else least
+    fits = llama.cfg.dtype == "float32" and least <= mebibytes <= MOST
     if not fits or jax.default_backend() != "cpu" or kernels[0].sharding.num_devices > 1:
         return llama
     both = nnx.merge(*nnx.split(llama))

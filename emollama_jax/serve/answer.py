@@ -6,11 +6,13 @@ and the decoder.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Generator, Mapping, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from emollama_jax.config import Config, GenerateConfig
 from emollama_jax.data import prompts
@@ -38,12 +40,13 @@ QUICKLY = {"xla_backend_optimization_level": "0"}  # XLA's flag for less optimis
 class Media:
     """A picture or clip as the model sees it, with the face that is asked about."""
 
-    source: Source
     kind: Kind
     boxes: np.ndarray  # float32 [N, 4], of all faces of the picture, or of the clip's fullest frame
     probabilities: np.ndarray  # float32 [N]
     face: int | None  # number of the face that is asked about; None for clips, and without a face
     prior: Prior
+    # Of age [8], gender [2] and race [5], the mean over the frames with a face; () without one.
+    shares: tuple[np.ndarray, ...]
     agr: str  # the sentence about age, gender and race; "" for none
     mined: Mined  # on the device
 
@@ -83,53 +86,41 @@ class Answerer:
         Raises:
             UserError: unreadable media, or no such face.
         """
-        if is_video(source):
-            if face is not None:
-                raise UserError(f"--face {face}: faces are chosen in pictures only, not in clips")
-            return self._clip(source)
-        picture = read_image(source)
-        (faces,) = self._detect([picture])
-        if face is not None and not 0 <= face < len(faces.boxes):
-            found = {0: "no face", 1: "one face"}.get(len(faces.boxes), f"{len(faces.boxes)} faces")
-            raise UserError(f"--face {face}: the picture has {found}, counted from 0")
-        some = len(faces.boxes) > 0
-        chosen = face or 0
-        boxes = faces.boxes[chosen : chosen + 1] if some else np.zeros((1, 4), np.float32)
-        return self._see(
-            source,
-            kind="image",
-            clip=Clip([picture], np.zeros(1, int), count=1, fps=None),
-            followed=Track(boxes, np.array([some])),
-            faces=faces,
-            face=chosen if some else None,
-        )
-
-    def _clip(self, source: Source) -> Media:
-        """Only the frames that the model will see are searched for faces."""
+        if not is_video(source):
+            clip = Clip([read_image(source)], np.zeros(1, int), count=1, fps=None)
+            return self.see("image", clip, self.search([clip])[0], face=face)
+        if face is not None:
+            raise UserError(f"face {face}: faces are chosen in pictures only, not in clips")
+        # Only the frames that the model will see are searched for faces.
         clip = read_frames(source, lambda count, fps: self.encoder.indices(count, fps, None))
-        _, first, back = np.unique(clip.indices, return_index=True, return_inverse=True)
-        faces = self._detect([clip.frames[i] for i in first])
-        followed = track(faces)
-        return self._see(
-            source,
-            kind="clip",
-            clip=clip,
-            followed=Track(followed.boxes[back], followed.found[back]),
-            faces=max(faces, key=lambda found: len(found.boxes)),
-            face=None,
-        )
+        return self.see("clip", clip, self.search([clip])[0])
 
-    def _see(
-        self,
-        source: Source,
-        *,
-        kind: Kind,
-        clip: Clip,
-        followed: Track,
-        faces: Faces,
-        face: int | None,
+    def search(self, clips: Sequence[Clip]) -> list[list[Faces]]:
+        """The faces in each different frame of pictures and clips, all searched together."""
+        frames = [[clip.frames[i] for i in _different(clip)] for clip in clips]
+        found = iter(self._detect([frame for some in frames for frame in some]))
+        return [list(itertools.islice(found, len(some))) for some in frames]
+
+    def see(
+        self, kind: Kind, clip: Clip, faces: Sequence[Faces], *, face: int | None = None
     ) -> Media:
-        """Runs the towers on the M frames that the model sees; `followed` is of these."""
+        """Runs the towers on the M frames that the model sees.
+
+        Args:
+            kind: kind of media.
+            clip: the frames; of a picture, one.
+            faces: those of each different frame, from `search`.
+            face: as of `look`.
+
+        Raises:
+            UserError: no such face.
+        """
+        if kind == "image":
+            followed, chosen = _chosen(faces[0], face)
+        else:
+            _, back = np.unique(clip.indices, return_inverse=True)
+            whole, chosen = track(faces), None
+            followed = Track(whole.boxes[back], whole.found[back])
         seen = self.encoder.cut(
             clip.frames,
             kind=kind,
@@ -138,17 +129,23 @@ class Answerer:
             found=followed.found,
         )
         sight = self._look(*self._model, seen.frames, seen.faces, seen.found)
-        prior = _prior(sight, clip, followed)
+        prior, shares = _prior(sight, clip, followed)
+        fullest = max(faces, key=lambda found: len(found.boxes))
         return Media(
-            source=source,
             kind=kind,
-            boxes=np.asarray(faces.boxes, np.float32),
-            probabilities=np.asarray(faces.probabilities, np.float32),
-            face=face,
+            boxes=np.asarray(fullest.boxes, np.float32),
+            probabilities=np.asarray(fullest.probabilities, np.float32),
+            face=chosen,
             prior=prior,
+            shares=shares,
             agr=self.encoder.agr(kind, prior),
             mined=sight.mined,
         )
+
+    def asked(self, media: Media, question: str) -> Float[np.ndarray, "v d"]:
+        """The visual tokens that a question gets."""
+        ids, mask = self.encoder.question_ids(question)
+        return np.asarray(ask.under(self._flags)(*self._model, media.mined, ids, mask))
 
     def ask(
         self, media: Media, question: str, *, how: GenerateConfig | None = None
@@ -187,9 +184,7 @@ class Answerer:
             seen: their visual tokens.
             room: tokens that will follow.
         """
-        ids, mask = self.encoder.question_ids(question)
-        asked = ask.under(self._flags)(*self._model, media.mined, ids, mask)
-        new = np.asarray(asked)  # [V, D]
+        new = self.asked(media, question)
         encoded = self.encoder.prompt(
             question, kind=media.kind, agr=media.agr, earlier=earlier, room=room
         )
@@ -292,13 +287,34 @@ def probabilities(scores: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(scores, (shares / shares.sum()).tolist(), strict=True))
 
 
-def _prior(sight: Sight, clip: Clip, followed: Track) -> Prior:
-    """What is known of the face of a whole clip; frames that were not looked at have no face."""
+def _different(clip: Clip) -> np.ndarray:
+    """The places of frames that are not repeated, in the order of the clip."""
+    return np.unique(clip.indices, return_index=True)[1]
+
+
+def _chosen(faces: Faces, face: int | None) -> tuple[Track, int | None]:
+    """A picture's face, and its number if there is one."""
+    if face is not None and not 0 <= face < len(faces.boxes):
+        found = {0: "no face", 1: "one face"}.get(len(faces.boxes), f"{len(faces.boxes)} faces")
+        raise UserError(f"face {face}: the picture has {found}, counted from 0")
+    if not len(faces.boxes):
+        return Track(np.zeros((1, 4), np.float32), np.zeros(1, bool)), None
+    chosen = face or 0
+    return Track(np.asarray(faces.boxes[chosen : chosen + 1], np.float32), np.ones(1, bool)), chosen
+
+
+def _prior(sight: Sight, clip: Clip, followed: Track) -> tuple[Prior, tuple[np.ndarray, ...]]:
+    """What is known of the face of a whole clip, and the shares of its age, gender and race.
+
+    Frames that were not looked at have no face.
+    """
     said = jax.device_get((sight.landmarks, sight.age, sight.gender, sight.race))
-    _, first = np.unique(clip.indices, return_index=True)
+    first = _different(clip)
     here = first[followed.found[first]]
     stored = clip.indices[here]
     boxes, found = np.zeros((clip.count, 4), np.float32), np.zeros(clip.count, bool)
     landmarks = np.zeros((clip.count, LANDMARKS, 2), np.float32)
     boxes[stored], found[stored], landmarks[stored] = followed.boxes[here], True, said[0][here]
-    return Prior(boxes, found, landmarks, *age_gender_race([head[here] for head in said[1:]]))
+    heads = [head[here] for head in said[1:]]
+    shares = tuple(head.mean(0) for head in heads) if len(here) else ()
+    return Prior(boxes, found, landmarks, *age_gender_race(heads)), shares

@@ -21,6 +21,18 @@ TOP_LOGPROBS = 20  # likeliest tokens that may be told of a step
 
 
 @dataclasses.dataclass(frozen=True)
+class EngineSizes:
+    """How much an engine takes on."""
+
+    slots: int = 8
+    """answers written at once."""
+    waiting: int = 64
+    """requests that may wait for a slot; more are refused."""
+    kept: int = 256
+    """MiB of what the towers saw, kept for further questions about the same media."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Decoded:
     """A picture or clip as a decoding worker hands it over; pickles."""
 
@@ -84,7 +96,7 @@ class FacesFound:
     # Label → probability of the chosen face; None without a face.
     age: Mapping[str, float] | None
     gender: Mapping[str, float] | None
-    race: Mapping[str, float] | None
+    race: Mapping[str, float] | None  # None too where the model never learned it
 
 
 @dataclasses.dataclass(frozen=True)

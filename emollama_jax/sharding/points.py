@@ -21,6 +21,8 @@ POINTS: dict[str, tuple[tuple[str, ...], ...]] = {
     # [frames of all examples, …], in the towers and all that follows until the LLM: over every
     # device, so that none waits while another sees. Parameters come to the frames: they are fewer.
     "frames": (("data", "fsdp", "tensor"),),
+    # [layers, answers, slots, kv_heads, head_dim]: a cache of keys or values
+    "cache": ((), (), (), ("tensor",), ()),
     # [width, vocabulary]: the head's kernel, gathered once before the loop of the loss.
     "head": ((), ("tensor",)),
     # [vocabulary, width]: an embedding's table, so that what is looked up lies as its ids do.

@@ -453,3 +453,17 @@ def test_emollama_answers_from_what_it_sees():
     blind = prompt.read(seeing, batch.replace(frames=np.zeros_like(batch.frames))).embeds
     assert (abs(embeds - blind)[:, visual].max(-1) > 1e-3).any()
     np.testing.assert_array_equal(embeds[:, :2], blind[:, :2])
+
+
+def test_each_row_draws_as_it_does_alone():
+    """Greedy rows and sampled ones in one program, each at its own step."""
+    logits = jnp.asarray(np.random.default_rng(3).standard_normal((4, 50)) * 3, jnp.float32)
+    hows = [how(1.5, 0.9, 4), how(), how(0.7, 1.0, 5), how(2.0, 0.5, 6)]
+    steps = np.array([0, 3, 2, 7], np.int32)
+    alone = [int(_draw(logits[i : i + 1], each, step=steps[i])[0]) for i, each in enumerate(hows)]
+    still = sampling.Sampling(np.float32(0), np.float32(1), np.int32(0))
+    together = jax.tree.map(lambda *xs: np.stack(xs), *(each or still for each in hows))
+    assert jax.jit(sampling.draw_each)(logits, together, steps=steps).tolist() == alone
+    cold = jax.tree.map(lambda x: np.stack([x] * 4), still)
+    greedy = jax.jit(sampling.draw_each)(logits, cold, steps=steps)
+    assert greedy.tolist() == sampling.greedy(logits).tolist()

@@ -130,8 +130,9 @@ def test_new_tokens_see_what_came_before_and_each_other(heads):
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2)], ids=["each its own key", "grouped"])
-def test_tokens_see_slots_up_to_their_own(heads):
+def test_tokens_see_slots_up_to_their_own(heads, monkeypatch):
     """As one pass over all tokens gives the newest ones; later slots are not looked at."""
+    monkeypatch.setattr("emollama_jax.models.attention.SLOTS_BLOCK", 5)  # does not divide them
     slots, tokens = 12, 2
     for row, length in enumerate((2, 7, 12)):
         q, k, v, gradient = arrays((1, length, *heads, 16), seed=row)
@@ -139,7 +140,12 @@ def test_tokens_see_slots_up_to_their_own(heads):
         later = [(0, 0), (0, slots - length), (0, 0), (0, 0)]
         kept = (jnp.pad(x, later, constant_values=7.0).swapaxes(1, 2) for x in (k, v))
         last = jnp.arange(length - tokens, length)[None]
-        assert_same(attention_up_to(q[:, -tokens:], *kept, last=last), wanted)
+        kept = tuple(kept)
+        exact = attention_up_to(q[:, -tokens:], *kept, last=last, used=jnp.int32(length))
+        assert_same(exact, wanted)
+        # Blocks that neighbours need change no bit.
+        whole = attention_up_to(q[:, -tokens:], *kept, last=last, used=jnp.int32(slots))
+        np.testing.assert_array_equal(whole, exact)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
