@@ -63,9 +63,17 @@ class Answerer:
         cfg: config of the model's run.
         model: not changed.
         detect: finds the faces of pictures; MTCNN by default.
+        towers: XLA's flags for the towers' program; on a CPU `QUICKLY` by default.
     """
 
-    def __init__(self, cfg: Config, model: EmoLlama, *, detect: Detect | None = None):
+    def __init__(
+        self,
+        cfg: Config,
+        model: EmoLlama,
+        *,
+        detect: Detect | None = None,
+        towers: Mapping[str, str] | None = None,
+    ):
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self._model, self._llama = nnx.split(model), nnx.split(model.llama)
@@ -74,7 +82,8 @@ class Answerer:
         # The towers are compiled for one example. On a CPU optimising their program takes half of
         # the time to the first answer, and saves hundredths of a second on each picture.
         on_cpu = jax.default_backend() == "cpu"
-        self._look = look.under(QUICKLY if on_cpu else self._flags)
+        default = QUICKLY if on_cpu else self._flags
+        self._look = look.under(default if towers is None else towers)
 
     def look(self, source: Source, *, face: int | None = None) -> Media:
         """Finds the face of a picture or clip, and runs the towers on it.

@@ -13,6 +13,7 @@ preparation ends that request; what goes wrong in a step, whose cache is lost th
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import logging
 import queue
 import threading
@@ -52,7 +53,7 @@ from emollama_jax.serve.writing import Writing
 from emollama_jax.sharding.mesh import flags_for, make_mesh
 from emollama_jax.terms import Kind
 
-LOOKED_AT = 4  # waiting media whose faces are searched for together
+LOOKED_AT = 8  # waiting media whose faces are searched for together
 CLOSED = "the engine was closed"
 
 _log = logging.getLogger(__name__)
@@ -82,13 +83,15 @@ class BatchingEngine:
         self.cfg, self._sizes = cfg, sizes
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         with self._on_devices():
-            self._answerer = Answerer(cfg, model, detect=detect)
+            # A server looks often: its towers' program is worth optimising on a CPU too.
+            flags = flags_for(jax.devices()[0], cfg.xla_flags)
+            self._answerer = Answerer(cfg, model, detect=detect, towers=flags)
             encoder = self._answerer.encoder
             self._slots = Slots(
                 model.llama,
                 count=sizes.slots,
                 texts=sorted(encoder.text_length(kind) for kind in KINDS),
-                flags=flags_for(jax.devices()[0], cfg.xla_flags),
+                flags=flags,
                 top=TOP_LOGPROBS,
             )
         self._preparer = self._new_preparer()
@@ -138,6 +141,7 @@ class BatchingEngine:
     async def ask(self, question: Question) -> AsyncGenerator[Piece | End]:
         """See `requests.Engine`."""
         request = self._accept(question.media, question.face, question, None)
+        del question  # and its frames with it, once they were looked at
         try:
             while True:
                 event = await request.events.get()
@@ -309,6 +313,7 @@ class BatchingEngine:
         if labels is not None:
             request.label_ids = preparer.labels(labels)
         request.entry = preparer.entry(question, media, labels=labels is not None)
+        request.question = dataclasses.replace(question, media=None)  # frames are large
         self._ready.put(request)
         return []
 
