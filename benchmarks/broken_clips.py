@@ -171,7 +171,9 @@ def read_all(data: pathlib.Path, *, share: float, batch: int = 16):
     from emollama_jax.data.split import Split
 
     overrides = [SOURCES, f"data.dir={json.dumps(str(data))}", f"data.broken_share={share}"]
-    cfg = config.load("tiny", [*overrides, f"train.clip_batch={batch}", "data.blank_share=0"])
+    cfg = config.load(
+        "tiny", [*overrides, f"train.clip_batch={batch}", "data.blank_share=0", "data.packed=null"]
+    )
     count = len(Split(data, "own/broken", "train").examples)
     iterator = make_train_iterator(cfg)
     rows = broken = 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from typing import Literal
 
 import tyro
 
@@ -12,6 +11,7 @@ from emollama_jax.cli_words import ConfigName, Overrides, load_config, new_conso
 from emollama_jax.errors import UserError
 from emollama_jax.preflight import at_least
 from emollama_jax.runs import PACKAGE, find
+from emollama_jax.scale.options import Planned
 
 Inline = tyro.conf.OmitArgPrefixes
 
@@ -21,9 +21,7 @@ def plan(
     overrides: Overrides = (),
     *,
     topology: str,
-    step: Literal["train", "prefill", "decode"] = "train",
-    kind: Literal["image", "clip"] | None = None,
-    batch: int | None = None,
+    planned: Inline[Planned] = Planned(),  # noqa: B008
     json: bool = False,
     search: bool = False,
 ) -> None:
@@ -36,16 +34,16 @@ def plan(
         config: a name in configs/ or a .yaml file.
         overrides: changes of the config, e.g. mesh.fsdp=-1 model.llama.remat=dots.
         topology: TPU slice, e.g. v5e:2x4 (8 chips) or v5p:4x4x4; an unknown one lists them all.
-        step: train, prefill (towers, prompt, first token), or decode (one more token).
-        kind: kind of batch; clip by default if the config has clips.
-        batch: examples per step over all chips; the config's training batch by default.
+        planned: the step, and what it works on.
         json: print JSON instead of tables.
         search: find the largest batch that fits and the best preset; many compilations.
     """
     from emollama_jax.scale import topologies
 
     topologies.chip_of(topology)  # a wrong one is refused at once
-    at_least(1, batch=batch)
+    at_least(1, batch=planned.batch)
+    if planned.tokens is not None and planned.tokens <= 0:
+        raise UserError(f"--tokens is {planned.tokens:g}, wanted more than 0")
     cfg = load_config(config, overrides)
     topologies.prepare()  # before JAX starts
     from emollama_jax.scale.command import run
@@ -53,9 +51,7 @@ def plan(
     run(
         cfg,
         topology,
-        step=step,
-        kind=kind,
-        examples=batch,
+        planned,
         as_json=json,
         searching=search,
         console=new_console(),

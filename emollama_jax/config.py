@@ -275,6 +275,21 @@ class SourceConfig:
 
 
 @_config
+class PackedConfig:
+    """One static shape of training rows, each of several examples: docs/data.md.
+
+    A step that does not fit, for its examples are longer than most, gets a larger shape of its own.
+    """
+
+    rows: Number  # B of a step, over all hosts
+    examples: Number  # drawn for a row, on average: `rows` × `examples` for a step
+    tokens: Size  # T of a row, visual tokens included
+    frames: Number  # F of a row
+    again: Annotated[int, Bounds(0, 2**16)] = 0  # X of a row: its frames in second and later rounds
+    question_length: Size  # L, where all of a step's questions fit; else data.question_length
+
+
+@_config
 class DataConfig:
     """Data sources and the static shapes of batches."""
 
@@ -297,6 +312,7 @@ class DataConfig:
     template: Template  # conversation format; "weights": as in a folder of `weights`
     llm_tokenizer: TokenizerConfig
     question_tokenizer: TokenizerConfig
+    packed: PackedConfig | None = None  # null: one example a row, steps of one kind of media each
 
 
 @_config

@@ -308,8 +308,7 @@ def test_recipes_fit_their_devices(root, abstract_model):
         assert sizes[0] * sizes[1] * sizes[2] == devices
         parts = sizes[0] * sizes[1] * cfg.train.accumulation
         hosts = max(1, devices // CHIPS)
-        for size in (cfg.train.image_batch, cfg.train.clip_batch):
-            assert size % parts == 0 and size % hosts == 0
+        assert cfg.data.packed.rows % parts == 0 and cfg.data.packed.rows % hosts == 0
         leaves = named_parameters(abstract_model(cfg.name))
         trained = matching(cfg.train.trainable, leaves, key="train.trainable")
         projector = matching(cfg.train.projector, leaves, key="train.projector")

@@ -63,6 +63,7 @@ def bench_config(name: str, *, batch: int) -> Config:
             f"data.llm_tokenizer={tokenizer}",
             f"data.question_tokenizer={tokenizer}",
             "data.workers=0",
+            "data.packed=null",
             f"train.clip_batch={batch}",
         ],
     )

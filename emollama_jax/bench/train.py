@@ -29,7 +29,7 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from emollama_jax.batch import IGNORE, Batch
+from emollama_jax.batch import IGNORE, Batch, one_a_row
 from emollama_jax.bench.options import TrainSizes
 from emollama_jax.bench.torch_side import TorchProcess, check_cpu, progress, transformers_llama
 from emollama_jax.checkpoint import ONE_DEVICE
@@ -220,7 +220,7 @@ def _config(sizes: TrainSizes) -> Config:
 def _batch(work: Work) -> Batch:
     """A batch of text: no frames, no questions."""
     examples, length = work.ids.shape
-    return Batch(
+    return one_a_row(
         frames=np.zeros((examples, 0, 1, 1, 3), np.uint8),
         faces=np.zeros((examples, 0, 1, 1, 3), np.uint8),
         face_found=np.zeros((examples, 0), bool),

@@ -1,11 +1,12 @@
-"""One example of a data set as one row of a `Batch`: media decoded, faces cut out, text encoded.
+"""One example of a data set as an `Element`: media decoded, faces cut out, text encoded.
 
-Rows are dictionaries of NumPy arrays named as the fields of `Batch`, without its axis B, plus
-`trouble`: why the row is a sentinel, "" if it is none. A sentinel stands for media that cannot be
-read; it has the same shapes, no labels and no weight.
+What it says is drawn and encoded first, by its seed alone and without its media (`Told`), so that
+rows can be packed by length before anything is decoded. A sentinel stands for media that cannot be
+read: black frames, no labels and no weight.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -13,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
-from emollama_jax.batch import IGNORE, Batch
+from emollama_jax.batch import IGNORE
 from emollama_jax.config import Config
 from emollama_jax.data import prompts
 from emollama_jax.data.chat import open_chat
 from emollama_jax.data.face_crop import crop_face
+from emollama_jax.data.items import category_item
 from emollama_jax.data.media import (
     Source,
     fps_indices,
@@ -33,7 +35,6 @@ from emollama_jax.errors import UserError
 from emollama_jax.terms import LANDMARKS, Kind
 
 Shown = Literal["all", "middle", "blank"]  # in an evaluation: what of the media the model gets
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,35 @@ class Look:
     found: Bool[np.ndarray, " m"]
     landmarks: Float32[np.ndarray, "m 68 2"]
     agr: str  # the sentence, "" for none
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What is said about one example, not padded."""
+
+    ids: Int32[np.ndarray, " t"]
+    labels: Int32[np.ndarray, " t"]  # IGNORE where no loss is borne
+    questions: tuple[Int32[np.ndarray, " _"], ...]  # the Q-Former's, one a round
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What training says about an example, before its media are decoded."""
+
+    text: Text
+    blank: bool  # it is shown black
+    trouble: str  # why it is a sentinel, "" if it is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """One example, to be laid out in a row of a `Batch`."""
+
+    look: Look
+    text: Text
+    weight: float
+    index: int  # its position in its source
+    trouble: str  # why it is a sentinel, "" if it is none
 
 
 class Encoder:
@@ -80,6 +110,12 @@ class Encoder:
                 field = {"image": "text_length", "clip": "clip_text_length"}[kind]
                 raise UserError(
                     f"data.{field} is {self.text_length(kind)}, and one {kind} alone takes "
+                    f"{self.visual(kind)} visual tokens: raise it"
+                )
+            packed = cfg.data.packed
+            if packed is not None and self.visual(kind) >= packed.tokens:
+                raise UserError(
+                    f"data.packed.tokens is {packed.tokens}, and one {kind} alone takes "
                     f"{self.visual(kind)} visual tokens: raise it"
                 )
 
@@ -197,41 +233,34 @@ class Encoder:
         look.found[:] = found
         return look
 
-    def training_row(
-        self,
-        look: Look,
-        *,
-        kind: Kind,
-        turns: Sequence[prompts.Turn],
-        index: int,
-        rng: np.random.Generator,
-    ) -> Row:
-        """A row with labels; at most `data.rounds` turns."""
+    def training_text(
+        self, turns: Sequence[prompts.Turn], *, kind: Kind, agr: str, rng: np.random.Generator
+    ) -> tuple[Text, str]:
+        """Text with labels of at most `data.rounds` turns, and why it is a sentinel's."""
+        packed = self.cfg.data.packed
+        longest = self.text_length(kind) if packed is None else packed.tokens
         encoded = prompts.build_training(
             turns,
             n_visual=self.visual(kind),
-            agr=look.agr,
+            agr=agr,
             chat=self.chat,
-            text_length=self.text_length(kind),
+            text_length=longest,
             rng=rng,
         )
         if (encoded.labels == IGNORE).all():
             needed = encoded.length + encoded.lost
-            return self.sentinel(
-                kind, index, f"its {needed} tokens do not fit into T = {len(encoded.ids)}"
-            )
-        questions = [turn.question for turn in turns]
-        return self._row(look, encoded, questions, rounds=self.cfg.data.rounds, index=index)
+            return self._no_text(), f"its {needed} tokens do not fit into T = {longest}"
+        return self._text(encoded, [turn.question for turn in turns]), ""
 
-    def prompt_row(self, look: Look, *, kind: Kind, question: str, index: int) -> Row:
-        """A row to be answered: no labels, one round.
+    def prompt_row(self, look: Look, *, kind: Kind, question: str, index: int) -> Element:
+        """An example to be answered: no labels, one round.
 
         Raises:
             UserError: the question is too long.
         """
         question = prompts.question_text(question)
         encoded = self._prompt(question, kind, look.agr, (), self.text_length(kind))
-        return self._row(look, encoded, [question], rounds=1, index=index)
+        return Element(look, self._text(encoded, [question]), 1.0, index, "")
 
     def prompt(
         self,
@@ -291,18 +320,19 @@ class Encoder:
             question, tokenizer=self.question, length=self.cfg.data.question_length
         )
 
-    def sentinel(self, kind: Kind, index: int, trouble: str) -> Row:
-        """Stand-in for a training row that cannot be made."""
-        encoded = prompts.Encoded(
-            ids=np.full(self.text_length(kind), self.chat.pad, np.int32),
-            labels=np.full(self.text_length(kind), IGNORE, np.int32),
-            length=1,  # a row without a token would have nothing to attend to
-            lost=0,
-        )
-        encoded.ids[0] = self.chat.first
-        look = self.empty_look(kind)
-        row = self._row(look, encoded, [], rounds=self.cfg.data.rounds, index=index)
-        return row | {"weight": np.float32(0), "trouble": trouble}
+    def sentinel(self, kind: Kind, index: int, trouble: str) -> Element:
+        """Stand-in for a training example that cannot be shown."""
+        return Element(self.empty_look(kind), self._no_text(), 0.0, index, trouble)
+
+    def _no_text(self) -> Text:
+        """A sentinel's: a row without a token would have nothing to attend to."""
+        ids, labels = (np.array([x], np.int32) for x in (self.chat.first, IGNORE))
+        return Text(ids, labels, ())
+
+    def _text(self, encoded: prompts.Encoded, questions: Sequence[str]) -> Text:
+        asked = (ids[real] for ids, real in map(self.question_ids, questions))
+        n = encoded.length
+        return Text(encoded.ids[:n], encoded.labels[:n], tuple(asked))
 
     def empty_look(self, kind: Kind) -> Look:
         """Black frames without a face."""
@@ -324,38 +354,9 @@ class Encoder:
             race_labels=self.cfg.model.face.race_labels,
         )
 
-    def _row(
-        self,
-        look: Look,
-        encoded: prompts.Encoded,
-        questions: Sequence[str],
-        *,
-        rounds: int,
-        index: int,
-    ) -> Row:
-        length = self.cfg.data.question_length
-        ids = np.full((rounds, length), self.question.pad, np.int32)
-        mask = np.zeros((rounds, length), bool)
-        for number, question in enumerate(questions):
-            ids[number], mask[number] = self.question_ids(question)
-        return {
-            "frames": look.frames,
-            "faces": look.faces,
-            "face_found": look.found,
-            "landmarks": look.landmarks,
-            "ids": encoded.ids,
-            "labels": encoded.labels,
-            "length": np.int32(encoded.length),
-            "questions": ids,
-            "question_mask": mask,
-            "weight": np.float32(1),
-            "index": np.int32(index),
-            "trouble": "",
-        }
-
 
 class Examples:
-    """A split's examples as rows. Pickles, so that worker processes can hold it.
+    """A split's examples as elements. Pickles, so that worker processes can hold it.
 
     Args:
         encoder: encoder of the config.
@@ -378,27 +379,41 @@ class Examples:
     def __len__(self) -> int:
         return len(self.split.examples)
 
-    def training(self, index: int, *, seed: int) -> Row:
-        """One row; the seed decides the conversation, its layout and the frames."""
-        rng = np.random.Generator(np.random.PCG64(seed))
-        example = self.split.examples[index]
-        pieces = prompts.split_rounds(self._choose(example, rng), self.encoder.cfg.data.rounds)
+    def told(self, index: int, *, seed: int) -> Told:
+        """What is said about an example; the seed decides the conversation and its layout."""
+        rng = np.random.Generator(np.random.PCG64([seed, 0]))
+        data = self.encoder.cfg.data
+        blank = bool(rng.random() < data.blank_share)
+        pieces = prompts.split_rounds(self._choose(index, rng), data.rounds)
         turns = pieces[rng.integers(len(pieces))]
-        kind = self.kind
-        try:
-            if rng.random() < self.encoder.cfg.data.blank_share:
-                look = self.encoder.empty_look(kind)
-            else:
+        agr = "" if blank else self.encoder.agr(self.kind, self.split.priors[index])
+        text, trouble = self.encoder.training_text(turns, kind=self.kind, agr=agr, rng=rng)
+        return Told(text, blank, trouble)
+
+    def training(self, index: int, *, seed: int, told: Told | None = None) -> Element:
+        """One example; the seed decides what is said, and the frames.
+
+        Args:
+            index: position in the split.
+            seed: of all choices.
+            told: what `told` gave for both; None: not asked yet.
+        """
+        told = told or self.told(index, seed=seed)
+        kind, trouble = self.kind, told.trouble
+        if told.blank and not trouble:
+            return Element(self.encoder.empty_look(kind), told.text, 1.0, index, "")
+        example = self.split.examples[index]
+        if not trouble:
+            rng = np.random.Generator(np.random.PCG64([seed, 1]))
+            try:
                 prior = self.split.priors[index]
                 look = self.encoder.look(example["media"], kind=kind, prior=prior, rng=rng)
-            row = self.encoder.training_row(look, kind=kind, turns=turns, index=index, rng=rng)
-        except UserError as error:
-            row = self.encoder.sentinel(kind, index, str(error))
-        if row["trouble"]:
-            row["trouble"] = f"{self.name(example)}: {row['trouble']}"
-        return row
+                return Element(look, told.text, 1.0, index, "")
+            except UserError as error:
+                trouble = str(error)
+        return self.encoder.sentinel(kind, index, f"{self.name(example)}: {trouble}")
 
-    def evaluation(self, index: int, *, shown: Shown) -> tuple[Row, Mapping[str, Any]]:
+    def evaluation(self, index: int, *, shown: Shown) -> tuple[Element, Mapping[str, Any]]:
         """One prompt, the category question's, and the example it is of.
 
         Media that cannot be read are black frames: a prediction is asked for all the same.
@@ -412,37 +427,40 @@ class Examples:
         except UserError as error:
             look, trouble = self.encoder.empty_look(kind), f"{self.name(example)}: {error}"
         question = json.loads(example["items"])[0][0]["value"]  # the category item is the first
-        row = self.encoder.prompt_row(look, kind=kind, question=question, index=index)
-        return row | {"trouble": trouble}, example
+        element = self.encoder.prompt_row(look, kind=kind, question=question, index=index)
+        return dataclasses.replace(element, trouble=trouble), example
 
     def name(self, example: Mapping[str, Any]) -> str:
         """For log lines."""
         return f"{self.split.name}, split {self.split.split}, example {example['id']}"
 
-    def _choose(
-        self, example: Mapping[str, Any], rng: np.random.Generator
-    ) -> Sequence[prompts.Turn]:
-        category, *conversations = json.loads(example["items"])
+    def _choose(self, index: int, rng: np.random.Generator) -> Sequence[prompts.Turn]:
+        category, *conversations = self._items(index)
         items = {
             "category": [category],
             "conversation": conversations,
             "both": [category, *conversations],
         }[self.items]
         if not items:
-            raise UserError(
-                f"{self.name(example)} has no conversation: set items: category for this source"
-            )
+            name = self.name(self.split.examples[index])
+            raise UserError(f"{name} has no conversation: set items: category for this source")
         try:
             return prompts.read_turns(items[rng.integers(len(items))])
         except UserError as error:
-            raise UserError(f"{self.name(example)}: {error}") from None
+            raise UserError(f"{self.name(self.split.examples[index])}: {error}") from None
 
+    def _items(self, index: int) -> list[Any]:
+        """The example's items, read without its media where they can be had so."""
+        if self.items == "category" and self._as_worded:
+            label = int(self.split.index.labels[index])
+            return [category_item(self.split.space.classes, label, self.kind)]
+        return self.split.items(index)
 
-def stack(rows: Sequence[Row]) -> tuple[Batch, list[str]]:
-    """Rows of one shape as a batch of NumPy arrays, and what is wrong with them."""
-    names = [field.name for field in dataclasses.fields(Batch)]
-    batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in names})
-    return batch, [row["trouble"] for row in rows if row["trouble"]]
+    @functools.cached_property
+    def _as_worded(self) -> bool:
+        """Whether the set's category items are worded as today, so that a label gives them."""
+        label = int(self.split.index.labels[0])
+        return self.split.items(0)[0] == category_item(self.split.space.classes, label, self.kind)
 
 
 def _empty_look(frames: int, size: int, face_size: int) -> Look:

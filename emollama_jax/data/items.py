@@ -74,6 +74,10 @@ class Instructed(Sequence):
             raise UserError(self._other(f"{record['id']} where the split has {example['id']}"))
         return {**example, "items": json.dumps(record["items"])}
 
+    def items(self, index: int) -> list[Any]:
+        """An example's items alone."""
+        return json.loads(self._items[index])["items"]
+
     def _other(self, found: str) -> str:
         return (
             f"{self._folder}: made for another preparation of the set ({found}); move it away and "

@@ -1,12 +1,14 @@
 """Data sets → mixture → batches, on Grain's Dataset API.
 
     source → seed → shuffle → repeat → draw ┐
-    source → seed → shuffle → repeat → draw ┴ mix → slice by host → decode → batch ┐  (images)
-    …                                                               decode → batch ┴ mix → prefetch
+    source → seed → shuffle → repeat → draw ┴ mix → a step's examples → encode text → pack rows
+        → slice by host → decode media → lay out → prefetch
 
-Every step is wholly of images or wholly of clips: two static shapes. Which one, which examples, and
-each example's random choices are a function of the seed and the step alone. So neither the number
-of hosts nor of worker processes changes them, and the state of an iterator is one number.
+With `data.packed` every step has the same number of examples, images and clips mixed, in rows of
+one static shape (`rows.py`). Without, every step is wholly of images or wholly of clips, an example
+a row: two static shapes. Which examples, and each one's random choices, are a function of the seed
+and the step alone. So neither the number of hosts nor of worker processes changes them, and the
+state of an iterator is one number.
 
 What differs from LLaMA-VID: it groups examples by length and replaces a broken one by a random
 other. Here a broken one becomes a sentinel without weight, is named in the log, and too many stop
@@ -26,7 +28,8 @@ from absl import flags
 
 from emollama_jax.batch import Batch
 from emollama_jax.config import Config
-from emollama_jax.data.elements import Encoder, Examples, Row, Shown, stack
+from emollama_jax.data.elements import Element, Encoder, Examples, Shown
+from emollama_jax.data.rows import RowShape, lay_out, pack, packed_shape, real, shape_of_kind, stack
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.terms import Kind
@@ -61,8 +64,8 @@ def make_train_iterator(
     processes import it anew.
 
     Args:
-        cfg: the sources' weights are shares of the steps between the two kinds, and of the examples
-            between the sources of a kind.
+        cfg: the sources' weights are shares of the examples, in packed rows; else of the steps
+            between the two kinds, and of the examples between the sources of a kind.
         splits: splits of the sources, in their order; None: `open_sources`.
         host_index: index of this process's part of every batch.
         host_count: number of parts; they are consecutive rows, so that all hosts together get the
@@ -79,21 +82,57 @@ def make_train_iterator(
         Examples(encoder, split, kind=source.kind, items=source.items)
         for source, split in zip(cfg.data.sources, splits, strict=True)
     ]
-    steps, weights = [], []
+    host = {"index": host_index, "count": host_count}
+    if cfg.data.packed is not None:
+        rows = _local_rows(cfg, host_count)
+        steps = _Packed(draw_mixture(sources, cfg), encoder, sources, rows=rows, **host)
+    else:
+        kinds, weights = _kinds(sources, cfg)
+        steps = _mix([_alike(each, kind, encoder, sources, host) for kind, each in kinds], weights)
+    return TrainIterator(
+        steps, workers=cfg.data.workers, watch=_Watch(cfg, examples=_distinct(sources))
+    )
+
+
+def draw_mixture(sources: Sequence[Examples], cfg: Config) -> grain.MapDataset:
+    """Endless (number of the source, position, seed of its choices), in the sources' shares.
+
+    The two kinds are mixed first, so that steps hold as equal numbers of each as can be.
+    """
+    kinds, weights = _kinds(sources, cfg)
+    return _mix([drawn for _, drawn in kinds], weights)
+
+
+def _kinds(
+    sources: Sequence[Examples], cfg: Config
+) -> tuple[list[tuple[Kind, grain.MapDataset]], list[float]]:
+    """What is drawn of each kind that there is, and the kinds' weights."""
+    found, weights = [], []
     for kind in ("image", "clip"):
         numbers = [i for i, examples in enumerate(sources) if examples.kind == kind]
         if numbers:
-            drawn = _drawn(sources, numbers, cfg)
-            size = _local_batch(cfg, kind, host_count)
-            local = _Share(drawn, rows=size, index=host_index, count=host_count)
-            rows = local.map(_Decode(sources))
-            steps.append(rows.batch(size, drop_remainder=True, batch_fn=stack))
+            found.append((kind, _drawn(sources, numbers, cfg)))
             weights.append(sum(cfg.data.sources[i].weight for i in numbers))
-    return TrainIterator(
-        _mix(steps, weights),
-        workers=cfg.data.workers,
-        watch=_Watch(_distinct(sources), cfg.data.broken_share),
-    )
+    return found, weights
+
+
+def _alike(
+    drawn: grain.MapDataset,
+    kind: Kind,
+    encoder: Encoder,
+    sources: Sequence[Examples],
+    host: Mapping[str, int],
+) -> grain.MapDataset:
+    """Steps of one kind, an example a row."""
+    size = _local_batch(encoder.cfg, kind, host["count"])
+    shape = shape_of_kind(encoder.cfg, kind, rounds=encoder.cfg.data.rounds)
+
+    def laid(elements: Sequence[Element]) -> tuple[Batch, list[str]]:
+        batch = stack(elements, shape=shape, encoder=encoder)
+        return batch, [element.trouble for element in elements if element.trouble]
+
+    rows = _Share(drawn, rows=size, **host).map(_Decode(sources))
+    return rows.batch(size, drop_remainder=True, batch_fn=laid)
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -180,14 +219,17 @@ def make_eval_batches(
         shown: "all" frames, a clip's "middle" frame alone, or a "blank".
         host_index: as in `make_train_iterator`, as is `host_count`.
     """
-    examples = Examples(Encoder(cfg), split, kind=split.kind)
+    encoder = Encoder(cfg)
+    examples = Examples(encoder, split, kind=split.kind)
+    shape = shape_of_kind(cfg, split.kind, rounds=1)
     count = len(examples)
     padded = grain.MapDataset.range(-(-count // batch) * batch)
     size = batch // host_count
     local = _Share(padded, rows=size, index=host_index, count=host_count)
     rows = local.map(lambda index: _evaluate(examples, index, shown))
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-    batches = iter(rows.batch(size, batch_fn=_stack_evaluation).to_iter_dataset(options))
+    laid = functools.partial(_stack_evaluation, shape=shape, encoder=encoder)
+    batches = iter(rows.batch(size, batch_fn=laid).to_iter_dataset(options))
     try:
         yield from batches
     finally:
@@ -251,6 +293,14 @@ def _local_batch(cfg: Config, kind: Kind, hosts: int) -> int:
     return total // hosts
 
 
+def _local_rows(cfg: Config, hosts: int) -> int:
+    packed = cfg.data.packed
+    assert packed is not None
+    if packed.rows % hosts or packed.rows < hosts:
+        raise UserError(f"data.packed.rows is {packed.rows}, wanted a multiple of {hosts} hosts")
+    return packed.rows // hosts
+
+
 def _distinct(sources: Sequence[Examples]) -> int:
     """How many examples there are; two sources may read the same split."""
     return sum({(x.split.name, x.split.split): len(x) for x in sources}.values())
@@ -274,26 +324,73 @@ class _Share(grain.MapDataset):
 
 
 class _Decode:
-    """Drawn → row."""
+    """Drawn → element."""
 
     def __init__(self, sources: Sequence[Examples]):
         self._sources = sources
 
-    def __call__(self, drawn: tuple[int, int, int]) -> Row:
+    def __call__(self, drawn: tuple[int, int, int]) -> Element:
         number, position, seed = drawn
         return self._sources[number].training(position, seed=seed)
+
+
+class _Packed(grain.MapDataset):
+    """This host's rows of every step: drawn examples, packed by their text, then decoded.
+
+    Each host encodes the text of all, which is little beside the media of its own.
+    """
+
+    def __init__(
+        self,
+        parent: grain.MapDataset,
+        encoder: Encoder,
+        sources: Sequence[Examples],
+        *,
+        rows: int,
+        index: int,
+        count: int,
+    ):
+        super().__init__(parent)
+        self._encoder, self._sources = encoder, sources
+        self._rows, self._first, self._all = rows, index * rows, rows * count
+        assert encoder.cfg.data.packed is not None
+        self._examples = encoder.cfg.data.packed.examples * self._all
+        self._shape = packed_shape(encoder.cfg)
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._examples
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        first = index * self._examples
+        drawn: list[Any] = [self._parent[first + i] for i in range(self._examples)]
+        told = [self._sources[number].told(position, seed=seed) for number, position, seed in drawn]
+        items = [(self._sources[d[0]].kind, t.text) for d, t in zip(drawn, told, strict=True)]
+        packing = pack(items, encoder=self._encoder, rows=self._all, shape=self._shape)
+
+        def decoded(item: int) -> Element:
+            number, position, seed = drawn[item]
+            return self._sources[number].training(position, seed=seed, told=told[item])
+
+        mine = packing.rows[self._first : self._first + self._rows]
+        rows = [[decoded(item) for item in row] for row in mine]
+        batch = lay_out(rows, shape=packing.shape, encoder=self._encoder)
+        return batch, [element.trouble for row in rows for element in row if element.trouble]
 
 
 class _Watch:
     """Names every broken example once and stops the run when there are too many."""
 
-    def __init__(self, examples: int, share: float):
-        self._examples, self._share = examples, share
+    def __init__(self, cfg: Config, *, examples: int):
+        self._cfg, self._examples, self._share = cfg, examples, cfg.data.broken_share
         self._seen = 0
         self._broken: set[str] = set()  # by the example's name
+        self._grown: set[tuple[str, ...]] = set()  # what was said of shapes
 
     def __call__(self, batch: Batch, trouble: Sequence[str]) -> None:
-        self._seen += len(batch.weight)
+        self._seen += real(batch)["examples"]
+        self._tell_growth(batch)
         for line in trouble:
             name = line.partition(": ")[0]
             if name not in self._broken:
@@ -309,20 +406,47 @@ class _Watch:
                 f"data.broken_share = {self._share}; the last one is {trouble[-1]}"
             )
 
+    def _tell_growth(self, batch: Batch) -> None:
+        """Says once of each larger shape what it cost, since each is compiled anew."""
+        packed = self._cfg.data.packed
+        if packed is None:
+            return
+        found = {
+            "tokens": batch.ids.shape[1],
+            "frames": batch.frames.shape[1],
+            "again": batch.again.shape[1],
+            "question_length": batch.questions.shape[2],
+        }
+        larger = tuple(
+            f"{name} {size} (data.packed.{name} is {getattr(packed, name)})"
+            for name, size in found.items()
+            if size > getattr(packed, name)
+        )
+        if larger and larger not in self._grown:
+            self._grown.add(larger)
+            _log.warning(
+                "a step does not fit into its rows and gets larger ones, compiled apart: %s; if "
+                "this comes often, raise the setting or lower data.packed.examples",
+                ", ".join(larger),
+            )
 
-def _evaluate(examples: Examples, index: int, shown: Shown) -> tuple[Row, Mapping[str, Any] | None]:
+
+def _evaluate(
+    examples: Examples, index: int, shown: Shown
+) -> tuple[Element, Mapping[str, Any] | None]:
     """A row; rows of the padding repeat the last example, without weight."""
-    row, example = examples.evaluation(min(index, len(examples) - 1), shown=shown)
+    element, example = examples.evaluation(min(index, len(examples) - 1), shown=shown)
     if index < len(examples):
-        return row, example
-    return row | {"weight": np.float32(0)}, None
+        return element, example
+    return dataclasses.replace(element, weight=0.0), None
 
 
-def _stack_evaluation(rows: Sequence[tuple[Row, Mapping[str, Any] | None]]) -> EvalBatch:
-    batch, _ = stack([row for row, _ in rows])
-    kept = [(row, example) for row, example in rows if example is not None]
+def _stack_evaluation(
+    rows: Sequence[tuple[Element, Mapping[str, Any] | None]], *, shape: RowShape, encoder: Encoder
+) -> EvalBatch:
+    kept = [(element, example) for element, example in rows if example is not None]
     return EvalBatch(
-        batch=batch,
+        batch=stack([element for element, _ in rows], shape=shape, encoder=encoder),
         examples=[example for _, example in kept],
-        trouble=[row["trouble"] for row, _ in kept],
+        trouble=[element.trouble for element, _ in kept],
     )

@@ -125,6 +125,12 @@ class Split:
             return self
         return self.with_examples(Instructed(self.examples, self.instruct_folder))
 
+    def items(self, index: int) -> list[Any]:
+        """An example's items; those of `emollama data instruct` are read without its media."""
+        if isinstance(self.examples, Instructed):
+            return self.examples.items(index)
+        return json.loads(self.examples[index]["items"])
+
     def drawable(self, items: str) -> Sequence[int]:
         """The positions that training may draw.
 

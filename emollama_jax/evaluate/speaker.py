@@ -22,9 +22,10 @@ from emollama_jax.batch import Batch
 from emollama_jax.checkpoint import ONE_DEVICE
 from emollama_jax.config import Config, SourceConfig
 from emollama_jax.data.chat import open_chat
-from emollama_jax.data.elements import Encoder, Shown, stack
+from emollama_jax.data.elements import Encoder, Shown
 from emollama_jax.data.pipeline import make_eval_batches
 from emollama_jax.data.prompts import answer_ids
+from emollama_jax.data.rows import longest, shape_of_kind, shortened, stack
 from emollama_jax.data.split import Split, space_of
 from emollama_jax.errors import UserError
 from emollama_jax.evaluate.asked import Asked, Reworded, map_classes
@@ -119,7 +120,8 @@ def predict(
     found: dict[Answering, dict[int, Prediction]] = {way: {} for way in how.ways}  # by place
     with jax.set_mesh(mesh):
         for step, rows in enumerate(steps):
-            prompt = answerer.speaker.read(place_batch(rows.batch, mesh))
+            batch = shortened(rows.batch, gather(longest(rows.batch)))
+            prompt = answerer.speaker.read(place_batch(batch, mesh))
             first = step * how.batch + part.index * len(mine)  # of this host's first example
             for way, predictions in found.items():
                 answers = answerer.answer(way, prompt)
@@ -174,9 +176,10 @@ def describe(
         rows.append(encoder.prompt_row(look, kind=source.kind, question=question, index=index))
     speaker = Speaker(cfg, model)
     padded = rows + rows[-1:] * (batch - len(rows))
+    shape = shape_of_kind(cfg, source.kind, rounds=1)
     mesh = make_mesh(ONE_DEVICE, devices=jax.local_devices())
     with jax.set_mesh(mesh):
-        prompt = speaker.read(place_batch(stack(padded)[0], mesh))
+        prompt = speaker.read(place_batch(stack(padded, shape=shape, encoder=encoder), mesh))
         texts = speaker.write(prompt, max_new_tokens=cfg.generate.max_new_tokens)
     return texts[: len(rows)]
 

@@ -10,10 +10,11 @@ from typing import Protocol
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from emollama_jax.batch import Batch
+from emollama_jax.batch import IMAGE_TOKEN, TEXT, Batch
 from emollama_jax.generate.flagged import flagged
 from emollama_jax.models.emollama import Mined, Sight
 from emollama_jax.models.llama import Llama
@@ -73,7 +74,11 @@ def ask(
     """The visual tokens that one question gets of one example's frames, in the prompt's order."""
     model = nnx.merge(graphdef, state)
     tokens = model.asked(
-        mined, questions=question[None, None], question_mask=question_mask[None, None]
+        mined,
+        questions=question[None, None],
+        question_mask=question_mask[None, None],
+        question=jnp.zeros((1, mined.visual.shape[0]), jnp.int32),
+        again=jnp.zeros((1, 0), jnp.int32),
     )
     return tokens.reshape(-1, tokens.shape[-1])  # [M · n, D]
 
@@ -88,4 +93,6 @@ def lay(
 ) -> Prompt:
     """One prompt of a split decoder: its text's embeddings, visual tokens in their places."""
     embeds = nnx.merge(graphdef, state).embed(ids[None])
-    return Prompt(embeds=merge(embeds, ids[None], visual[None]), length=length[None])
+    places = ids == IMAGE_TOKEN
+    places = jnp.where(places, jnp.cumsum(places) - 1, TEXT)
+    return Prompt(embeds=merge(embeds, places[None], visual[None]), length=length[None])

@@ -1,6 +1,6 @@
 """Scaled dot-product attention, one function with several implementations.
 
-- `xla`: runs everywhere. Causal attention without another mask skips the keys that a block of
+- `xla`: runs everywhere. Causal attention skips the keys that a block of
   queries cannot see and keeps no [T, S] matrix for the backward pass (Dao et al. 2022,
   FlashAttention, here with the blocks laid out by hand); all else is
   `jax.nn.dot_product_attention`.
@@ -19,6 +19,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from emollama_jax.config import Attention
@@ -35,10 +36,9 @@ def attention(
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
     *,
-    bias: Float[Array, "#b #n #t s"] | None = None,
-    mask: Bool[Array, "#b #n #t s"] | None = None,
     causal: bool = False,
     positions: Int[Array, "b t"] | None = None,
+    segments: Int[Array, "b t"] | None = None,
     implementation: Attention = "xla",
 ) -> Float[Array, "b t n h"]:
     """Scaled dot-product attention with logits and softmax in float32; K divides N.
@@ -47,12 +47,12 @@ def attention(
         q: queries.
         k: keys.
         v: values.
-        bias: added to the logits; `xla` only.
-        mask: True where a query may look; a row that sees nothing attends evenly; `xla` only.
         causal: token i sees tokens 0 … i alone; queries and keys are the same tokens.
         positions: with `causal` alone, token i sees none of a later position either, so that
             padding on the left can be put behind what is real; `xla` only: the kernels take rows
             that begin at position 0.
+        segments: with `causal` alone, a token sees none of another segment of its row: examples
+            share it.
         implementation: see the module.
 
     Raises:
@@ -60,8 +60,10 @@ def attention(
     """
     with jax.named_scope("attention"):
         if implementation in ("auto", "splash"):
-            kernel = functools.partial(_splash, causal=causal)
-            plain = functools.partial(attention, causal=causal, positions=positions)
+            kernel = functools.partial(_splash, causal=causal, segments=segments)
+            plain = functools.partial(
+                attention, causal=causal, positions=positions, segments=segments
+            )
             if implementation == "auto":
                 return jax.lax.platform_dependent(q, k, v, tpu=kernel, default=plain)
             if jax.default_backend() == "gpu":
@@ -69,10 +71,10 @@ def attention(
             slow = functools.partial(kernel, interpret=True)
             return jax.lax.platform_dependent(q, k, v, tpu=kernel, cpu=slow)
         if implementation == "cudnn":
-            return _cudnn(q, k, v, causal=causal)
-        if causal and bias is None and mask is None:
-            return _causal(q, k, v, positions)
-        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, is_causal=causal)
+            return _cudnn(q, k, v, causal=causal, segments=segments)
+        if causal:
+            return _causal(q, k, v, positions, segments)
+        return jax.nn.dot_product_attention(q, k, v)
 
 
 def attention_after(
@@ -175,22 +177,32 @@ def _blocks(length: int) -> list[slice]:
 
 
 @jax.custom_vjp
-def _causal(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None) -> jax.Array:
+def _causal(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array | None,
+    segments: jax.Array | None,
+) -> jax.Array:
     """Arguments and result of `attention`; no [T, T] array outlives a block of queries."""
-    return _causal_forward(q, k, v, positions)[0]
+    return _causal_forward(q, k, v, positions, segments)[0]
 
 
 def _causal_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array | None,
+    segments: jax.Array | None,
 ) -> tuple[jax.Array, tuple]:
     """The result, and what the backward pass makes each block's weights from again."""
-    out, normalisers = _each(_example_forward, (q, k, v, positions))
-    return out, (q, k, v, positions, normalisers)
+    out, normalisers = _each(_example_forward, (q, k, v, positions, segments))
+    return out, (q, k, v, positions, segments, normalisers)
 
 
 def _causal_backward(saved: tuple, grad: jax.Array) -> tuple[jax.Array | None, ...]:
-    """Gradients of q, k and v; positions have none."""
-    return *_each(_example_backward, (*saved, grad)), None
+    """Gradients of q, k and v; positions and segments have none."""
+    return *_each(_example_backward, (*saved, grad)), None, None
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
@@ -219,28 +231,37 @@ def _of_block(x: Float[Array, "k g t h"], rows: slice) -> Float[Array, "k gt h"]
 
 
 def _seen(
-    rows: slice, group: int, positions: jax.Array | None, *, keys: int
+    rows: slice,
+    group: int,
+    positions: jax.Array | None,
+    segments: jax.Array | None,
+    *,
+    keys: int,
 ) -> Bool[Array, "gt s"] | Bool[Array, "s gt"]:
     """Which keys up to a block's end each of its queries sees; `keys` is their axis."""
     seen = jnp.bool_(True)
-    for x in (jnp.arange(rows.stop), positions):
+    for x, sees in (
+        (jnp.arange(rows.stop), jnp.less_equal),
+        (positions, jnp.less_equal),
+        (segments, jnp.equal),
+    ):
         if x is not None:
             own = jnp.tile(x[rows], group)
-            seen &= jnp.expand_dims(x[: rows.stop], 1 - keys) <= jnp.expand_dims(own, keys)
+            seen &= sees(jnp.expand_dims(x[: rows.stop], 1 - keys), jnp.expand_dims(own, keys))
     return seen
 
 
 def _example_forward(
-    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
+    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None],
 ) -> tuple[Float[Array, "t n h"], tuple[Float[Array, "k _"], ...]]:
     """One example's result, and the logarithms of the softmax' denominators, block by block."""
-    q, k, v, positions = arrays
+    q, k, v, positions, segments = arrays
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     qs, ks, vs = _by_head(q, kv_heads), _by_head(k, kv_heads)[:, 0], _by_head(v, kv_heads)[:, 0]
     mixed, normalisers = [], []
     for rows in _blocks(q.shape[0]):
         logits = _product("kth,ksh->kts", _of_block(qs, rows), ks[:, : rows.stop])
-        seen = _seen(rows, group, positions, keys=1)
+        seen = _seen(rows, group, positions, segments, keys=1)
         logits = jnp.where(seen, logits / math.sqrt(q.shape[-1]), -jnp.inf)
         top = logits.max(-1, keepdims=True)
         weights = jnp.exp(logits - top)
@@ -257,7 +278,7 @@ def _example_backward(arrays: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
     Logits stand with keys first, [K, S, G·t]: so none of the three products that read their
     gradient and the weights has to transpose them.
     """
-    q, k, v, positions, normalisers, grad = arrays
+    q, k, v, positions, segments, normalisers, grad = arrays
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     qs, ks, vs, gs = (_by_head(x, kv_heads) for x in (q, k, v, grad))
     ks, vs, scale = ks[:, 0], vs[:, 0], 1 / math.sqrt(q.shape[-1])
@@ -265,7 +286,8 @@ def _example_backward(arrays: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
     for rows, normaliser in zip(_blocks(q.shape[0]), normalisers, strict=True):
         block, g = _of_block(qs, rows), _of_block(gs, rows)
         logits = _product("ksh,kth->kst", ks[:, : rows.stop], block) * scale
-        logits = jnp.where(_seen(rows, group, positions, keys=0), logits, -jnp.inf)
+        seen = _seen(rows, group, positions, segments, keys=0)
+        logits = jnp.where(seen, logits, -jnp.inf)
         weights = jnp.exp(logits - normaliser[:, None])
         dweights = _product("ksh,kth->kst", vs[:, : rows.stop], g)
         inner = (weights * dweights).sum(1, keepdims=True)
@@ -282,19 +304,33 @@ def _example_backward(arrays: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    segments: jax.Array | None,
+    interpret: bool = False,
 ) -> jax.Array:
     """The Pallas kernel, on each device's own examples and heads: GSPMD cannot split it."""
     run = functools.partial(_splash_local, causal=causal, interpret=interpret)
+    given = (q, k, v) if segments is None else (q, k, v, segments)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         spec = per_head(q.shape[0], k.shape[2])
-        run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-    return run(q, k, v)
+        specs = (spec,) * 3 + (PartitionSpec(spec[0]),) * (len(given) - 3)
+        run = jax.shard_map(run, in_specs=specs, out_specs=spec, check_vma=False)
+    return run(*given)
 
 
 def _splash_local(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None = None,
+    *,
+    causal: bool,
+    interpret: bool,
 ) -> jax.Array:
     """Tokens are padded to whole blocks, head widths to whole registers.
 
@@ -321,26 +357,33 @@ def _splash_local(
         q_seq_shards=1,
         interpret=interpret,
     )
-    segments = None
-    if not causal and padded > length:
-        of_token = (jnp.arange(padded) >= length).astype(jnp.int32)
-        segments = splash.SegmentIds(q=of_token, kv=of_token)
+    if segments is not None:
+        segments = jnp.pad(segments, ((0, 0), (0, padded - length)))
+    elif not causal and padded > length:
+        segments = jnp.broadcast_to(jnp.arange(padded) >= length, (q.shape[0], padded))
 
     def laid_out(x: jax.Array) -> jax.Array:
         rest = ((0, 0), (0, 0), (0, padded - length), (0, -width % LANES))
         return jnp.pad(x.transpose(0, 2, 1, 3), rest)  # [B, N, T, H]
 
     scaled = (q.astype(jnp.float32) / math.sqrt(width)).astype(q.dtype)
-    out = jax.vmap(functools.partial(kernel, segment_ids=segments))(
-        laid_out(scaled), laid_out(k), laid_out(v)
-    )
+
+    def of_example(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+        if ids is None:
+            return kernel(q, k, v)
+        ids = ids.astype(jnp.int32)
+        return kernel(q, k, v, segment_ids=splash.SegmentIds(q=ids, kv=ids))
+
+    out = jax.vmap(of_example)(laid_out(scaled), laid_out(k), laid_out(v), segments)
     return out[:, :, :length, :width].transpose(0, 2, 1, 3)
 
 
 # ------------------------------------------------------------------ cudnn
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, segments: jax.Array | None
+) -> jax.Array:
     if jax.default_backend() != "gpu":
         raise UserError(
             f"attention: cudnn needs an NVIDIA GPU, found {jax.default_backend()}: use xla, or "
@@ -348,7 +391,10 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Arr
         )
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(f"attention: cudnn computes in bfloat16, found {q.dtype}: use xla")
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, implementation="cudnn"
+    )
 
 
 def attend(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -22,8 +22,8 @@ from emollama_jax.config import EmoLlamaConfig
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.face_info_mining import FaceInfoMining
 from emollama_jax.models.facexformer import FaceXFormer
-from emollama_jax.models.layers import normalise, split_keys
-from emollama_jax.models.llama import Llama
+from emollama_jax.models.layers import normalise, split_keys, with_again
+from emollama_jax.models.llama import Llama, examples_of
 from emollama_jax.models.qformer import QFormer
 from emollama_jax.models.rngs import Rngs
 from emollama_jax.models.visual_tokens import VisualTokens, merge
@@ -142,15 +142,13 @@ class EmoLlama(nnx.Module):
     def visual(
         self, batch: Batch, *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "b v d"]:
-        """Visual tokens in the prompt's order: rounds, then frames, then a frame's tokens."""
+        """Visual tokens of the rows' pairs of a frame and a question, pair after pair."""
         with within(self._point):
             return self._visual(batch, dropout_key=dropout_key)
 
     def _visual(self, batch: Batch, *, dropout_key: jax.Array | None) -> Float[Array, "b v d"]:
-        examples, frames = batch.frames.shape[:2]
-
         def of_frames(x: jax.Array) -> jax.Array:
-            return constrain(rearrange(x, "b m ... -> (b m) ..."), self._point)
+            return constrain(rearrange(x, "b f ... -> (b f) ..."), self._point)
 
         seen = self.see(of_frames(batch.frames), of_frames(batch.faces))
         mined = self.mine(
@@ -160,10 +158,12 @@ class EmoLlama(nnx.Module):
             mined,
             questions=batch.questions,
             question_mask=batch.question_mask,
+            question=batch.question,
+            again=batch.again,
             dropout_key=dropout_key,
         )
-        tokens = constrain(rearrange(tokens, "(b f) n d -> b f n d", b=examples), "batch")
-        return rearrange(tokens, "b (m r) n d -> b (r m n) d", m=frames)
+        tokens = rearrange(tokens, "(b p) n d -> b p n d", b=batch.ids.shape[0])
+        return rearrange(constrain(tokens, "batch"), "b p n d -> b (p n) d")
 
     def mine(
         self, seen: Seen, *, landmarks: Float[Array, "f 68 2"], found: Bool[Array, " f"]
@@ -190,32 +190,38 @@ class EmoLlama(nnx.Module):
         self,
         mined: Mined,
         *,
-        questions: Int[Array, "b r l"],
-        question_mask: Bool[Array, "b r l"],
+        questions: Int[Array, "b q l"],
+        question_mask: Bool[Array, "b q l"],
+        question: Int[Array, "b p"],
+        again: Int[Array, "b x"],
         dropout_key: jax.Array | None = None,
-    ) -> Float[Array, "g n d"]:
-        """All visual tokens of every (example, frame, round), the context token first.
+    ) -> Float[Array, "bp n d"]:
+        """All visual tokens of every pair of a frame and a question, the context token first.
 
         Args:
-            mined: features of the frames of all examples, F = B · M.
+            mined: features of the frames of all rows.
             questions: the Q-Former's text.
             question_mask: False where it is padding.
+            question: of `questions`, what each pair reads; a row's frames come first, then `again`.
+            again: frames that have another question.
             dropout_key: key of the Q-Former's dropout; None in evaluation.
         """
-        examples, rounds = questions.shape[:2]
-        frames = mined.visual.shape[0] // examples
-        text = repeat(questions, "b r l -> (b m r) l", m=frames)
-        mask = repeat(question_mask, "b r l -> (b m r) l", m=frames)
+
+        def of_pairs(x: jax.Array) -> jax.Array:  # [B, Q, L] → [B · P, L]
+            taken = jnp.take_along_axis(x, jnp.maximum(question, 0)[..., None], axis=1)
+            return constrain(rearrange(taken, "b p l -> (b p) l"), self._point)
+
         with jax.named_scope("qformer"):
             queries = self.qformer(
                 self.visual_tokens.ln(mined.visual),
-                text=constrain(text, self._point),
-                text_mask=constrain(mask, self._point),
+                text=of_pairs(questions),
+                text_mask=of_pairs(question_mask),
+                again=again,
                 dropout_key=dropout_key,
             )
         with jax.named_scope("visual_tokens"):
-            context = self.visual_tokens.context(mined.visual[:, 1:], queries)
-        rest = repeat(mined.tokens, "f n d -> (f r) n d", r=rounds)
+            context = self.visual_tokens.context(mined.visual[:, 1:], queries, again=again)
+            rest = with_again(mined.tokens, again)
         return jnp.concatenate([context, rest.astype(context.dtype)], axis=1)
 
     def embeds(
@@ -224,7 +230,7 @@ class EmoLlama(nnx.Module):
         """Text embeddings with the visual tokens in their places."""
         visual = self.visual(batch, dropout_key=dropout_key)
         with jax.named_scope("llm"):
-            return constrain(merge(self.llama.embed(batch.ids), batch.ids, visual), "batch")
+            return constrain(merge(self.llama.embed(batch.ids), batch.visual, visual), "batch")
 
     def hidden(
         self, batch: Batch, *, dropout_key: jax.Array | None = None
@@ -233,7 +239,7 @@ class EmoLlama(nnx.Module):
         visual_key, llm_key = split_keys(dropout_key, 2)
         embeds = self.embeds(batch, dropout_key=visual_key)
         with within("batch"), jax.named_scope("llm"):
-            return self.llama(embeds, dropout_key=llm_key).hidden
+            return self.llama(embeds, examples=examples_of(batch), dropout_key=llm_key).hidden
 
 
 def _in_chunks(function: Callable, xs, size: int, *, point: str):

@@ -166,6 +166,19 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return x ^ (x >> 16)
 
 
+def with_again(x: Float[Array, "f ..."], again: Int[Array, "b x"] | None) -> Float[Array, "p ..."]:
+    """Rows' frames, F = B · M, and behind each row's own, some of them again, P = B · (M + X).
+
+    A product with ones and zeros, of which a gradient is one too: a gather's would be a scatter.
+    """
+    if again is None or again.shape[1] == 0:
+        return x
+    frames = x.reshape(again.shape[0], -1, *x.shape[1:])  # [B, M, …]
+    chosen = jax.nn.one_hot(again, frames.shape[1], dtype=x.dtype)  # [B, X, M]
+    copies = jnp.einsum("bxm,bm...->bx...", chosen, frames, precision="highest")
+    return jnp.concatenate([frames, copies], axis=1).reshape(-1, *x.shape[1:])
+
+
 def split_keys(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
     """n dropout keys, or n times None in evaluation."""
     return [None] * n if key is None else list(jax.random.split(key, n))

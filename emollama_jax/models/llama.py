@@ -8,7 +8,8 @@ read.
 One rule replaces padding masks: **a token's position is its slot**. Positions of a row are 0, 1,
 2, … from its first token; a key is visible to a query at its own position or a later one. Padding
 is on the right, so what is real never sees it. With a cache, a row's next token is written at slot
-`length`, over whatever padding lay there.
+`length`, over whatever padding lay there. Rows of several examples are the exception, in training
+alone: positions count from each example's first token, and it sees no other example (`InRow`).
 """
 
 import functools
@@ -21,6 +22,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from emollama_jax.batch import Batch
 from emollama_jax.config import LlamaConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.attention import attention, attention_after
@@ -67,6 +69,19 @@ class KVCache:
 
 
 @flax.struct.dataclass
+class InRow:
+    """Which example of its row a token belongs to, and its place there."""
+
+    segment: jax.Array  # int32 [B, T]; 0 is padding
+    position: jax.Array  # int32 [B, T]
+
+
+def examples_of(batch: Batch) -> InRow | None:
+    """The examples in a batch's rows; None where each row is one."""
+    return InRow(batch.segment, batch.position) if batch.packed else None
+
+
+@flax.struct.dataclass
 class LlamaOutput:
     """Outputs of a pass."""
 
@@ -99,6 +114,7 @@ class LlamaLayer(nnx.Module):
         x: Float[Array, "b t d"],
         *,
         positions: Int[Array, "b t"] | None,
+        examples: InRow | None = None,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
     ) -> tuple[Float[Array, "b t d"], KVCache]:
@@ -113,6 +129,7 @@ class LlamaLayer(nnx.Module):
         k = rearrange(self.k_proj(y, dropout_key=keys[1]), "b t (k h) -> b t k h", k=cfg.kv_heads)
         v = rearrange(self.v_proj(y, dropout_key=keys[2]), "b t (k h) -> b t k h", k=cfg.kv_heads)
         where = jnp.arange(x.shape[1])[None] if positions is None else positions
+        where = where if examples is None else examples.position
         rope = {
             "theta": cfg.rope_theta,
             "scaling": cfg.rope_scaling,
@@ -122,7 +139,13 @@ class LlamaLayer(nnx.Module):
         if cache is None:
             new = KVCache(k=k, v=v)
             mixed = attention(
-                q, k, v, causal=True, positions=positions, implementation=cfg.attention
+                q,
+                k,
+                v,
+                causal=True,
+                positions=positions,
+                segments=None if examples is None else examples.segment,
+                implementation=cfg.attention,
             )
         else:
             mixed, new = cache.attend(q, k, v, positions=where)
@@ -249,6 +272,7 @@ class Llama(nnx.Module):
         embeds: Float[Array, "b t d"],
         *,
         positions: Int[Array, "b t"] | None = None,
+        examples: InRow | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> LlamaOutput:
@@ -260,6 +284,7 @@ class Llama(nnx.Module):
                 and the last one must be below S (a write beyond the end would be moved back,
                 unseen). None: 0, 1, 2, … in every row, with nothing before them: the tokens attend
                 among themselves, by the fastest implementation, and a cache is only written.
+            examples: those that share each row, without `positions` and a cache; None: one a row.
             cache: earlier keys and values; None to attend among `embeds` only.
             dropout_key: key of LoRA's dropout; None in evaluation.
 
@@ -271,14 +296,15 @@ class Llama(nnx.Module):
         if tokens > cfg.reach:
             raise UserError(
                 f"model.llama: {tokens} tokens, but positions reach {cfg.reach} (max_positions × "
-                "rope_scaling): shorten data.text_length, data.clip_text_length or "
-                "generate.max_new_tokens, or raise model.llama.rope_scaling"
+                "rope_scaling): shorten data.text_length, data.clip_text_length, "
+                "data.packed.tokens or generate.max_new_tokens, or raise model.llama.rope_scaling"
             )
         keys = None if dropout_key is None else jax.random.split(dropout_key, cfg.layers)
 
         def step(layer: LlamaLayer, x: jax.Array, xs: tuple[KVCache | None, jax.Array | None]):
             earlier, key = xs
-            x, new = layer(x, positions=positions, cache=earlier, dropout_key=key)
+            where = {"positions": positions, "examples": examples}
+            x, new = layer(x, **where, cache=earlier, dropout_key=key)
             return x, None if cache is None else new
 
         earlier = None if positions is None else cache

@@ -28,6 +28,7 @@ from emollama_jax.models.layers import (
     small_normal,
     split_keys,
     stack,
+    with_again,
 )
 from emollama_jax.models.rngs import Rngs
 from emollama_jax.sharding.points import constrain
@@ -56,15 +57,18 @@ class BertAttention(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         *,
-        keys: Float[Array, "b s e"],
+        keys: Float[Array, "f s e"],
+        again: Int[Array, "r x"] | None = None,
         bias: Float[Array, "b s"] | None,
         dropout_key: jax.Array | None,
     ) -> Float[Array, "b t d"]:
+        """`again`: those of `keys` that further rows of x look at, see `with_again`."""
         rate = self.cfg.dropout
         weights_key, output_key = split_keys(dropout_key, 2)
+        k, v = self.key(keys), self.value(keys)
+        k, v = with_again(k, again), with_again(v, again)
         q, k, v = (
-            rearrange(y, "b s (n h) -> b s n h", n=self.cfg.heads)
-            for y in (self.query(x), self.key(keys), self.value(keys))
+            rearrange(y, "b s (n h) -> b s n h", n=self.cfg.heads) for y in (self.query(x), k, v)
         )
         logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
         logits = logits / math.sqrt(q.shape[-1])
@@ -113,6 +117,7 @@ class QFormerLayer(nnx.Module):
         x: Float[Array, "b both d"],
         *,
         encoded: Float[Array, "f s e"],
+        again: Int[Array, "r x"] | None,
         bias: Float[Array, "b both"],
         dropout_key: jax.Array | None,
     ) -> Float[Array, "b both d"]:
@@ -120,10 +125,9 @@ class QFormerLayer(nnx.Module):
         x = self.attention(x, keys=x, bias=bias, dropout_key=keys[0])
         queries, text = jnp.split(x, [self.cfg.queries], axis=1)  # [B, Q, D], [B, L, D]
         if self.crossattention is not None:
-            # A picture's questions look at it together: its keys and values are made once.
-            together = queries.reshape(encoded.shape[0], -1, queries.shape[-1])
-            together = self.crossattention(together, keys=encoded, bias=None, dropout_key=keys[1])
-            queries = together.reshape(queries.shape)
+            queries = self.crossattention(
+                queries, keys=encoded, again=again, bias=None, dropout_key=keys[1]
+            )
         queries = self.query_ffn(queries, dropout_key=keys[2])
         return jnp.concatenate([queries, self.text_ffn(text, dropout_key=keys[3])], axis=1)
 
@@ -145,12 +149,13 @@ class QFormerGroup(nnx.Module):
         x: Float[Array, "b both d"],
         *,
         encoded: Float[Array, "f s e"],
+        again: Int[Array, "r x"] | None,
         bias: Float[Array, "b both"],
         dropout_key: jax.Array | None,
     ) -> Float[Array, "b both d"]:
         layers = (self.cross, *self.plain)
         for layer, key in zip(layers, split_keys(dropout_key, len(layers)), strict=True):
-            x = layer(x, encoded=encoded, bias=bias, dropout_key=key)
+            x = layer(x, encoded=encoded, again=again, bias=bias, dropout_key=key)
         return x
 
 
@@ -190,14 +195,17 @@ class QFormer(nnx.Module):
         *,
         text: Int[Array, "b l"],
         text_mask: Bool[Array, "b l"],
+        again: Int[Array, "r x"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "b q d"]:
-        """Runs the queries over pictures, each under one or more questions.
+        """Runs the queries over pictures, each under a question.
 
         Args:
             encoded: normed vision tokens (`VisualTokens.ln`), the class token included.
-            text: BERT ids of the questions, right-padded; a picture's stand together.
+            text: BERT ids of the questions, right-padded.
             text_mask: True where `text` is real.
+            again: pictures of each of R rows that stand under another question, see `with_again`;
+                their keys and values are made once. None: there are none.
             dropout_key: None in evaluation.
 
         Raises:
@@ -224,7 +232,7 @@ class QFormer(nnx.Module):
         keys = None if layers_key is None else jax.random.split(layers_key, groups)
 
         def step(group: QFormerGroup, x: jax.Array, key: jax.Array | None):
-            return group(x, encoded=encoded, bias=bias, dropout_key=key), None
+            return group(x, encoded=encoded, again=again, bias=bias, dropout_key=key), None
 
         x, _ = scan(self.groups, step, x, keys, remat=cfg.remat)
         return x[:, : cfg.queries]

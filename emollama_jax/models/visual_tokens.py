@@ -16,10 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from emollama_jax import config_content
-from emollama_jax.batch import IMAGE_TOKEN
+from emollama_jax.batch import TEXT
 from emollama_jax.config import QFormerConfig
 from emollama_jax.errors import UserError
-from emollama_jax.models.layers import LayerNorm, Linear, gelu
+from emollama_jax.models.layers import LayerNorm, Linear, gelu, with_again
 from emollama_jax.models.rngs import Rngs
 
 
@@ -75,23 +75,27 @@ class VisualTokens(nnx.Module):
         self.mm_projector_out = linear(llm_width, llm_width, ("mlp", "embed"))
 
     def context(
-        self, patches: Float[Array, "f p d"], queries: Float[Array, "b q e"]
+        self,
+        patches: Float[Array, "f p d"],
+        queries: Float[Array, "b q e"],
+        *,
+        again: Int[Array, "r x"] | None = None,
     ) -> Float[Array, "b 1 h"]:
         """The context token: the mean, over the queries, of what each looks at.
 
         Args:
             patches: vision tokens without the class token, not normed: keys after a projection,
                 and the values themselves.
-            queries: queries from the Q-Former; those of one picture's questions are adjacent.
+            queries: queries from the Q-Former, of each row's frames and of those `again`.
+            again: frames of each row that have another question, see `with_again`.
         """
-        asked = queries.shape[0] // patches.shape[0]  # questions of a picture
-        q, k = self.projector(queries), self.key_projector(patches)
-        q = rearrange(q, "(f r) q d -> f r q d", r=asked)
-        logits = jnp.einsum("frqd,fpd->frqp", q, k, preferred_element_type=jnp.float32)
+        q, k = self.projector(queries), with_again(self.key_projector(patches), again)
+        logits = jnp.einsum("bqd,bpd->bqp", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits / math.sqrt(k.shape[-1]))
+        values = with_again(patches, again).astype(jnp.float32)
         # The mean over queries commutes with the sum over patches and is Q times cheaper first.
-        looked = jnp.einsum("frp,fpd->frd", weights.mean(2), patches.astype(jnp.float32))
-        return self.val_projector(rearrange(looked, "f r d -> (f r) 1 d"))
+        looked = jnp.einsum("bp,bpd->bd", weights.mean(1), values)
+        return self.val_projector(looked[:, None])
 
     def content(self, patches: Float[Array, "b p d"], *, kind: str) -> Float[Array, "b n h"]:
         """The content tokens: "all", "mean" or "grid:n" of the patches, projected."""
@@ -99,13 +103,12 @@ class VisualTokens(nnx.Module):
 
 
 def merge(
-    embeds: Float[Array, "b t d"], ids: Int[Array, "b t"], visual: Float[Array, "b v d"]
+    embeds: Float[Array, "b t d"], places: Int[Array, "b t"], visual: Float[Array, "b v d"]
 ) -> Float[Array, "b t d"]:
-    """Puts visual tokens into their places: a row's j-th IMAGE_TOKEN takes `visual[j]`.
+    """Puts visual tokens into their places: where `places` is TEXT, a token stays.
 
     A row may use fewer than V; a place beyond the V-th becomes NaN, so that it cannot pass unseen.
     """
-    places = ids == IMAGE_TOKEN
-    index = jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0)
-    taken = jnp.take_along_axis(visual, index[..., None], axis=1, mode="fill")  # [B, T, D]
-    return jnp.where(places[..., None], taken.astype(embeds.dtype), embeds)
+    index = jnp.maximum(places, 0)[..., None]
+    taken = jnp.take_along_axis(visual, index, axis=1, mode="fill")  # [B, T, D]
+    return jnp.where((places != TEXT)[..., None], taken.astype(embeds.dtype), embeds)

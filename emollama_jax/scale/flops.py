@@ -26,6 +26,34 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """What the networks of a step read, over all devices."""
+
+    tokens: float  # that the LLM reads
+    pairs: float  # of one of them and one that it sees, itself included
+    labels: float  # tokens with logits
+    frames: float
+    asked: float  # pairs of a frame and a question
+    question: float  # tokens of such a question
+
+    def __add__(self, other: "Load") -> "Load":
+        asked = self.asked + other.asked
+        return Load(
+            tokens=self.tokens + other.tokens,
+            pairs=self.pairs + other.pairs,
+            labels=self.labels + other.labels,
+            frames=self.frames + other.frames,
+            asked=asked,
+            question=(self.asked * self.question + other.asked * other.question) / max(asked, 1),
+        )
+
+    def times(self, count: float) -> "Load":
+        """Of so many like it."""
+        each = {name: value * count for name, value in vars(self).items() if name != "question"}
+        return dataclasses.replace(self, **each)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelFlops:
     """Model FLOPs of a whole step, over all devices."""
 
@@ -42,41 +70,31 @@ ORDER = ("vision", "face", "fim", "qformer", "visual_tokens", "llm", "loss")
 FOLDER = {"llm": "llama", "loss": "llama"}  # where a part's parameters are, if not by its name
 
 
-def train_flops(
-    cfg: Config,
-    trainable: Collection[str],
-    *,
-    examples: int,
-    frames: int,
-    tokens: int,
-    rounds: int,
-) -> ModelFlops:
+def train_flops(cfg: Config, trainable: Collection[str], load: Load) -> ModelFlops:
     """A train step's.
 
     Args:
         cfg: config of the run.
         trainable: paths of the parameters that train.
-        examples, frames, tokens, rounds: the batch's shape.
+        load: what is read, with its padding or without.
     """
-    products = list(_towers(cfg, examples * frames, rounds)) + list(
-        _llm(cfg, examples * tokens, examples * cfg.model.llama.heads * tokens * (tokens + 1) / 2)
-    )
-    width, rows = cfg.model.llama.width, cfg.model.llama.vocab_rows
-    head = 2 * examples * (tokens - 1) * width * rows
+    products = [
+        *_towers(cfg, load),
+        *_llm(cfg, load.tokens, cfg.model.llama.heads * load.pairs),
+    ]
+    head = _matrix(load.labels, cfg.model.llama.width, cfg.model.llama.vocab_rows)
     kernel = "llama/embed_tokens" if cfg.model.llama.tied else "llama/lm_head/kernel"
     products.append(Product("loss", head, kernel))
     return _sum(products, trainable)
 
 
-def prefill_flops(
-    cfg: Config, *, examples: int, frames: int, tokens: int, rounds: int
-) -> ModelFlops:
-    """Model FLOPs of reading prompts, up to the first token."""
-    pairs = examples * cfg.model.llama.heads * tokens * (tokens + 1) / 2
+def prefill_flops(cfg: Config, load: Load) -> ModelFlops:
+    """Model FLOPs of reading prompts, up to the first token; one has logits in each."""
+    head = _matrix(load.labels, cfg.model.llama.width, cfg.model.llama.vocab_rows)
     products = [
-        *_towers(cfg, examples * frames, rounds),
-        *_llm(cfg, examples * tokens, pairs),
-        Product("llm", 2 * examples * cfg.model.llama.width * cfg.model.llama.vocab_rows),
+        *_towers(cfg, load),
+        *_llm(cfg, load.tokens, cfg.model.llama.heads * load.pairs),
+        Product("llm", head),
     ]
     return _sum(products, ())
 
@@ -139,17 +157,18 @@ def _llm(cfg: Config, tokens: float, pairs: float) -> Iterator[Product]:
     yield Product("llm", llama.layers * 4.0 * pairs * llama.head_dim, attention=True)
 
 
-def _towers(cfg: Config, frames: int, rounds: int) -> Iterator[Product]:
-    """All that stands before the LLM, for this many frames."""
+def _towers(cfg: Config, load: Load) -> Iterator[Product]:
+    """All that stands before the LLM."""
+    frames = load.frames
     yield from _vision(cfg, frames)
     if cfg.model.fim.branches != "none":
         yield from _face(cfg, frames)
         yield from _fim(cfg, frames)
-    yield from _qformer(cfg, frames, frames * rounds)
-    yield from _visual_tokens(cfg, frames, frames * rounds)
+    yield from _qformer(cfg, load)
+    yield from _visual_tokens(cfg, frames, load.asked)
 
 
-def _vision(cfg: Config, frames: int) -> Iterator[Product]:
+def _vision(cfg: Config, frames: float) -> Iterator[Product]:
     vit = cfg.model.vision
     tokens, width = frames * (1 + vit.patches), vit.width
     yield Product(
@@ -169,7 +188,7 @@ def _vision(cfg: Config, frames: int) -> Iterator[Product]:
     yield Product("vision", vit.depth * pairs, attention=True)
 
 
-def _face(cfg: Config, frames: int) -> Iterator[Product]:
+def _face(cfg: Config, frames: float) -> Iterator[Product]:
     """FaceXFormer without its heads, which training does not ask. Frozen or trained as one."""
     face, swin = cfg.model.face, cfg.model.face.swin
     side = swin.image_size // swin.patch_size
@@ -196,7 +215,7 @@ def _face(cfg: Config, frames: int) -> Iterator[Product]:
     yield Product("face", frames * attention, attention=True)
 
 
-def _fim(cfg: Config, frames: int) -> Iterator[Product]:
+def _fim(cfg: Config, frames: float) -> Iterator[Product]:
     fim, width, face = cfg.model.fim, cfg.model.vision.width, cfg.model.face
     patches, llm = cfg.model.vision.patches, cfg.model.llama.width
     inner = fim.heads * fim.head_dim
@@ -229,10 +248,9 @@ def _fim(cfg: Config, frames: int) -> Iterator[Product]:
         yield from branch("local", LANDMARKS, face.width)
 
 
-def _qformer(cfg: Config, frames: int, asked: int) -> Iterator[Product]:
-    """`asked`: pairs of a frame and a question."""
-    former = cfg.model.qformer
-    text, width = cfg.data.question_length, former.width
+def _qformer(cfg: Config, load: Load) -> Iterator[Product]:
+    former, frames, asked = cfg.model.qformer, load.frames, load.asked
+    text, width = load.question, former.width
     both, seen = former.queries + text, 1 + cfg.model.vision.patches
     groups, every = former.layers // former.cross_attention_every, former.cross_attention_every
     for layer in range(every):
@@ -257,7 +275,7 @@ def _qformer(cfg: Config, frames: int, asked: int) -> Iterator[Product]:
     yield Product("qformer", pairs, attention=True)
 
 
-def _visual_tokens(cfg: Config, frames: int, asked: int) -> Iterator[Product]:
+def _visual_tokens(cfg: Config, frames: float, asked: float) -> Iterator[Product]:
     former, width, llm = cfg.model.qformer, cfg.model.vision.width, cfg.model.llama.width
     patches, content = cfg.model.vision.patches, cfg.model.content_tokens
     for leaf, flops in {

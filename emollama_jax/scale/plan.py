@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh
 
 from emollama_jax.base import AbstractModel, abstract_model
 from emollama_jax.config import Config, MeshConfig
+from emollama_jax.data.lengths import Lengths
 from emollama_jax.errors import UserError
 from emollama_jax.scale import flops, hlo, moved, steps
 from emollama_jax.scale.cost import Cost, cost
@@ -70,7 +71,9 @@ class Plan:
     flags: tuple[str, ...]
     compile_seconds: float
     memory: Memory
-    model: flops.ModelFlops
+    model: flops.ModelFlops  # of all that is computed, padding included
+    lengths: Lengths | None  # of the examples; None: not known
+    real: flops.ModelFlops | None  # of what the examples hold
     cost: Cost
     kernel_flops: float  # of Pallas kernels, analytic, one device
     activations: tuple[moved.Moved, ...]  # gathered or exchanged; a train step should have few
@@ -117,8 +120,30 @@ class Plan:
         return self.cost.total / self.chip.clock + self.kernel_flops / self.peak
 
     def utilisation(self, seconds: float) -> float:
-        """MFU: the model's FLOPs in that time, as a share of the peak."""
+        """MFU: the model's FLOPs in that time, as a share of the peak; padding counts as work."""
         return self.model_flops / seconds / self.peak
+
+    @property
+    def mfu_real(self) -> float | None:
+        """MFU by what the examples hold."""
+        if self.real is None:
+            return None
+        return self.real.total / self.device_count / self.seconds / self.peak
+
+    @property
+    def real_tokens(self) -> float | None:
+        """Tokens of a step's examples."""
+        return None if self.lengths is None else self.shapes.examples * self.lengths.tokens
+
+    @property
+    def real_token_share(self) -> float | None:
+        """Of the LLM's places, those that hold a token."""
+        tokens = self.real_tokens
+        return None if tokens is None else tokens / (self.shapes.rows * self.shapes.tokens)
+
+    @property
+    def examples_per_second(self) -> float:
+        return self.shapes.examples / self.seconds
 
 
 def make_plan(
@@ -128,6 +153,7 @@ def make_plan(
     step: steps.Step = "train",
     kind: steps.Kind = "clip",
     examples: int | None = None,
+    lengths: Lengths | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Compiles a step for a slice and reads the result.
@@ -137,7 +163,9 @@ def make_plan(
         topology: name in `TOPOLOGIES`.
         step: which.
         kind: kind of batch.
-        examples: examples per step, over all devices; the config's by default.
+        examples: examples per step, over all devices, or rows where these hold several; the
+            config's by default.
+        lengths: of the examples that train; None: not known.
         tell: told what is going on.
 
     Raises:
@@ -176,6 +204,8 @@ def make_plan(
         compile_seconds=seconds,
         memory=max(memories, key=lambda memory: memory.total),
         model=model,
+        lengths=lengths,
+        real=_real_flops(cfg, whole, shapes, lengths) if step == "train" else None,
         cost=total,
         kernel_flops=_kernel_flops(cfg, total, model, step) / mesh.size,
         activations=tuple(activations),
@@ -332,11 +362,41 @@ def _model_flops(
 ) -> flops.ModelFlops:
     if step == "decode":
         slots = shapes.tokens + cfg.generate.max_new_tokens
-        return flops.decode_flops(cfg, examples=shapes.examples, slots=slots)
-    size = dataclasses.asdict(shapes)
+        return flops.decode_flops(cfg, examples=shapes.rows, slots=slots)
+    load = padded_load(shapes)
     if step == "prefill":
-        return flops.prefill_flops(cfg, **size)
-    return flops.train_flops(cfg, whole.trainable, **size)
+        return flops.prefill_flops(cfg, dataclasses.replace(load, labels=shapes.rows))
+    return flops.train_flops(cfg, whole.trainable, load)
+
+
+def padded_load(shapes: steps.Shapes) -> flops.Load:
+    """What a batch of these shapes has places for."""
+    tokens, frames = shapes.tokens, shapes.frames
+    return flops.Load(
+        tokens=tokens,
+        pairs=tokens * (tokens + 1) / 2,
+        labels=tokens - 1,
+        frames=frames,
+        asked=frames + shapes.again,
+        question=shapes.question_length,
+    ).times(shapes.rows)
+
+
+def _real_flops(
+    cfg: Config, whole: AbstractModel, shapes: steps.Shapes, lengths: Lengths | None
+) -> flops.ModelFlops | None:
+    """A train step's, by what its examples hold."""
+    if lengths is None:
+        return None
+    load = flops.Load(
+        tokens=lengths.tokens,
+        pairs=(lengths.squares + lengths.tokens) / 2,
+        labels=lengths.labels,
+        frames=lengths.frames,
+        asked=lengths.asked,
+        question=lengths.question,
+    )
+    return flops.train_flops(cfg, whole.trainable, load.times(shapes.examples))
 
 
 def _kernel_flops(cfg: Config, total: Cost, model: flops.ModelFlops, step: steps.Step) -> float:
@@ -364,6 +424,10 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     tree = dataclasses.asdict(dataclasses.replace(plan, cost=Cost()))
     del tree["cost"], tree["kernel_flops"]
     tree["batch"] = tree.pop("shapes")
+    tree["seconds"] = plan.seconds  # work and waiting: `compiler` has both
+    tree["examples_per_second"] = plan.examples_per_second
+    tree["real_token_share"] = plan.real_token_share
+    tree["mfu_real"] = plan.mfu_real
     tree["memory"] |= {"total": plan.memory.total, "fits": plan.memory.fits, "share": SHARE}
     tree["model"]["total"] = plan.model.total
     tree["flops_per_device"] = {

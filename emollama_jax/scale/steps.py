@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +20,33 @@ from jax.sharding import Mesh, NamedSharding
 from emollama_jax.base import AbstractModel, abstract_model
 from emollama_jax.batch import Batch
 from emollama_jax.config import Config
+from emollama_jax.data.rows import packed_shape, shape_of_kind
 from emollama_jax.errors import UserError
 from emollama_jax.generate import decode
 from emollama_jax.generate.prompt import Prompt, embed
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.scale.cost import OTHER
+from emollama_jax.scale.options import Kind, Step
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards, replicated
 from emollama_jax.terms import LANDMARKS
 from emollama_jax.train.setup import set_up
 
 # (dtype, shape of one device's part) → how many
 Shards = collections.Counter[tuple[str, tuple[int, ...]]]
-Kind = Literal["image", "clip"]
-Step = Literal["train", "prefill", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The static shape of a batch; see `Batch` for the letters."""
+    """The static shape of a batch, and the examples that it holds; letters as in `Batch`."""
 
-    examples: int
-    frames: int
-    tokens: int
-    rounds: int
+    rows: int  # B
+    examples: int  # of a step, in packed rows those that the config draws
+    frames: int  # F of a row
+    again: int  # X of a row
+    tokens: int  # T of a row
+    question_length: int  # L
+    most: int  # E, examples of a row
+    questions: int  # Q of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +64,28 @@ def shapes(cfg: Config, kind: Kind, step: Step, *, examples: int | None) -> Shap
 
     Args:
         cfg: the run.
-        kind: kind of batch.
+        kind: kind of batch; packed rows hold both.
         step: training reads all rounds of a conversation, an answer follows one question.
-        examples: examples over all devices; the config's training batch by default.
+        examples: examples over all devices, rows where these hold several; the config's training
+            batch by default.
     """
-    image = kind == "image"
-    given = cfg.train.image_batch if image else cfg.train.clip_batch
+    packed = cfg.data.packed
+    if step == "train" and packed is not None:
+        row, given = packed_shape(cfg), packed.rows
+        each = packed.examples
+    else:
+        row = shape_of_kind(cfg, kind, rounds=cfg.data.rounds if step == "train" else 1)
+        given, each = cfg.train.image_batch if kind == "image" else cfg.train.clip_batch, 1
+    rows = given if examples is None else examples
     return Shapes(
-        examples=given if examples is None else examples,
-        frames=1 if image else cfg.data.clip_frames,
-        tokens=cfg.data.text_length if image else cfg.data.clip_text_length,
-        rounds=cfg.data.rounds if step == "train" else 1,
+        rows=rows,
+        examples=rows * each,
+        frames=row.frames,
+        again=row.again,
+        tokens=row.tokens,
+        question_length=row.question_length,
+        most=row.examples,
+        questions=row.questions,
     )
 
 
@@ -81,17 +96,17 @@ def abstract_batch(cfg: Config, mesh: Mesh, shapes: Shapes) -> Batch:
         UserError: examples that the mesh does not divide.
     """
     parts = batch_shards(mesh) * cfg.train.accumulation
-    if shapes.examples % parts or not shapes.examples:
+    if shapes.rows % parts or not shapes.rows:
         raise UserError(
-            f"a batch of {shapes.examples} examples, wanted a multiple of {parts}: mesh.data × "
+            f"a batch of {shapes.rows} rows, wanted a multiple of {parts}: mesh.data × "
             "mesh.fsdp × train.accumulation; set --batch"
         )
-    examples, frames, tokens, rounds = dataclasses.astuple(shapes)
     size, face_size = cfg.model.vision.image_size, cfg.model.face.swin.image_size
+    frames, tokens, asked = shapes.frames, shapes.tokens, (shapes.questions, shapes.question_length)
     place = batch_sharding(mesh)
 
     def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((shapes.rows, *shape), dtype, sharding=place)
 
     return Batch(
         frames=leaf(np.uint8, frames, size, size, 3),
@@ -100,11 +115,15 @@ def abstract_batch(cfg: Config, mesh: Mesh, shapes: Shapes) -> Batch:
         landmarks=leaf(np.float32, frames, LANDMARKS, 2),
         ids=leaf(np.int32, tokens),
         labels=leaf(np.int32, tokens),
-        length=leaf(np.int32),
-        questions=leaf(np.int32, rounds, cfg.data.question_length),
-        question_mask=leaf(np.bool_, rounds, cfg.data.question_length),
-        weight=leaf(np.float32),
-        index=leaf(np.int32),
+        segment=leaf(np.int32, tokens),
+        position=leaf(np.int32, tokens),
+        visual=leaf(np.int32, tokens),
+        question=leaf(np.int32, frames + shapes.again),
+        again=leaf(np.int32, shapes.again),
+        questions=leaf(np.int32, *asked),
+        question_mask=leaf(np.bool_, *asked),
+        weight=leaf(np.float32, shapes.most),
+        index=leaf(np.int32, shapes.most),
     )
 
 
@@ -194,8 +213,8 @@ def _first(cfg: Config, mesh: Mesh, shapes: Shapes, whole: AbstractModel) -> Pro
     dtype, width = cfg.model.llama.dtype, cfg.model.llama.width
     place = batch_sharding(mesh)
     prompt = Prompt(
-        embeds=jax.ShapeDtypeStruct((shapes.examples, shapes.tokens, width), dtype, sharding=place),
-        length=jax.ShapeDtypeStruct((shapes.examples,), np.int32, sharding=place),
+        embeds=jax.ShapeDtypeStruct((shapes.rows, shapes.tokens, width), dtype, sharding=place),
+        length=jax.ShapeDtypeStruct((shapes.rows,), np.int32, sharding=place),
     )
     graphdef, state = _split(whole.module.llama, _llama(whole.params))
     rest = _fixed(mesh)

@@ -36,10 +36,13 @@ def _head(plan: Plan, console: Console) -> None:
         f"[bold]{plan.config}[/] on [bold]{plan.topology}[/]: {plan.step} step, {plan.chips} chips"
         + ("" if plan.chips == plan.device_count else f" ({plan.device_count} devices)")
     )
+    what = f"{plan.kind}s" if shapes.most == 1 else f"{shapes.examples} examples in rows"
+    asked = shapes.frames + shapes.again
     console.print(
-        f"mesh {mesh}, preset {plan.preset}; {plan.kind}s: {shapes.examples} examples "
-        f"({shapes.examples / parts:g} for each part of the batch), {shapes.frames} frames, "
-        f"{shapes.tokens} tokens, {shapes.rounds} rounds"
+        f"mesh {mesh}, preset {plan.preset}; {what}: {shapes.rows} rows "
+        f"({shapes.rows / parts:g} for each part of the batch), each of {shapes.tokens} tokens, "
+        f"{shapes.frames} frames and {asked} pairs of a frame and a question of "
+        f"{shapes.question_length} tokens"
     )
     console.print(f"XLA flags: {' '.join(plan.flags) or 'none'}")
     console.print(f"compiled in {plan.compile_seconds:.0f} s")
@@ -179,10 +182,39 @@ def _time(plan: Plan, console: Console) -> None:
     table.add_row("Pallas kernels at peak", f"{plan.kernel_flops / plan.peak:.4g}", "")
     table.add_row("all three", f"{plan.seconds:.4g}", f"{plan.utilisation(plan.seconds):.1%}")
     console.print(table)
+    _real(plan, console)
     console.print(
         f"both are estimates, nothing ran: {clock / 1e9:.2f} GHz, {plan.peak / 1e12:.0f} TFLOP/s, "
         f"{plan.chip.bandwidth / plan.chip.devices / 1e9:,.0f} GB/s HBM, {plan.chip.links} links "
         f"of {plan.chip.link / 1e9:.0f} GB/s"
+    )
+
+
+def _real(plan: Plan, console: Console) -> None:
+    """What of it is no padding."""
+    if plan.step != "train":
+        return
+    shapes = plan.shapes
+    console.print(
+        f"{plan.examples_per_second:,.1f} examples/s; "
+        f"{shapes.rows * shapes.tokens / plan.seconds:,.0f} tokens/s and "
+        f"{shapes.rows * shapes.frames / plan.seconds:,.0f} frames/s, padding included"
+    )
+    if plan.lengths is None or plan.real is None:
+        console.print(
+            "what of it is padding is not known: prepare the config's data sets, or give the mean "
+            "tokens of an example as --tokens"
+        )
+        return
+    mean = plan.lengths
+    source = f"of {mean.count:,} drawn examples" if mean.count else "as given"
+    console.print(
+        f"without padding ({mean.tokens:.0f} tokens and {mean.frames:.1f} frames an example, "
+        f"{source}): {plan.examples_per_second * mean.tokens:,.0f} tokens/s, "
+        f"{plan.examples_per_second * mean.frames:,.0f} frames/s; real tokens "
+        f"{plan.real_token_share:.1%} of the places; useful work: real ÷ HLO FLOPs "
+        f"{plan.real.total / plan.device_count / plan.hlo_flops:.2f}; MFU by real tokens "
+        f"{plan.mfu_real:.1%}"
     )
 
 

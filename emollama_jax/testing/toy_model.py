@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from emollama_jax.batch import IGNORE, Batch
+from emollama_jax.batch import IGNORE, Batch, one_a_row
 from emollama_jax.config import Config, EmoLlamaConfig, MeshConfig, load
 from emollama_jax.models.layers import Linear, RMSNorm, param, scan, small_normal, split_keys, stack
 from emollama_jax.sharding.distributed import Share
@@ -20,7 +20,7 @@ from emollama_jax.sharding.distributed import Share
 LENGTH = 70  # more than one chunk of the loss
 VOCAB = 48
 WIDTH = 16
-TINY = load("tiny")
+TINY = load("tiny", ["data.packed=null"])
 
 
 class Decoder(nnx.Module):
@@ -90,7 +90,7 @@ def make_batch(rng: np.random.Generator, *, examples: int, frames: int) -> Batch
     length = rng.integers(LENGTH - 20, LENGTH, examples, np.int32)
     where = np.arange(LENGTH)
     answer = (where >= LENGTH // 2) & (where < length[:, None])
-    return Batch(
+    return one_a_row(
         frames=rng.integers(0, 256, (examples, frames, 4, 4, 3), np.uint8),
         faces=np.zeros((examples, frames, 4, 4, 3), np.uint8),
         face_found=np.ones((examples, frames), bool),

@@ -142,6 +142,7 @@ def make_config(bpe: str, *overrides: str) -> config.Config:
             "data.broken_share=1",
             "model.vision.image_size=64",
             "model.face.swin.image_size=48",
+            "data.packed=null",
             "train.image_batch=4",
             "train.clip_batch=2",
             *overrides,

@@ -33,6 +33,7 @@ from emollama_jax.batch import Batch
 from emollama_jax.checkpoint import Checkpoints
 from emollama_jax.config import Config, TrainConfig
 from emollama_jax.data.pipeline import TrainIterator, make_train_iterator
+from emollama_jax.data.rows import real
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.paths import as_path
@@ -40,7 +41,7 @@ from emollama_jax.runs import refuse_packed
 from emollama_jax.sharding.distributed import Share, hold_together, leads, place_batch, share
 from emollama_jax.sharding.mesh import batch_shards, make_mesh
 from emollama_jax.train.optimizer import warmup_cosine
-from emollama_jax.train.run_log import RunLog
+from emollama_jax.train.run_log import RunLog, Size
 from emollama_jax.train.setup import Setup, set_up
 from emollama_jax.train.step import Metrics, Params, TrainState
 
@@ -174,7 +175,7 @@ def fit(
             step += 1
             logged = step % cfg.train.log_every == 0 or step == cfg.train.steps
             values = _floats(metrics, step=step, saved=saved) if logged else None
-            log.step(step, values, **_size(batch, part.count))
+            log.step(step, values, _size(batch, part.count))
         if step != saved:
             log.keep()
             checkpoints.save(state, data=batches)
@@ -256,18 +257,26 @@ def _schedule_change(cfg: TrainConfig, before: int, step: int) -> str | None:
 def _check_batches(cfg: Config, mesh: Mesh) -> None:
     parts = batch_shards(mesh) * cfg.train.accumulation
     kinds = {source.kind for source in cfg.data.sources}
-    for kind, size in (("image", cfg.train.image_batch), ("clip", cfg.train.clip_batch)):
-        if kind in kinds and size % parts:
+    if cfg.data.packed is not None:
+        sizes = {"data.packed.rows": cfg.data.packed.rows}
+    else:
+        of_kind = {"image": cfg.train.image_batch, "clip": cfg.train.clip_batch}
+        sizes = {f"train.{kind}_batch": of_kind[kind] for kind in of_kind if kind in kinds}
+    for name, size in sizes.items():
+        if size % parts:
             raise UserError(
-                f"train.{kind}_batch is {size}, wanted a multiple of {parts}: mesh.data × "
-                "mesh.fsdp × train.accumulation"
+                f"{name} is {size}, wanted a multiple of {parts}: mesh.data × mesh.fsdp × "
+                "train.accumulation"
             )
 
 
-def _size(batch: Batch, hosts: int) -> dict[str, int]:
-    """Tokens and frames of the global batch; every host's part has the same shape."""
-    examples, frames = batch.frames.shape[:2]
-    return {"tokens": int(batch.length.sum()) * hosts, "frames": examples * frames * hosts}
+def _size(batch: Batch, hosts: int) -> Size:
+    """Of the global batch, by this host's part; every host's has the same shape."""
+    rows, places = batch.ids.shape
+    held = {name: count * hosts for name, count in real(batch).items()}
+    return Size(
+        **held, places=rows * places * hosts, frame_places=rows * batch.frames.shape[1] * hosts
+    )
 
 
 def _floats(metrics: Metrics, *, step: int, saved: int) -> dict[str, float]:

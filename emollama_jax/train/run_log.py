@@ -15,6 +15,7 @@ second, so that a run resumed at once empties its own
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -173,6 +174,22 @@ def _masked_crc(data: bytes) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a step's batch held, and its places, padding included."""
+
+    tokens: int  # visual ones included
+    frames: int
+    examples: int
+    places: int  # for tokens
+    frame_places: int
+
+    @property
+    def padding(self) -> float:
+        """Share of the tokens' places that hold none."""
+        return 1 - self.tokens / self.places
+
+
 class Display:
     """A progress bar in a terminal, plain lines elsewhere; a context manager."""
 
@@ -202,17 +219,17 @@ class Display:
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
-    def show(self, step: int, *, loss: float | None, tokens: int, frames: int) -> dict[str, float]:
+    def show(self, step: int, *, loss: float | None, size: Size) -> dict[str, float]:
         """Shows a finished step.
 
         Args:
             step: its number, from 1 on.
             loss: None for a step that is not logged.
-            tokens: text tokens of the step, visual ones included.
-            frames: number of frames in the step.
+            size: what its batch held.
 
         Returns:
-            {"tokens_per_second", "frames_per_second"} of this step.
+            Of this step: tokens, examples and frames per second, without padding; places for
+            tokens and frames per second, with it; the share of padding.
         """
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-9), now
@@ -220,8 +237,14 @@ class Display:
         if step > self._first + 1:
             old = seconds if self._seconds is None else self._seconds
             self._seconds = SPEED_MEMORY * old + (1 - SPEED_MEMORY) * seconds
-        speed = {"tokens_per_second": tokens / seconds, "frames_per_second": frames / seconds}
-        text = f"{tokens / seconds:,.0f} tokens/s  {frames / seconds:,.0f} frames/s"
+        counts = dataclasses.asdict(size)
+        speed = {f"{name}_per_second": count / seconds for name, count in counts.items()}
+        speed["padding"] = size.padding
+        text = (
+            f"{size.tokens / seconds:,.0f} tokens/s ({size.places / seconds:,.0f} with padding, "
+            f"{size.padding:.0%})  {size.examples / seconds:,.1f} examples/s  "
+            f"{size.frames / seconds:,.0f} frames/s"
+        )
         if loss is not None:
             text = f"loss {loss:.4f}  {text}"
         self._bar.update(self._task, completed=step, text=text)
@@ -291,23 +314,21 @@ class RunLog:
         """Loss of the last logged step, on the first host."""
         return self._lines.last["loss"] if self._leads and self._lines.last else None
 
-    def step(
-        self, step: int, values: Mapping[str, float] | None, *, tokens: int, frames: int
-    ) -> None:
+    def step(self, step: int, values: Mapping[str, float] | None, size: Size) -> None:
         """Records a finished step.
 
         Args:
             step: its number, from 1 on.
             values: its metrics, with "loss"; None for a step that is not logged.
-            tokens: text tokens of the step, visual ones included.
-            frames: number of frames in the step.
+            size: what its batch held.
         """
         if not self._leads:
             return
         loss = None if values is None else values["loss"]
-        speed = self._display.show(step, loss=loss, tokens=tokens, frames=frames)
+        speed = self._display.show(step, loss=loss, size=size)
         if values is not None:
-            self._lines.write(step, {**values, "frames": frames})
+            held = {"frames": size.frames, "examples": size.examples, "padding": size.padding}
+            self._lines.write(step, {**values, **held})
             scalars = {**values, **speed}
             self._events.write(step, {f"train/{name}": v for name, v in scalars.items()})
             if self._mirror is not None:

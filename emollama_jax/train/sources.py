@@ -2,7 +2,7 @@
 
 The kind is what is prepared, the split is "train", sets are mixed by their number of examples, and
 conversations are read where `emollama data instruct` made some. A text length that the set's
-category question does not fit into is raised.
+category question does not fit into is raised, and packed rows are fitted to what the sets hold.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from emollama_jax.data import prompts
 from emollama_jax.data.elements import Encoder
 from emollama_jax.data.face_labels import AGE_LABELS, GENDER_LABELS, RACE_LABELS
 from emollama_jax.data.items import category_item
+from emollama_jax.data.lengths import fitted
 from emollama_jax.data.split import Split, space_of
 from emollama_jax.errors import UserError
 from emollama_jax.terms import Kind
@@ -57,6 +58,13 @@ def use(cfg: Config, names: Sequence[str]) -> tuple[Config, list[str]]:
             raised = -(-needed // MULTIPLE) * MULTIPLE
             told.append(f"data.{field}: raised from {found} to {raised}, for the class words")
             cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **{field: raised}))
+    if cfg.data.packed is not None:
+        packed = fitted(cfg)
+        told.append(
+            f"data.packed: {packed.examples} examples in a row of {packed.tokens} tokens and "
+            f"{packed.frames} frames"
+        )
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packed=packed))
     return cfg, told
 
 

@@ -77,30 +77,41 @@ def next_token_sums(
     hidden: Float[Array, "b t d"],
     *,
     labels: Int[Array, "b t"],
-    weight: Float[Array, " b"],
+    weight: Float[Array, "b t"],
     chunk: int,
 ) -> Sums:
     """Next-token cross-entropy in float32: the hidden state at t predicts the label at t + 1.
 
     Logits are computed chunk by chunk, and each chunk's gradient at once, while its logits are
-    there: the backward pass computes none again (as Liger Kernel fuses it, arXiv 2410.10989). A
-    chunk in which no example has a label (most of a prompt) is skipped.
+    there: the backward pass computes none again (as Liger Kernel fuses it, arXiv 2410.10989). What
+    bears a label comes first in its row, so that chunks without one (most of all prompts) are
+    skipped.
 
     Args:
         logits: the LLM's head.
         hidden: final hidden states.
         labels: IGNORE where no loss is borne; not shifted.
-        weight: weight of each example.
+        weight: weight of each token's example.
         chunk: positions whose logits exist together; with 32,000 words, float32 logits of a whole
             2048-token example would be 260 MB.
     """
-    hidden = _in_chunks(hidden[:, :-1], chunk, fill=0)
-    labels = _in_chunks(labels[:, 1:], chunk, fill=IGNORE)
+    labels, weight = labels[:, 1:], weight[:, 1:]
+    order = jnp.argsort(labels == IGNORE, axis=1, stable=True)
+    hidden = _in_chunks(_reordered(hidden[:, :-1], order), chunk, fill=0)
+    labels, weight = (
+        _in_chunks(jnp.take_along_axis(x, order, axis=1), chunk, fill=fill)
+        for x, fill in ((labels, IGNORE), (weight, 0))
+    )
     # `head`: what the logits need that trains. The frozen rest stays in the function.
     logits, head = jax.closure_convert(logits, hidden[0])
 
-    def of_chunk(head: Any, hidden: Float[Array, "b c d"], labels: Int[Array, "b c"]):
-        borne = (labels != IGNORE) * weight[:, None]  # [B, C]
+    def of_chunk(
+        head: Any,
+        hidden: Float[Array, "b c d"],
+        labels: Int[Array, "b c"],
+        weight: Float[Array, "b c"],
+    ):
+        borne = (labels != IGNORE) * weight
         y = logits(hidden, *head).astype(jnp.float32)
         of_label = jnp.take_along_axis(y, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
         loss = jnp.sum((jax.nn.logsumexp(y, axis=-1) - of_label) * borne)
@@ -108,22 +119,35 @@ def next_token_sums(
         return loss, Sums(loss=loss, tokens=jnp.sum(borne), correct=right)
 
     @jax.custom_vjp
-    def sums(head: Any, hidden: jax.Array, labels: jax.Array) -> Sums:
-        return _over_chunks(lambda *one: (of_chunk(*one)[1], None), head, hidden, labels)[0]
+    def sums(head: Any, hidden: jax.Array, labels: jax.Array, weight: jax.Array) -> Sums:
+        return _over_chunks(lambda *one: (of_chunk(*one)[1], None), head, hidden, labels, weight)[0]
 
-    def forward(head: Any, hidden: jax.Array, labels: jax.Array):
+    def forward(head: Any, hidden: jax.Array, labels: jax.Array, weight: jax.Array):
         def with_gradient(*one):
             (_, part), grads = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)(*one)
             return (part, grads[0]), grads[1]
 
-        (total, of_head), of_hidden = _over_chunks(with_gradient, head, hidden, labels)
+        (total, of_head), of_hidden = _over_chunks(with_gradient, head, hidden, labels, weight)
         return total, (of_head, of_hidden)
 
     def backward(grads: tuple[Any, jax.Array], of_sums: Sums):
-        return *jax.tree.map(lambda g: (g * of_sums.loss).astype(g.dtype), grads), None
+        return *jax.tree.map(lambda g: (g * of_sums.loss).astype(g.dtype), grads), None, None
 
     sums.defvjp(forward, backward)
-    return sums(head, hidden, labels)
+    return sums(head, hidden, labels, weight)
+
+
+@jax.custom_vjp
+def _reordered(x: Float[Array, "b t d"], order: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Every row's tokens in another order; a gradient is put back by a gather too, no scatter."""
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _reordered_back(order: jax.Array, grad: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.take_along_axis(grad, jnp.argsort(order, axis=1)[..., None], axis=1), None
+
+
+_reordered.defvjp(lambda x, order: (_reordered(x, order), order), _reordered_back)
 
 
 def _in_chunks(x: jax.Array, chunk: int, *, fill: int) -> jax.Array:
@@ -135,23 +159,25 @@ def _in_chunks(x: jax.Array, chunk: int, *, fill: int) -> jax.Array:
     return jnp.swapaxes(x.reshape(examples, chunks, chunk, *x.shape[2:]), 0, 1)
 
 
-def _over_chunks(of_chunk: Callable, head: Any, hidden: jax.Array, labels: jax.Array):
+def _over_chunks(
+    of_chunk: Callable, head: Any, hidden: jax.Array, labels: jax.Array, weight: jax.Array
+):
     """Sums of the first result of each chunk that has a label; the second one of each chunk."""
-    empty = jax.eval_shape(of_chunk, head, hidden[0], labels[0])
+    empty = jax.eval_shape(of_chunk, head, hidden[0], labels[0], weight[0])
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
 
-    def add(total: Any, one: tuple[jax.Array, jax.Array]):
+    def add(total: Any, one: tuple[jax.Array, jax.Array, jax.Array]):
         some = jnp.any(one[1] != IGNORE)
         part, rest = jax.lax.cond(some, of_chunk, lambda *_: empty, head, *one)
         return jax.tree.map(jnp.add, total, part), rest
 
-    return jax.lax.scan(add, empty[0], (hidden, labels))
+    return jax.lax.scan(add, empty[0], (hidden, labels, weight))
 
 
 def micro_batches(batch: Batch, accumulation: int) -> Batch:
     """[B, …] → [accumulation, B / accumulation, …].
 
-    Micro-batch i takes every `accumulation`-th example from i on, so that a batch that is split
+    Micro-batch i takes every `accumulation`-th row from i on, so that a batch that is split
     over devices stays where it is.
     """
 
@@ -179,7 +205,7 @@ def train_step(
         optimizer: optimizer of `state.params`.
         frozen: the parameters that do not train, in any dtype.
         state: before the step; not changed.
-        batch: B examples, a multiple of `accumulation`.
+        batch: B rows, a multiple of `accumulation`.
         accumulation: micro-batches, one after the other.
         loss_chunk: chunk size of `next_token_sums`.
     """
@@ -228,6 +254,8 @@ def _loss(model: Any, batch: Batch, key: jax.Array, *, chunk: int) -> Sums:
     # Here, not in the loop over the loss's chunks.
     head.set_value(constrain(head[...], "table" if tied else "head"))
     with jax.named_scope("loss"):
+        example = jnp.maximum(batch.segment - 1, 0)  # [B, T], of its row
+        weight = jnp.take_along_axis(batch.weight, example, axis=1)
         return next_token_sums(
-            model.llama.logits, hidden, labels=batch.labels, weight=batch.weight, chunk=chunk
+            model.llama.logits, hidden, labels=batch.labels, weight=weight, chunk=chunk
         )

@@ -31,7 +31,7 @@ def test_evaluation_covers_everything_once(cfg, store, kind):
     data = store.data[f"actionfaces/{kind}s"]
     assert [e["id"] for b in batches for e in b.examples] == [e["id"] for e in data]
     assert [len(b.batch.weight) for b in batches] == [4] * len(batches)
-    weight = np.concatenate([b.batch.weight for b in batches])
+    weight = np.concatenate([b.batch.weight[:, 0] for b in batches])
     np.testing.assert_array_equal(weight, np.arange(len(weight)) < len(data))
     assert not any(line for b in batches for line in b.trouble)
     encoder = Encoder(cfg)
@@ -106,9 +106,9 @@ def test_some_training_examples_are_blank(bpe, store):
         examples = Examples(Encoder(cfg), pictures, kind="image", items="both")
         return [examples.training(1, seed=seed) for seed in range(60)]
 
-    blank = [not row["frames"].any() for row in rows(0.4)]
+    blank = [not row.look.frames.any() for row in rows(0.4)]
     assert 12 < sum(blank) < 36
     for row, is_blank in zip(rows(0.4), blank, strict=True):
-        assert row["weight"] == 1 and (row["labels"] != IGNORE).any() and not row["trouble"]
-        assert row["face_found"].any() != is_blank
-    assert all(row["frames"].any() for row in rows(0))
+        assert row.weight == 1 and (row.text.labels != IGNORE).any() and not row.trouble
+        assert row.look.found.any() != is_blank
+    assert all(row.look.frames.any() for row in rows(0))

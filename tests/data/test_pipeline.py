@@ -63,11 +63,15 @@ def test_shapes_and_dtypes(cfg, store):
             "landmarks": ((b, m, 68, 2), np.float32),
             "ids": ((b, t), np.int32),
             "labels": ((b, t), np.int32),
-            "length": ((b,), np.int32),
+            "segment": ((b, t), np.int32),
+            "position": ((b, t), np.int32),
+            "visual": ((b, t), np.int32),
+            "question": ((b, m * r), np.int32),
+            "again": ((b, m * (r - 1)), np.int32),
             "questions": ((b, r, 32), np.int32),
             "question_mask": ((b, r, 32), np.bool_),
-            "weight": ((b,), np.float32),
-            "index": ((b,), np.int32),
+            "weight": ((b, 1), np.float32),
+            "index": ((b, 1), np.int32),
         }
         found = {name: (getattr(batch, name).shape, getattr(batch, name).dtype) for name in FIELDS}
         assert found == wanted
@@ -89,7 +93,7 @@ def test_rows_hold_their_examples_media(cfg, store):
     seen = set()
     for batch in take(iterator(cfg, store), 12):
         for row in range(len(batch.index)):
-            index = int(batch.index[row])
+            index = int(batch.index[row, 0])
             text = encoder.llm.decode([i for i in batch.labels[row] if i != IGNORE]).strip()
             assert text in (
                 CLASSES[index % 7],
@@ -120,12 +124,16 @@ def test_every_epoch_has_every_example_in_another_order(bpe, store):
         "data.sources=[{name: actionfaces/images, split: train, kind: image, weight: 1}]",
         "train.image_batch=11",
     )
-    epochs = [batch.index.tolist() for batch in take(iterator(cfg, store), 3)]
+    epochs = [batch.index[:, 0].tolist() for batch in take(iterator(cfg, store), 3)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = next(
-        iterator(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=1)), store)
-    ).index.tolist()
+    other = (
+        next(
+            iterator(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=1)), store)
+        )
+        .index[:, 0]
+        .tolist()
+    )
     assert other != epochs[0]
 
 
@@ -137,7 +145,7 @@ def test_the_seed_of_an_element_differs_between_epochs(bpe, store):
         "train.clip_batch=6",
     )
     frames = [
-        batch.frames[batch.index.tolist().index(1)] for batch in take(iterator(cfg, store), 3)
+        batch.frames[batch.index[:, 0].tolist().index(1)] for batch in take(iterator(cfg, store), 3)
     ]
     assert not (frames[0] == frames[1]).all() and not (frames[1] == frames[2]).all()
 
@@ -230,8 +238,8 @@ def test_broken_media_become_sentinels(cfg, store, caplog):
         batches = take(iterator(cfg, store), 24)
     broken = {True: set(), False: set()}
     for batch in batches:
-        for row in np.flatnonzero(batch.weight == 0):
-            broken[is_clip(batch)].add(int(batch.index[row]))
+        for row in np.flatnonzero(batch.weight[:, 0] == 0):
+            broken[is_clip(batch)].add(int(batch.index[row, 0]))
             assert (batch.labels[row] == IGNORE).all()
             assert not batch.frames[row].any() and not batch.face_found[row].any()
             assert batch.length[row] == 1

@@ -55,6 +55,7 @@ def run(tmp_path_factory):
             f"data.sources=[{', '.join(map(source, SETS))}]",
             "data.clip_frames=4",
             "train.steps=4",
+            "data.packed=null",
             "train.image_batch=4",
             "train.clip_batch=2",
             "train.accumulation=1",

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from emollama_jax import config
-from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
+from emollama_jax.batch import IGNORE, IMAGE_TOKEN, one_a_row
 from emollama_jax.errors import UserError
 from emollama_jax.generate import (
     cache,
@@ -416,7 +416,7 @@ def test_emollama_answers_from_what_it_sees():
     ids = rng.integers(3, 64, (2, 14), np.int32)
     visual = slice(2, 2 + seeing.cfg.tokens_per_frame)
     ids[:, visual] = IMAGE_TOKEN
-    batch = Batch(
+    batch = one_a_row(
         frames=rng.integers(0, 256, (2, 1, 32, 32, 3), np.uint8),
         faces=rng.integers(0, 256, (2, 1, 32, 32, 3), np.uint8),
         face_found=np.ones((2, 1), bool),

@@ -445,9 +445,9 @@ def test_batches_hold_the_conversations(data, tmp_path):
     batches = make_train_iterator(cfg, [split])
     tokenizer = load_tokenizer(cfg.data.llm_tokenizer)
     batch = next(batches)
-    assert set(batch.index.tolist()) == {0, 1}
-    assert batch.weight.tolist() == [1.0] * 4
-    for labels, index in zip(batch.labels, batch.index.tolist(), strict=True):
+    assert set(batch.index[:, 0].tolist()) == {0, 1}
+    assert batch.weight[:, 0].tolist() == [1.0] * 4
+    for labels, index in zip(batch.labels, batch.index[:, 0].tolist(), strict=True):
         learnt = tokenizer.decode([int(i) for i in labels if i >= 0])
         assert f"The face shows {('surprise', 'fear')[index]}." in learnt
         assert "only the face is visible" in learnt

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,26 @@ def test_padding_on_the_right_is_not_seen(implementation):
     got = ours(*(jnp.where(real, x, 7.0) for x in (q, k, v)), gradient)
     assert_same([x[:, :100] for x in got], [x[:, :100] for x in wanted])
     assert not any(x[:, 100:].any() for x in got[1:])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_examples_of_a_row_see_themselves_alone(implementation):
+    """Each gets what it gets in a row of its own, gradients included."""
+    given = arrays((2, 290, 4, 2, 64))
+    bounds = [[0, 30, 200, 270], [0, 140, 141, 270]]  # and 20 of padding
+    segments = np.zeros((2, 290), np.int32)
+    for row, places in enumerate(bounds):
+        for number, (first, last) in enumerate(itertools.pairwise(places), start=1):
+            segments[row, first:last] = number
+    how = {"causal": True, "implementation": implementation}
+    got = with_gradients(functools.partial(attention, segments=jnp.asarray(segments), **how))(
+        *given[:3], given[3].at[:, 270:].set(0)
+    )
+    run = reference(True)
+    for row, places in enumerate(bounds):
+        for first, last in itertools.pairwise(places):
+            part = (slice(row, row + 1), slice(first, last))
+            assert_same([x[part] for x in got], run(*(x[part] for x in given)))
 
 
 def test_padding_on_the_left_is_behind_what_is_real():

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 
 from emollama_jax import config
-from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
+from emollama_jax.batch import IGNORE, IMAGE_TOKEN, one_a_row
 from emollama_jax.data.prompts import agr_sentence
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
@@ -97,7 +97,7 @@ def make_batch(cfg, *, found=True):
         axis=1,
     ).astype(np.int32)
     landmarks = rng.uniform(-0.8, 0.8, (EXAMPLES, FRAMES, 68, 2))
-    return Batch(
+    return one_a_row(
         frames=rng.integers(0, 256, (EXAMPLES, FRAMES, size, size, 3), np.uint8),
         faces=rng.integers(0, 256, (EXAMPLES, FRAMES, face, face, 3), np.uint8),
         face_found=np.full((EXAMPLES, FRAMES), found),

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from emollama_jax import config_content
-from emollama_jax.batch import IMAGE_TOKEN
+from emollama_jax.batch import IMAGE_TOKEN, visual_places
 from emollama_jax.errors import UserError
 from emollama_jax.models.visual_tokens import VisualTokens, merge, pool
 from tests.helpers import llama_vid_golden
@@ -51,16 +51,18 @@ def test_encoder_width_must_fit():
 
 
 def test_merge():
-    ids = jnp.asarray([[1, IMAGE_TOKEN, IMAGE_TOKEN, 2], [IMAGE_TOKEN, 3, 4, 5], [6, 7, 8, 9]])
+    ids = np.asarray([[1, IMAGE_TOKEN, IMAGE_TOKEN, 2], [IMAGE_TOKEN, 3, 4, 5], [6, 7, 8, 9]])
     embeds = -jnp.ones((3, 4, 1))
     visual = jnp.asarray([[10.0, 11], [20, 21], [30, 31]])[..., None]
-    merged = merge(embeds, ids, visual)[..., 0]
+    merged = merge(embeds, jnp.asarray(visual_places(ids)), visual)[..., 0]
     np.testing.assert_array_equal(merged, [[-1, 10, 11, -1], [20, -1, -1, -1], [-1] * 4])
 
 
 def test_merge_beyond_the_visual_tokens_is_nan():
-    ids = jnp.asarray([[IMAGE_TOKEN, IMAGE_TOKEN, 2]])
-    merged = merge(jnp.zeros((1, 3, 1)), ids, jnp.ones((1, 1, 1)))[0, :, 0]
+    ids = np.asarray([[IMAGE_TOKEN, IMAGE_TOKEN, 2]])
+    merged = merge(jnp.zeros((1, 3, 1)), jnp.asarray(visual_places(ids)), jnp.ones((1, 1, 1)))[
+        0, :, 0
+    ]
     np.testing.assert_array_equal(merged, [1, np.nan, 0])
 
 

@@ -174,7 +174,7 @@ def test_the_command_plans_a_training_step(capsys):
     assert told["compiler"]["loops_of_unknown_length"] == []
     assert all(row["axes"] == ["fsdp"] for row in told["collectives"])
     # What is gathered or exchanged is parameters, but for gradients of one row a frame.
-    a_row_a_frame = told["batch"]["examples"] * told["batch"]["frames"] * cfg.model.llama.width
+    a_row_a_frame = told["batch"]["rows"] * told["batch"]["frames"] * cfg.model.llama.width
     for one in told["activations_moved"]:
         assert one["part"] == "visual_tokens" and "transpose" in one["op_name"], one
         assert math.prod(one["dims"]) <= a_row_a_frame, one
@@ -214,7 +214,7 @@ def traced(cfg, shapes):
     with jax.set_mesh(mesh):
         setup, batch = set_up(cfg, mesh), steps.abstract_batch(cfg, mesh, shapes)
         jaxpr = jax.make_jaxpr(setup.step)(setup.frozen, setup.state, batch)
-    analytic = flops.train_flops(cfg, setup.model.trainable, **dataclasses.asdict(shapes))
+    analytic = flops.train_flops(cfg, setup.model.trainable, plan.padded_load(shapes))
     return jaxpr_flops(jaxpr.jaxpr), analytic
 
 
@@ -224,7 +224,16 @@ def test_model_flops_are_those_of_the_traced_step():
     overrides = [f"model.{part}.remat=none" for part in ("llama", "vision", "qformer", "face")]
     overrides += ["model.llama.layers=2", "model.vision.depth=2", "train.accumulation=1"]
     cfg = config.load("emollama_7b", overrides)
-    shapes = steps.Shapes(examples=1, frames=2, tokens=513, rounds=2)
+    shapes = steps.Shapes(
+        rows=1,
+        examples=1,
+        frames=2,
+        again=2,
+        tokens=513,
+        question_length=256,
+        most=1,
+        questions=2,
+    )
     found, analytic = traced(cfg, shapes)
     wanted = analytic.total + analytic.forward["loss"] + analytic.attention["llm"]
     assert found == pytest.approx(wanted, rel=0.01)
@@ -232,8 +241,9 @@ def test_model_flops_are_those_of_the_traced_step():
 
 def test_frozen_kernels_have_no_gradient():
     cfg = config.load("emollama_7b")
-    size = {"examples": 1, "frames": 16, "tokens": 2048, "rounds": 2}
-    lora = flops.train_flops(cfg, {"llama/layers/q_proj/lora_A"}, **size)
+    shapes = dataclasses.replace(steps.shapes(cfg, "clip", "train", examples=1), tokens=2048)
+    load = plan.padded_load(shapes)
+    lora = flops.train_flops(cfg, {"llama/layers/q_proj/lora_A"}, load)
     assert lora.backward["vision"] == lora.backward["face"] == lora.backward["qformer"] == 0
     kernels = 2 * 2048 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert lora.forward["llm"] == pytest.approx(kernels, rel=0.15)
@@ -290,7 +300,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     cfg = config.load("emollama_7b", ["mesh.fsdp=8"])
     mesh = make_mesh(cfg.mesh)
     shapes = steps.shapes(cfg, "clip", "train", examples=12)
-    with pytest.raises(UserError, match="a batch of 12 examples, wanted a multiple of 8"):
+    with pytest.raises(UserError, match="a batch of 12 rows, wanted a multiple of 8"):
         steps.abstract_batch(cfg, mesh, shapes)
 
 
@@ -385,7 +395,7 @@ def test_the_best_preset_needs_the_least_time_for_an_example():
         per = {"fsdp": 3.0, "fsdp+tensor": 2.0, "replicated-frozen": 1.0}[cfg.mesh.preset]
         share = {"fsdp": 10, "fsdp+tensor": 50, "replicated-frozen": 95}[cfg.mesh.preset]
         memory = plan.Memory({"a": share}, 0, 0, 0, 0, 100)
-        return Made(steps.Shapes(examples, 1, 1, 1), per * examples, memory)
+        return Made(steps.Shapes(examples, examples, 1, 0, 1, 1, 1, 1), per * examples, memory)
 
     found = search.search(
         cfg, "v5e:2x4", 8, step="train", kind="image", tell=told.append, plan=fake

@@ -9,9 +9,9 @@ from flax import nnx
 from PIL import Image
 
 from emollama_jax import compile_cache
-from emollama_jax.data.elements import stack
 from emollama_jax.data.media import read_image
 from emollama_jax.data.prompts import Turn
+from emollama_jax.data.rows import shape_of_kind, stack
 from emollama_jax.data.sets import label_space
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
@@ -128,8 +128,9 @@ def test_the_answer_is_that_of_a_batch(cfg, model, answerer, photo):
     question = "Describe the face in the image."
     look = answerer.encoder.look(photo, kind="image", prior=media.prior)
     row = answerer.encoder.prompt_row(look, kind="image", question=question, index=0)
-    speaker = Speaker(cfg, model)
-    (wanted,) = speaker.write(speaker.read(stack([row])[0]), max_new_tokens=3)
+    speaker, shape = Speaker(cfg, model), shape_of_kind(cfg, "image", rounds=1)
+    batch = stack([row], shape=shape, encoder=answerer.encoder)
+    (wanted,) = speaker.write(speaker.read(batch), max_new_tokens=3)
     assert "".join(answerer.ask(media, question)) == wanted
     assert wanted  # an empty answer would prove nothing
 

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from emollama_jax import config
 from emollama_jax.base import base_values
-from emollama_jax.batch import IGNORE, IMAGE_TOKEN, Batch
+from emollama_jax.batch import IGNORE, IMAGE_TOKEN, one_a_row
 from emollama_jax.config import MeshConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
@@ -141,7 +141,7 @@ def real_batch(cfg):
     ids = np.concatenate([words[:, :4], places, words[:, 4:]], axis=1)
     labels = np.where(np.arange(ids.shape[1]) > visual + 10, ids, IGNORE).astype(np.int32)
     found = np.arange(EXAMPLES * FRAMES).reshape(EXAMPLES, FRAMES) % 5 > 0
-    return Batch(
+    return one_a_row(
         frames=rng.integers(0, 256, (EXAMPLES, FRAMES, size, size, 3), np.uint8),
         faces=rng.integers(0, 256, (EXAMPLES, FRAMES, face, face, 3), np.uint8),
         face_found=found,

@@ -18,11 +18,12 @@ def given(rng):
     """Head, hidden states, labels (the first chunk bears none), weights."""
     labels = rng.integers(0, VOCAB, (EXAMPLES, LENGTH)).astype(np.int32)
     labels[:, : CHUNK + 5] = IGNORE
+    labels[0, 2 * CHUNK :: 2] = IGNORE
     return (
         jnp.asarray(rng.standard_normal((WIDTH, VOCAB), np.float32)),
         jnp.asarray(rng.standard_normal((EXAMPLES, LENGTH, WIDTH), np.float32)),
         jnp.asarray(labels),
-        jnp.asarray([1.0, 2.0]),
+        jnp.asarray([1.0, 2.0])[:, None] * jnp.ones(LENGTH),
     )
 
 
@@ -37,7 +38,7 @@ def fused(head, hidden, labels, weight):
 def plain(head, hidden, labels, weight):
     logits, labels = hidden[:, :-1] @ head, labels[:, 1:]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return 3 * jnp.sum(loss * (labels != IGNORE) * weight[:, None])
+    return 3 * jnp.sum(loss * (labels != IGNORE) * weight[:, 1:])
 
 
 @pytest.mark.parametrize("trained", [(0, 1), (1,), (0,)], ids=["both", "hidden", "head"])
@@ -58,7 +59,7 @@ def test_logits_are_computed_once(given):
 def test_correct_is_the_argmax(given):
     head, hidden, labels, weight = given
     sums = next_token_sums(lambda x: x @ head, hidden, labels=labels, weight=weight, chunk=CHUNK)
-    borne = (labels[:, 1:] != IGNORE) * weight[:, None]
+    borne = (labels[:, 1:] != IGNORE) * weight[:, 1:]
     right = (hidden[:, :-1] @ head).argmax(-1) == labels[:, 1:]
     assert float(sums.correct) == float((right * borne).sum())
     assert float(sums.tokens) == float(borne.sum())

@@ -9,7 +9,15 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from rich.console import Console
 
 from emollama_jax.errors import UserError
-from emollama_jax.train.run_log import Display, EventFile, JsonLines, RunLog, crc32c, read_metrics
+from emollama_jax.train.run_log import (
+    Display,
+    EventFile,
+    JsonLines,
+    RunLog,
+    Size,
+    crc32c,
+    read_metrics,
+)
 
 
 def write(path, rows, *, step):
@@ -131,37 +139,44 @@ def test_event_file_parses_back(tmp_path):
     assert second.wall_time >= first.wall_time > 1e9
 
 
+SIZE = Size(tokens=100, frames=4, examples=2, places=400, frame_places=16)
+
+
 def test_display_prints_plain_lines_where_there_is_no_terminal():
     console = Console(file=io.StringIO(), width=200)
     with Display(console, steps=100, done=97) as display:
         for step in (98, 99, 100):
-            display.show(step, loss=None if step == 99 else 1.25, tokens=1000, frames=10)
+            display.show(step, loss=None if step == 99 else 1.25, size=SIZE)
     lines = console.file.getvalue().splitlines()
     assert [line.split("  ")[:2] for line in lines] == [
         ["step 98/100", "loss 1.2500"],
         ["step 100/100", "loss 1.2500"],
     ]
-    assert "tokens/s" in lines[0] and "frames/s" in lines[0] and lines[1].endswith("0:00 left")
+    for unit in ("tokens/s (", "with padding, 75%)", "examples/s", "frames/s"):
+        assert unit in lines[0]
+    assert lines[1].endswith("0:00 left")
 
 
 def test_display_draws_a_bar_in_a_terminal():
     console = Console(file=io.StringIO(), width=160, force_terminal=True)
     with Display(console, steps=4, done=1) as display:
-        display.show(2, loss=0.5, tokens=10, frames=1)
+        display.show(2, loss=0.5, size=SIZE)
     shown = console.file.getvalue()
     assert "2/4" in shown and "loss 0.5000" in shown and "frames/s" in shown
 
 
 def test_run_log_keeps_speed_out_of_the_loss_curve(tmp_path):
     with RunLog(tmp_path, Console(file=io.StringIO()), steps=2, done=0) as log:
-        log.step(1, {"loss": 0.5}, tokens=100, frames=4)
-        log.step(2, None, tokens=100, frames=4)
+        log.step(1, {"loss": 0.5}, SIZE)
+        log.step(2, None, SIZE)
         assert log.loss == 0.5
     assert (tmp_path / "metrics.jsonl").read_text() == (
-        json.dumps({"step": 1, "loss": 0.5, "frames": 4}) + "\n"
+        json.dumps({"step": 1, "loss": 0.5, "frames": 4, "examples": 2, "padding": 0.75}) + "\n"
     )
     (path,) = (tmp_path / "tensorboard").iterdir()
     tags = {value.tag for event in read_events(path) for value in event.summary.value}
-    assert tags == {"train/loss", "train/tokens_per_second", "train/frames_per_second"}
+    counts = ("tokens", "frames", "examples", "places", "frame_places")
+    speeds = {f"train/{name}_per_second" for name in counts}
+    assert tags == {"train/loss", "train/padding", *speeds}
     with RunLog(tmp_path, Console(file=io.StringIO()), steps=2, done=1) as log:
         assert log.loss == 0.5

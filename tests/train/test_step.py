@@ -77,7 +77,7 @@ def test_loss_is_the_plain_one(rng, length):
         lambda x: 3 * x,
         jnp.asarray(hidden),
         labels=jnp.asarray(labels),
-        weight=weight,
+        weight=jnp.broadcast_to(weight[:, None], labels.shape),
         chunk=CHUNK,
     )
     loss, tokens, correct = plain_loss(3 * hidden, labels, weight)
@@ -90,8 +90,10 @@ def test_chunks_without_labels_are_skipped():
     """Their logits are never asked for: NaN there would poison the sum."""
     length = 2 * CHUNK + 1
     labels = jnp.full((1, length), IGNORE).at[0, -1].set(1)
-    hidden = jnp.ones((1, length, 4)).at[:, :CHUNK].set(jnp.nan)
-    sums = next_token_sums(lambda x: x, hidden, labels=labels, weight=jnp.ones(1), chunk=CHUNK)
+    # The one token that predicts a label comes first, with as many of the others as fill a chunk.
+    hidden = jnp.ones((1, length, 4)).at[:, CHUNK - 1 : -2].set(jnp.nan)
+    weight = jnp.ones((1, length))
+    sums = next_token_sums(lambda x: x, hidden, labels=labels, weight=weight, chunk=CHUNK)
     assert sums.tokens == 1 and sums.loss == pytest.approx(np.log(4))
 
 
@@ -100,7 +102,7 @@ def test_metrics_of_a_step(rng):
     batch = make_batch(rng, examples=4, frames=1)
     _, metrics = step(frozen, state, batch)
     # Labels up to each example's length, none at position 0.
-    assert metrics.tokens == ((batch.labels != IGNORE).sum(1) * batch.weight).sum()
+    assert metrics.tokens == ((batch.labels != IGNORE).sum(1) * batch.weight[:, 0]).sum()
     assert metrics.loss == pytest.approx(np.log(VOCAB), abs=0.3)
     assert 0 <= metrics.accuracy < 0.3 and metrics.grad_norm > 0
     assert metrics.learning_rate == pytest.approx(0.5e-2)
@@ -123,7 +125,7 @@ def test_micro_batches_hold_every_example_once(rng):
     batch = make_batch(rng, examples=6, frames=1)
     micro = micro_batches(batch, 3)
     assert micro.ids.shape == (3, 2, LENGTH)
-    assert micro.index.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert micro.index[..., 0].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_only_what_trains_moves_and_has_moments(rng):
@@ -155,7 +157,7 @@ def test_frozen_bfloat16_stays_and_trains_float32(rng):
 
 def test_batch_of_sentinels_alone_has_no_gradient(rng):
     frozen, state, step = setting(weight_decay=0.0)
-    batch = make_batch(rng, examples=4, frames=1).replace(weight=np.zeros(4, np.float32))
+    batch = make_batch(rng, examples=4, frames=1).replace(weight=np.zeros((4, 1), np.float32))
     after, metrics = step(frozen, state, batch)
     assert metrics.loss == metrics.tokens == metrics.grad_norm == 0
     assert all((after.params[n] == state.params[n]).all() for n in state.params)
@@ -164,7 +166,7 @@ def test_batch_of_sentinels_alone_has_no_gradient(rng):
 def test_weightless_example_changes_nothing(rng):
     frozen, state, step = setting()
     batch = make_batch(rng, examples=4, frames=1)
-    batch = batch.replace(weight=np.array([1, 1, 1, 0], np.float32))
+    batch = batch.replace(weight=np.array([[1], [1], [1], [0]], np.float32))
     other = batch.replace(frames=batch.frames.copy(), labels=batch.labels.copy())
     other.frames[3] = 0
     other.labels[3] = IGNORE
