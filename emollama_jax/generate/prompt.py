@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from emollama_jax.batch import IMAGE_TOKEN, TEXT, Batch
+from emollama_jax.batch import Batch
 from emollama_jax.generate.flagged import flagged
 from emollama_jax.models.emollama import Mined, Sight
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.visual_tokens import merge
+from emollama_jax.models.visual_tokens import merge_in_order
 
 
 class VisionLanguageModel(Protocol):
@@ -93,6 +93,4 @@ def lay(
 ) -> Prompt:
     """One prompt of a split decoder: its text's embeddings, visual tokens in their places."""
     embeds = nnx.merge(graphdef, state).embed(ids[None])
-    places = ids == IMAGE_TOKEN
-    places = jnp.where(places, jnp.cumsum(places) - 1, TEXT)
-    return Prompt(embeds=merge(embeds, places[None], visual[None]), length=length[None])
+    return Prompt(embeds=merge_in_order(embeds, ids[None], visual[None]), length=length[None])

@@ -22,7 +22,7 @@ from emollama_jax.generate.label_scores import Labels, score_after
 from emollama_jax.generate.prompt import Prompt
 from emollama_jax.generate.sampling import Sampling, draw_each
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.visual_tokens import merge
+from emollama_jax.models.visual_tokens import merge_in_order
 from emollama_jax.sharding.points import constrain
 
 # In the layout that the decoder reads token by token: `KVCache`, or a list of `LayerCache`.
@@ -180,7 +180,7 @@ def rate(
 
 
 def _embeds(llama: Llama, chunk: Chunk) -> Float[Array, "r c d"]:
-    return merge(llama.embed(chunk.ids), chunk.ids, chunk.visual)
+    return merge_in_order(llama.embed(chunk.ids), chunk.ids, chunk.visual)
 
 
 def _laid(cache: Cache) -> Cache:

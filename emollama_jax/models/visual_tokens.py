@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from emollama_jax import config_content
-from emollama_jax.batch import TEXT
+from emollama_jax.batch import IMAGE_TOKEN, TEXT
 from emollama_jax.config import QFormerConfig
 from emollama_jax.errors import UserError
 from emollama_jax.models.layers import LayerNorm, Linear, gelu, with_again
@@ -112,3 +112,11 @@ def merge(
     index = jnp.maximum(places, 0)[..., None]
     taken = jnp.take_along_axis(visual, index, axis=1, mode="fill")  # [B, T, D]
     return jnp.where((places != TEXT)[..., None], taken.astype(embeds.dtype), embeds)
+
+
+def merge_in_order(
+    embeds: Float[Array, "b t d"], ids: Int[Array, "b t"], visual: Float[Array, "b v d"]
+) -> Float[Array, "b t d"]:
+    """`merge` of rows whose k-th IMAGE_TOKEN is the place of their k-th visual token."""
+    places = ids == IMAGE_TOKEN
+    return merge(embeds, jnp.where(places, jnp.cumsum(places, axis=-1) - 1, TEXT), visual)

@@ -19,7 +19,7 @@ from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.layers import LayerNorm, Linear, normalise
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.visual_tokens import merge
+from emollama_jax.models.visual_tokens import merge_in_order
 from emollama_jax.terms import LANDMARKS
 from emollama_jax.tiny.towers.pictures import CLASSES
 
@@ -202,7 +202,8 @@ class TextLearner(nnx.Module):
         told = rearrange(told, "b m (n d) -> b m n d", n=self.tokens)
         told = told * batch["shown"][:, None, :, None]
         ids = batch["ids"]
-        embeds = merge(self.tower.embed(ids), ids, rearrange(told, "b m n d -> b (m n) d"))
+        told = rearrange(told, "b m n d -> b (m n) d")
+        embeds = merge_in_order(self.tower.embed(ids), ids, told)
         return self.tower.logits(self.tower(embeds).hidden)
 
     def loss(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
