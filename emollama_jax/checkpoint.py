@@ -75,6 +75,7 @@ class Checkpoints:
         """
         self.directory = as_path(run) / FOLDER
         self._wanted = 0  # bytes of the last checkpoint
+        self._full = False  # whether the disk was full
         self._metadata = {"config": _plain(config.to_dict(cfg)), "base": base_reference(cfg)}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with self._room(0):
-            self._orbax.close()
+        try:
+            with self._room():
+                self._orbax.close()  # waits for a save that goes on beside
+        finally:
+            if self._full:  # no save goes on any more
+                for half in self.directory.glob("*.orbax-checkpoint-tmp"):
+                    half.rmtree(missing_ok=True)
 
     @property
     def latest(self) -> int | None:
@@ -115,18 +121,21 @@ class Checkpoints:
             )
 
     @contextlib.contextmanager
-    def _room(self, wanted: int) -> Iterator[None]:
-        """Work that may find the disk full, maybe by the last save, which goes on beside it."""
-        if is_remote(self.directory):
-            yield
-            return
+    def _room(self, wanted: int | None = None) -> Iterator[None]:
+        """Work that may find the disk full, maybe by the last save, which goes on beside it.
+
+        Args:
+            wanted: bytes that it is about to write; None: what it waits for is under way.
+        """
         try:
-            with room(self.directory, wanted):
+            if wanted is None or is_remote(self.directory):
                 yield
+            else:
+                with room(self.directory, wanted):
+                    yield
         except Exception as error:
-            if is_full(error) and not isinstance(error, UserError):
-                for half in self.directory.glob("*.orbax-checkpoint-tmp"):
-                    half.rmtree(missing_ok=True)
+            if is_full(error) and not is_remote(self.directory):
+                self._full = True
                 raise lacking(self.directory, self._wanted) from error
             raise
 

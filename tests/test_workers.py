@@ -34,12 +34,49 @@ def alive(pid):
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_of_a_killed_parent_end(tmp_path, number):
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT)
+GRAIN = """
+import os, pathlib, sys, time
+
+def main():
+    from emollama_jax.data.pipeline import make_train_iterator
+    from emollama_jax.testing.toy_sets import Store, make_config, small_bpe
+
+    path = pathlib.Path(sys.argv[1])
+    path.write_text(small_bpe())
+    cfg = make_config(str(path), "data.workers=1")
+    batches = make_train_iterator(cfg, Store().splits(cfg))
+    next(batches)
+    for _ in range(2):  # its one worker, twice
+        print(children(), flush=True)
+    time.sleep(60)
+
+def children():
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes()
+            own = (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(os.getpid())
+        except OSError:  # it ended just now
+            continue
+        if own and b"spawn_main" in words:
+            return folder.name
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [(PARENT, signal.SIGKILL), (PARENT, signal.SIGTERM), (GRAIN, signal.SIGKILL)],
+    ids=["pool, SIGKILL", "pool, SIGTERM", "Grain, SIGKILL"],
+)
+def test_workers_of_a_killed_parent_end(tmp_path, script, number):
+    if script is GRAIN and not pathlib.Path("/proc/self/stat").exists():
+        pytest.skip("this system does not list processes in /proc")
+    path = tmp_path / "parent.py"
+    path.write_text(script)
     parent = subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, str(path), str(tmp_path / "bpe.json")],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,

@@ -28,12 +28,14 @@ class Verb:
         words: command line, run in the work folder.
         result: everything of a finished work folder that must be as in the reference.
         line: text that its refusals begin with.
+        finished: text of the refusal to do again what is done, where the verb refuses that.
     """
 
     name: str
     words: Sequence[str]
     result: Callable[[pathlib.Path], Mapping[str, bytes]]
     line: str = "emollama: "
+    finished: str = ""
 
 
 def environment(cache: pathlib.Path, token: str) -> dict[str, str]:
@@ -86,7 +88,8 @@ def make_verbs(
         Verb("instruct", [*instruct, url, "--per-minute", "100000", "--timeout", "5"], _said),
         Verb("convert",
              [python, "-m", "tools.convert_torch", "llama", "--src", str(weights),
-              "--out", f"{OUT}/llama", "--config", str(config)], _weights, "convert_torch: "),
+              "--out", f"{OUT}/llama", "--config", str(config)], _weights, "convert_torch: ",
+             "already exists"),
         Verb("eval", [*cli, "eval", "--predictions", str(predictions), *columns, "--out", OUT],
              _numbers),
     ]  # fmt: skip

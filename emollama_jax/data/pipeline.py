@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from emollama_jax.data.rows import RowShape, lay_out, pack, packed_shape, real, 
 from emollama_jax.data.split import Split
 from emollama_jax.errors import UserError
 from emollama_jax.terms import Kind
+from emollama_jax.workers import end_with_parent
 
 THREADS = 2  # that make batches, in the main process or in each worker
 AHEAD = 2  # batches made before they are asked for
@@ -182,13 +184,20 @@ class TrainIterator(grain.DatasetIterator):
             processes = grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=AHEAD
             )
-            dataset = dataset.mp_prefetch(processes)
+            begin = functools.partial(_begin_worker, os.getpid())
+            dataset = dataset.mp_prefetch(processes, worker_init_fn=begin)
         return iter(dataset)
 
     def _stop(self) -> None:
         if self._running is not None:
             self._running.close()
             self._running = None
+
+
+def _begin_worker(parent: int, index: int, count: int) -> None:
+    """The first thing that each of Grain's processes does."""
+    del index, count
+    end_with_parent(parent)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from emollama_jax import disk
 from emollama_jax.checkpoint import Checkpoints
 from emollama_jax.errors import UserError
 from emollama_jax.models.parameters import named_parameters
@@ -228,3 +230,38 @@ def test_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="run: cannot be the output's folder"):
         fit(toy_config(), tmp_path / "run", console=quiet())
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(whole, tmp_path, monkeypatch):
+    cfg = toy_config()  # saves after 3 and 6 of 8 steps
+    room = [10**9]
+    monkeypatch.setattr(disk, "free", lambda folder: room[0])
+
+    def shrinks(self, state, **how):
+        room[0] = 10_000 if int(state.step) == 6 else 10**9
+        saves(self, state, **how)
+
+    saves = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", shrinks)
+    with pytest.raises(UserError) as caught:
+        fit(cfg, tmp_path / "run", console=quiet())
+    assert re.fullmatch(
+        rf"{tmp_path}/run/checkpoints: No space left on device: [\d,]+ bytes wanted, 10,000 free: "
+        "free some space, then re-run the command to resume",
+        str(caught.value),
+    )
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["3"]
+    monkeypatch.setattr(Checkpoints, "save", saves)
+    room[0] = 10**9
+    assert fit(cfg, tmp_path / "run", console=quiet()).step == 8
+    assert read(tmp_path / "run") == read(whole)
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_nothing(tmp_path):
+    """What Orbax raises in the background comes out at the next save, or at the end."""
+    with Checkpoints(tmp_path, toy_config()) as checkpoints:
+        (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
+        (tmp_path / "checkpoints" / "1").mkdir()
+        with pytest.raises(UserError, match="bytes wanted"), checkpoints._room(7):
+            raise ValueError("RESOURCE_EXHAUSTED: x: No space left on device [28]")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
