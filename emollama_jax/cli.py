@@ -12,6 +12,7 @@ import tyro
 
 from emollama_jax import compile_cache, dispatch
 from emollama_jax.cli_results import evaluate, zero_shot
+from emollama_jax.cli_serve import serve
 from emollama_jax.cli_speed import bench_data, bench_decode, bench_serve, bench_train, plan
 from emollama_jax.cli_words import (
     FLAT,
@@ -297,6 +298,7 @@ VERBS = {
     "eval": evaluate,
     "zero-shot": zero_shot,
     "ask": ask,
+    "serve": serve,
     "plan": plan,
 }
 DATA_VERBS = {"prepare": data_prepare, "inspect": data_inspect, "instruct": data_instruct}

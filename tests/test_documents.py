@@ -84,6 +84,8 @@ def test_documented_commands_exist(root, capsys):
             assert (root / args[0]).is_file() or args[0] == "resave.py", where
         elif program in ("pip", "docker", "gcloud", "kubectl", "xpk"):  # docs/cloud_tpu.md
             continue
+        elif (program, *args[:1]) == ("serve", "run"):  # Ray's own, docs/serving.md
+            assert (root / f"{args[1].partition(':')[0].replace('.', '/')}.py").is_file(), where
         elif program == ".ci/run":
             assert (root / program).is_file(), where
         else:
@@ -125,7 +127,9 @@ def test_documents_name_files_that_exist(root):
     missing = []
     for path in documents(root):
         for name in re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", prose(path)):
-            if name.startswith(("tests/", "docs/", "benchmarks/", "tools/", "emollama_jax/")):
+            if name.startswith(
+                ("tests/", "docs/", "benchmarks/", "deploy/", "tools/", "emollama_jax/")
+            ):
                 found = (root / name).exists()
             elif name.endswith(".py"):
                 found = (root / "emollama_jax" / name).exists()

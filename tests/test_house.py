@@ -86,6 +86,7 @@ MAY_IMPORT = {
         "bench",
         "scale",
     },
+    "cli_serve": {"errors", "preflight", "runs", "cli_words", "serve", "tiny"},
     "models": BASE | {"sharding"},  # the named points
     "sharding": BASE,
     "data": BASE,
@@ -105,7 +106,8 @@ MAY_IMPORT = {
     "tiny": LOWER | {"prepare", "faces", "generate", "train", "evaluate", "serve", "scale"},
     "cli": LOWER
     | {"prepare", "faces", "generate", "train", "evaluate", "serve", "scale", "tiny"}
-    | {"remote", "instruct", "bench", "dispatch", "cli_words", "cli_results", "cli_speed"},
+    | {"remote", "instruct", "bench", "dispatch"}
+    | {"cli_words", "cli_results", "cli_serve", "cli_speed"},
     "testing": LOWER | {"faces"},
 }
 HEAVY = ("torch", "matplotlib", "transformers", "gradio", "tensorflow", "google.genai")

@@ -15,17 +15,17 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
 from emollama_jax.batch import IGNORE
-from emollama_jax.config import Config
+from emollama_jax.config import Config, DataConfig
 from emollama_jax.data import prompts
 from emollama_jax.data.chat import open_chat
 from emollama_jax.data.face_crop import crop_face
 from emollama_jax.data.items import category_item
 from emollama_jax.data.media import (
+    Sampling,
     Source,
-    fps_indices,
     read_frames,
     read_image,
-    segment_indices,
+    sample_indices,
     to_model_frame,
 )
 from emollama_jax.data.priors import Prior
@@ -75,6 +75,11 @@ class Element:
     weight: float
     index: int  # its position in its source
     trouble: str  # why it is a sentinel, "" if it is none
+
+
+def sampling_of(data: DataConfig) -> Sampling:
+    """How a config samples clips."""
+    return Sampling(data.clip_frames, data.fps if data.sampling == "fps" else None)
 
 
 class Encoder:
@@ -140,15 +145,8 @@ class Encoder:
     def indices(
         self, count: int, fps: float | None, rng: np.random.Generator | None
     ) -> Int[np.ndarray, " m"]:
-        """The frames of a clip: random ones in training, where `rng` is given, else central ones.
-
-        "fps" takes LLaMA-VID's frames; the static shape thins them out, or repeats the last.
-        """
-        segments = self.cfg.data.clip_frames
-        if self.cfg.data.sampling == "segments":
-            return segment_indices(count, segments=segments, rng=rng)
-        steady = fps_indices(count, fps, wanted_fps=self.cfg.data.fps)
-        return steady[segment_indices(len(steady), segments=segments, rng=rng)]
+        """The frames of a clip that the model sees; see `media.sample_indices`."""
+        return sample_indices(count, fps, sampling=sampling_of(self.cfg.data), rng=rng)
 
     def look(
         self,

@@ -60,6 +60,14 @@ class Clip:
     fps: float | None  # average rate; None for a directory of frames
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Which frames of a clip a model sees."""
+
+    frames: int  # M
+    fps: float | None  # frames a second that they are taken from; None: equal segments
+
+
 def read_image(source: Source) -> Picture:
     """Reads a picture as RGB, upright; the first frame of an animation.
 
@@ -230,6 +238,20 @@ def fps_indices(count: int, fps: float | None, *, wanted_fps: float) -> Int[np.n
             "a directory of frames has no frame rate: sample it with data.sampling=segments"
         )
     return np.arange(0, count, max(round(fps / wanted_fps), 1))
+
+
+def sample_indices(
+    count: int, fps: float | None, *, sampling: Sampling, rng: np.random.Generator | None = None
+) -> Int[np.ndarray, " m"]:
+    """The frames of a clip that the model sees: random ones in training, where `rng` is given, else
+    central ones.
+
+    With a rate, LLaMA-VID's frames; the static shape thins them out, or repeats the last.
+    """
+    if sampling.fps is None:
+        return segment_indices(count, segments=sampling.frames, rng=rng)
+    steady = fps_indices(count, fps, wanted_fps=sampling.fps)
+    return steady[segment_indices(len(steady), segments=sampling.frames, rng=rng)]
 
 
 def to_model_frame(

@@ -125,6 +125,23 @@ def decode_heif(data: bytes, name: str) -> Picture:
         raise UserError(f"{name}: broken HEIC picture ({one_line(error)})") from None
 
 
+def heif_size(data: bytes, name: str) -> tuple[int, int]:
+    """Width and height of a HEIF file's primary picture, by its header.
+
+    Raises:
+        UserError: broken, or the library is not installed.
+    """
+    need_heif(name)
+    import pillow_heif
+
+    _quiet()
+    try:
+        width, height = pillow_heif.open_heif(io.BytesIO(data)).size
+        return width, height
+    except Exception as error:  # as of Pillow's plugins
+        raise UserError(f"{name}: broken HEIC picture ({one_line(error)})") from None
+
+
 @functools.cache
 def _has_heif() -> bool:
     return importlib.util.find_spec("pillow_heif") is not None
