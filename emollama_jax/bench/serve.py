@@ -66,12 +66,18 @@ class Load:
     """Requests that were measured together."""
 
     seconds: float  # of all
+    cpu: float  # CPU seconds of this process: what other programs on its cores distort least
     requests: tuple[Timed, ...]
 
     @property
     def rate(self) -> float:
         """Requests a second."""
         return len(self.requests) / self.seconds
+
+    @property
+    def cpu_each(self) -> float:
+        """CPU seconds a request."""
+        return self.cpu / len(self.requests)
 
     def percentiles(self, name: str) -> dict[str, float]:
         """Of `first` or `whole`, in seconds."""
@@ -88,12 +94,18 @@ class Tokens:
     rows: int
     engine: tuple[float, ...]
     transformers: tuple[float, ...]
+    cpu: tuple[float, float]  # CPU seconds of each side, all rounds together
     versions: dict[str, str]
 
     @property
     def ratio(self) -> float:
         pairs = zip(self.engine, self.transformers, strict=True)
         return statistics.median(ours / theirs for ours, theirs in pairs)
+
+    @property
+    def cpu_ratio(self) -> float:
+        """CPU seconds of `transformers` over the engine's."""
+        return self.cpu[1] / self.cpu[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +130,11 @@ class Result:
         return statistics.median(
             crowd.rate / loop.rate for crowd, loop in zip(self.crowds, self.loops, strict=True)
         )
+
+    @property
+    def cpu_speedup(self) -> float:
+        """CPU seconds a request of a loop over those of a crowd."""
+        return _joined(self.loops).cpu_each / _joined(self.crowds).cpu_each
 
     @property
     def first_ratio(self) -> float:
@@ -147,14 +164,22 @@ class Result:
             "request_seconds": {
                 name: _joined(each).percentiles("whole") for name, each in loads.items()
             },
+            "cpu_seconds_per_request": {
+                name: _joined(each).cpu_each for name, each in loads.items()
+            },
             "speedup": self.speedup,
+            "cpu_speedup": self.cpu_speedup,
             "first_text_ratio": self.first_ratio,
             "different_answers": self.different,
             "compilations": self.compilations,
             "resident_mib": list(self.memory),
             "llm": None
             if self.tokens is None
-            else {**dataclasses.asdict(self.tokens), "ratio": self.tokens.ratio},
+            else {
+                **dataclasses.asdict(self.tokens),
+                "ratio": self.tokens.ratio,
+                "cpu_ratio": self.tokens.cpu_ratio,
+            },
             "load_average": list(self.busy),
         }
 
@@ -176,8 +201,8 @@ class Result:
             f"{self.source}: pictures of their own, at most {sizes.new} new tokens, {sizes.slots} "
             f"slots, {os.cpu_count()} CPUs; seconds as {', '.join(f'p{x}' for x in SHARES)}",
             *told,
-            f"throughput {self.speedup:.2f} × ask's; a lone request's first text after "
-            f"{self.first_ratio:.2f} × ask's time (median)",
+            f"throughput {self.speedup:.2f} × ask's, by CPU seconds {self.cpu_speedup:.2f} ×; a "
+            f"lone request's first text after {self.first_ratio:.2f} × ask's time (median)",
             f"{self.different} answers differ from ask's; {self.compilations} compilations since "
             f"it opened, which took {self.opening:.1f} s; {self.memory[0]:,.0f} MiB resident then, "
             f"{self.memory[1]:,.0f} at the end; load average {self.busy[0]:.1f}, "
@@ -193,8 +218,8 @@ class Result:
         return [
             f"LLM part, {found.rows} rows, prompts of {found.prompt} tokens, {found.new} new: "
             f"engine {statistics.median(found.engine):.1f} tokens/s, transformers "
-            f"{statistics.median(found.transformers):.1f}, ratio {found.ratio:.2f}; all tokens "
-            f"are the same; {versions}"
+            f"{statistics.median(found.transformers):.1f}, ratio {found.ratio:.2f}, by CPU seconds "
+            f"{found.cpu_ratio:.2f}; all tokens are the same; {versions}"
         ]
 
 
@@ -265,7 +290,7 @@ class _Sides:
 
     def loop(self, pictures: Sequence[Decoded]) -> Load:
         """As `emollama ask` does, one after the other."""
-        began, told = time.perf_counter(), []
+        clock, told = _Clock(), []
         for picture in pictures:
             start = time.perf_counter()
             clip = Clip(picture.frames, picture.indices, picture.count, None)
@@ -276,7 +301,7 @@ class _Sides:
             text += "".join(pieces)
             told.append(Timed(first, time.perf_counter() - start, text))
             self._said[picture.digest] = text
-        return Load(time.perf_counter() - began, tuple(told))
+        return clock.load(told)
 
     def alone(self, pictures: Sequence[Decoded]) -> Load:
         """Through the engine, one after the other."""
@@ -315,10 +340,21 @@ class _Sides:
         return Timed(first or 0.0, time.perf_counter() - start, text)
 
 
+class _Clock:
+    """Seconds since it was made."""
+
+    def __init__(self):
+        self._began = time.perf_counter(), time.process_time()
+
+    def load(self, told: Sequence[Timed]) -> Load:
+        """The requests of this time."""
+        began, cpu = self._began
+        return Load(time.perf_counter() - began, time.process_time() - cpu, tuple(told))
+
+
 def _timed(ask: Callable[[], Any]) -> Load:
-    began = time.perf_counter()
-    told = asyncio.run(ask())
-    return Load(time.perf_counter() - began, tuple(told))
+    clock = _Clock()
+    return clock.load(asyncio.run(ask()))
 
 
 def compare_tokens(cfg: Config, model: EmoLlama, sizes: ServeSizes) -> Tokens | None:
@@ -336,11 +372,13 @@ def compare_tokens(cfg: Config, model: EmoLlama, sizes: ServeSizes) -> Tokens | 
     prompts = rng.integers(0, cfg.model.llama.vocab_size, shape).astype(np.int32)
     ours = _SlotsSide(model.llama, sizes, prompt)
     rates: tuple[list[float], list[float]] = ([], [])
+    cpu = np.zeros(2)
     with tempfile.TemporaryDirectory() as folder:
         torch = TorchSide(work, pathlib.Path(folder), threads=len(os.sched_getaffinity(0)))
         try:
             for number in range(1 + sizes.rounds):
                 some = prompts if number else prompts[: sizes.slots]
+                before = np.array([time.process_time(), torch.cpu_seconds()])
                 found, seconds = ours.run(some)
                 parts = [
                     torch.run(some[i : i + sizes.slots], sizes.new)
@@ -349,13 +387,16 @@ def compare_tokens(cfg: Config, model: EmoLlama, sizes: ServeSizes) -> Tokens | 
                 if (found != np.concatenate([ids for ids, _ in parts])).any():
                     raise UserError("the LLM part: greedy tokens differ: not the same work")
                 spent = seconds, sum(seconds for _, seconds in parts)
+                if number:
+                    cpu += [time.process_time(), torch.cpu_seconds()] - before
                 for rate, each in zip(rates, spent, strict=True):
                     rate.append(some.shape[0] * sizes.new / each)
         finally:
             torch.close()
     versions = {"jax": jax.__version__, **torch.versions}
     ours_, theirs = (tuple(rate[1:]) for rate in rates)
-    return Tokens(prompt, sizes.new, sizes.slots, ours_, theirs, versions)
+    spent = float(cpu[0]), float(cpu[1])
+    return Tokens(prompt, sizes.new, sizes.slots, ours_, theirs, spent, versions)
 
 
 class _SlotsSide:
@@ -364,8 +405,6 @@ class _SlotsSide:
     def __init__(self, llama: Llama, sizes: ServeSizes, prompt: int):
         self._new = sizes.new
         self._slots = Slots(llama, count=sizes.slots, texts=[prompt], flags={}, top=1)
-        for _, run in self._slots.warm_up():
-            run()
         self._nothing = np.zeros((0, llama.cfg.width), llama.cfg.dtype)
 
     def run(self, prompts: np.ndarray) -> tuple[np.ndarray, float]:
@@ -420,7 +459,7 @@ def _decoded(number: int) -> Decoded:
 
 def _joined(loads: Sequence[Load]) -> Load:
     requests = tuple(one for load in loads for one in load.requests)
-    return Load(sum(load.seconds for load in loads), requests)
+    return Load(sum(load.seconds for load in loads), sum(load.cpu for load in loads), requests)
 
 
 def _resident() -> float:

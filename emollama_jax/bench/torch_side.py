@@ -6,6 +6,8 @@ carries inside the package), in a process of their own, asked one thing at a tim
 
 import importlib.util
 import json
+import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -91,6 +93,14 @@ class TorchProcess:
                 f"{self._path.name} ended with status {self._process.wait()}; its message is above"
             )
         return json.loads(answer)
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds that the process has taken so far; of Linux, else NaN."""
+        stat = pathlib.Path(f"/proc/{self._process.pid}/stat")
+        if not stat.exists():
+            return math.nan
+        user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """Ends the process."""

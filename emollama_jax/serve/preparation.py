@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -25,7 +26,6 @@ from emollama_jax.serve.requests import Decoded, FacesFound, Question
 from emollama_jax.serve.slots import LABEL_TOKENS, Entry
 
 MOST_LABELS = 1000
-TEXT = "text"  # stands for the media of a question without any
 
 
 class Preparer:
@@ -164,7 +164,7 @@ class Preparer:
         signature = ids.astype(np.int64)
         if media is None or question.media is None:
             llama = self.cfg.model.llama
-            return np.zeros((0, llama.width), jax.numpy.dtype(llama.dtype)), signature
+            return np.zeros((0, llama.width), jnp.dtype(llama.dtype)), signature
         key = question.media.digest, media.face or 0
         turns, marks = [], []
         for text in (*before, prompts.question_text(question.text)):
@@ -207,11 +207,6 @@ def _size_of_faces(faces: list[Faces]) -> int:
 
 
 def _size_of_media(media: Media) -> int:
-    arrays = jax.tree.leaves((media.mined, dataclass_arrays(media)))
-    return sum(array.nbytes for array in arrays)
-
-
-def dataclass_arrays(media: Media) -> list[np.ndarray]:
-    """The host's arrays of a media object."""
     prior = media.prior
-    return [media.boxes, media.probabilities, prior.boxes, prior.found, prior.landmarks]
+    held = media.mined, media.boxes, prior.boxes, prior.found, prior.landmarks
+    return sum(array.nbytes for array in jax.tree.leaves(held))

@@ -110,8 +110,9 @@ class Slots:
         cfg = llama.cfg
         self.places = min(cfg.reach, max(SMALLEST, 2 * texts[-1]))
         self.lengths = lengths_of(texts, self.places)
-        self._grouped = tuple(sorted({min(text, self.places) for text in texts}))
-        self._extended = tuple(sorted({self._grouped[0] // 2, *self._grouped}))
+        first = sorted({min(text, self.places) for text in texts})
+        self._grouped = first if count >= GROUP else []
+        self._extended = sorted({first[0] // 2, *first})
         self._llama, self._flags = nnx.split(laid_out(llama, least=0)), flags
         self._dtype, self._width = jnp.dtype(cfg.dtype), cfg.width
         self._top = min(top, cfg.vocab_size)
@@ -161,7 +162,9 @@ class Slots:
             for i, entry in enumerate(entries)
             if not (entry.follows or entry.alone) and self._whole(len(entry)) == length
         ]
-        return alike[: min(GROUP, len(self.free()))]
+        alike = alike[: min(GROUP, len(self.free()))]
+        # A CPU computes padding rows like any others.
+        return [0] if jax.default_backend() == "cpu" and len(alike) < GROUP else alike
 
     def begin(self, entries: Sequence[Entry]) -> "Begun":
         """Runs prompts of one `group`."""
@@ -292,10 +295,11 @@ class Slots:
 
         for length in self.lengths:
             yield f"prompts of {length} tokens", lambda length=length: prompts(length, 1, 0)
-        if len(self.slots) > 1:
-            for length in self._grouped:
-                what = f"{GROUP} prompts of {length} tokens"
-                yield what, lambda length=length: prompts(length, min(GROUP, len(self.slots)), 0)
+        for length in self._grouped:
+            yield (
+                f"{GROUP} prompts of {length} tokens",
+                lambda length=length: prompts(length, GROUP, 0),
+            )
         for length in self._extended:
             if length < self.lengths[-1]:
                 start = self.places - length

@@ -26,7 +26,7 @@ from emollama_jax.serve.writing import StopTexts
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.tiny.actionfaces.sample import sample_image
 
-SIZES = EngineSizes(slots=3, waiting=40)
+SIZES = EngineSizes(slots=4, waiting=40)  # a group of prompts at once
 ASKED = "How does the person feel?"
 
 
@@ -72,8 +72,9 @@ def answerer(cfg, model):
 
 @pytest.fixture(scope="module")
 def make(cfg, model):
-    """Opens engines, and closes them at the end."""
-    opened = []
+    """Opens engines with few lengths of prompts, and closes them at the end."""
+    opened, patch = [], pytest.MonkeyPatch()
+    patch.setattr(slots, "SMALLEST", 224)
 
     def make(sizes=SIZES, *, model=model, mesh=None):
         engine = BatchingEngine(cfg, model, sizes, mesh=mesh, detect=detect)
@@ -82,6 +83,7 @@ def make(cfg, model):
         return engine
 
     yield make
+    patch.undo()
     for engine in opened:
         engine.close()
 
@@ -187,7 +189,7 @@ def test_a_talk_goes_on_from_what_is_kept(cfg, engine, answerer):
 def test_a_long_talk_forgets_its_beginning(cfg, engine):
     turns = tuple(Turn(f"And {n}: " + "eyes and mouth, " * 6, "Yes.") for n in range(12))
     ((_, _, end),) = together(engine, question(cfg, earlier=turns))
-    assert 400 < end.prompt_tokens <= 512 - cfg.generate.max_new_tokens
+    assert 112 < end.prompt_tokens <= 224 - cfg.generate.max_new_tokens
 
 
 def test_labels_are_rated_as_by_ask(cfg, engine, answerer):
@@ -245,7 +247,7 @@ def test_what_the_asker_can_mend_is_told_and_the_engine_goes_on(cfg, engine):
     async def all_refused():
         await refused("2 faces", read(engine.ask(question(cfg, face=2))))
         await refused("no room", read(engine.ask(question(cfg, text="eyes " * 600))))
-        await refused("no room", read(engine.ask(question(cfg, how={"max_new_tokens": 490}))))
+        await refused("no room", read(engine.ask(question(cfg, how={"max_new_tokens": 220}))))
         await refused("No face", engine.score(question(cfg, media=dark), ["a"]))
         await refused("must differ", engine.score(question(cfg), ["a", "a"]))
         await refused("tokens, wanted at", engine.score(question(cfg), ["x" * 200]))
@@ -259,7 +261,7 @@ def test_what_the_asker_can_mend_is_told_and_the_engine_goes_on(cfg, engine):
 
 def test_who_goes_away_makes_room_and_a_full_queue_is_busy(cfg, make):
     engine = make(EngineSizes(slots=SIZES.slots, waiting=2))
-    long = question(cfg, how={"max_new_tokens": 300, "temperature": 2.0})
+    long = question(cfg, how={"max_new_tokens": 110, "temperature": 2.0})
 
     async def crowd():
         first = [engine.ask(long) for _ in range(SIZES.slots)]
