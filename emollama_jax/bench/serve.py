@@ -118,7 +118,7 @@ class Result:
     loops: tuple[Load, ...]  # one at a time, through `ask`
     alone: tuple[Load, ...]  # one at a time, through the engine
     crowds: tuple[Load, ...]  # all at once, through the engine
-    different: int  # answers that are not those of `ask`
+    different: int  # answers of the last crowd that are not the loop's about the same picture
     compilations: int  # since the engine opened
     memory: tuple[float, float]  # MiB resident after opening, and at the end
     tokens: Tokens | None
@@ -203,7 +203,8 @@ class Result:
             *told,
             f"throughput {self.speedup:.2f} × ask's, by CPU seconds {self.cpu_speedup:.2f} ×; a "
             f"lone request's first text after {self.first_ratio:.2f} × ask's time (median)",
-            f"{self.different} answers differ from ask's; {self.compilations} compilations since "
+            f"{self.different} of {min(sizes.loop, sizes.requests)} answers at once differ from "
+            f"ask's; {self.compilations} compilations since "
             f"it opened, which took {self.opening:.1f} s; {self.memory[0]:,.0f} MiB resident then, "
             f"{self.memory[1]:,.0f} at the end; load average {self.busy[0]:.1f}, "
             f"{self.busy[1]:.1f}",
@@ -322,10 +323,9 @@ class _Sides:
         return load
 
     def different(self, pictures: Sequence[Decoded]) -> int:
-        """How many of the last crowd's answers the loop does not give."""
-        self.loop([picture for picture in pictures if picture.digest not in self._said])
+        """How many answers of the last crowd are not the loop's about the same picture."""
         pairs = zip(pictures, self._last.requests, strict=True)
-        return sum(self._said[picture.digest] != one.text for picture, one in pairs)
+        return sum(self._said.get(picture.digest, one.text) != one.text for picture, one in pairs)
 
     async def _ask(self, picture: Decoded) -> Timed:
         start, first, text = time.perf_counter(), None, ""
@@ -447,7 +447,8 @@ def work_of(llama: Llama) -> Work:
         if isinstance(child, Linear) and child.lora is not None:
             update = child.lora_A[...] @ child.lora_B[...]
             scale = child.lora.alpha / child.lora.rank
-            params[f"layers/{name}/kernel"] += np.asarray(update * scale, np.float32)
+            path = f"layers/{name}/kernel"
+            params[path] = params[path] + np.asarray(update * scale, np.float32)
     return Work(cfg=llama.cfg, params=params, source=PREFIX)
 
 
