@@ -15,7 +15,8 @@ Wanted of each kind:
   races   of two processes in one folder one works, the other says one line and ends with status 2
   disks   one line that names the folder and the bytes, status 2, nothing half-written; with room
           again, the same command ends as if nothing had happened
-  inputs  read, or refused in one line; no other exception, nothing over 10 s or 2 GB
+  inputs  read, or refused in one line; no other exception, nothing over 10 s of a processor
+          or 2 GB
 """
 
 import argparse
