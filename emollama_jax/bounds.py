@@ -1,6 +1,7 @@
 """Bounds of a number in a config, declared beside its field, and the kinds of numbers there are."""
 
 import dataclasses
+import re
 from typing import Annotated, Any
 
 import pydantic
@@ -48,6 +49,16 @@ class Bounds:
         if value not in self:
             raise OutOfBounds
         return value
+
+
+def regular_expressions(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The patterns, each of which compiles; a ValueError names the first that does not."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+    return patterns
 
 
 def _no_truth_value(value: Any) -> Any:

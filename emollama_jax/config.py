@@ -32,6 +32,7 @@ from emollama_jax.bounds import (
     Side,
     Size,
     Spread,
+    regular_expressions,
 )
 from emollama_jax.config_overrides import apply, brief
 from emollama_jax.errors import UserError
@@ -357,15 +358,7 @@ class TrainConfig:
     keep: Number
     log_every: Number
 
-    @pydantic.field_validator("trainable", "projector")
-    @classmethod
-    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
-        return value
+    _patterns = pydantic.field_validator("trainable", "projector")(regular_expressions)
 
 
 @_config
