@@ -37,15 +37,10 @@ from emollama_jax.bounds import (
 from emollama_jax.config_overrides import apply, brief
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
-from emollama_jax.terms import Kind
+from emollama_jax.terms import Attention, Branches, DType, Kind, Preset, Template
 
-DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
-Branches = Literal["both", "global", "local", "none"]
-Attention = Literal["xla", "auto", "splash", "cudnn"]  # see models/attention.py
 RUN_SECTIONS = ("mesh", "distributed", "generate")  # may be overridden for a trained run
-Preset = Literal["fsdp", "fsdp+tensor", "replicated-frozen"]  # see sharding/rules.py
-Template = Literal["vicuna", "chatml", "llama3", "weights"]  # see data/templates.py
 # Values of settings that older files and runs lack.
 BEFORE = {
     "model.llama.tied": False,
@@ -277,10 +272,7 @@ class SourceConfig:
 
 @_config
 class PackedConfig:
-    """One static shape of training rows, each of several examples: docs/data.md.
-
-    A step that does not fit, for its examples are longer than most, gets a larger shape of its own.
-    """
+    """One static shape of training rows, each of several examples: docs/data.md."""
 
     rows: Number  # B of a step, over all hosts
     examples: Number  # drawn for a row, on average: `rows` × `examples` for a step

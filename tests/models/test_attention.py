@@ -108,7 +108,7 @@ def test_padding_on_the_right_is_not_seen(implementation):
 def test_examples_of_a_row_see_themselves_alone(implementation):
     """Each gets what it gets in a row of its own, gradients included."""
     given = arrays((2, 290, 4, 2, 64))
-    bounds = [[0, 30, 200, 270], [0, 140, 141, 270]]  # and 20 of padding
+    bounds = [[0, 30, 200, 270], [0, 140, 142, 270]]  # and 20 of padding
     segments = np.zeros((2, 290), np.int32)
     for row, places in enumerate(bounds):
         for number, (first, last) in enumerate(itertools.pairwise(places), start=1):
