@@ -365,7 +365,7 @@ def test_arguments_are_described_by_nouns():
     found = [
         re.match(r'\s+(?:\w+: |""")(of|that|whose|gets|who|which|where|in) ', x) for x in lines
     ]
-    assert len(files) == 8
+    assert len(files) == 10
     assert [match.string for match in found if match] == []
 
 

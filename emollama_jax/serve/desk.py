@@ -76,7 +76,7 @@ class Desk:
             engine: open.
             decoders: started.
             metrics: count what is done.
-            name: of the model, as clients know it.
+            name: the model's, as clients know it.
             classes: the run's emotion classes.
             fetching: what may be fetched from other hosts.
         """

@@ -176,7 +176,7 @@ def run(app: App, bound: socket.socket, *, ready: Callable[[str], None]) -> None
 
     Args:
         app: the application.
-        bound: of `bind`; it is closed at the end.
+        bound: socket from `bind`; it is closed at the end.
         ready: called with the address once the port is open.
     """
     Server(configure(app), app, ready).run(sockets=[bound])

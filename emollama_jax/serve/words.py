@@ -133,7 +133,7 @@ class Words:
 
         Args:
             kind: OpenAI's `object`.
-            prefix: of the id.
+            prefix: start of the id.
             model: name of the model.
         """
         self._head = {
