@@ -1,7 +1,7 @@
 """Malformed requests, by a seed, against a running `emollama serve`.
 
     emollama serve --body 300000 --port 8000 2> log.txt &
-    python -m benchmarks.serve_faults --count 2000 --log log.txt
+    python benchmarks/serve_faults.py --count 2000 --log log.txt
 
 Each must get a 4xx, or be hung up on; after every hundred, a good request must be answered. Prints
 what each kind got. Exit status 1 where something else happened, or the log has a traceback.
@@ -16,6 +16,7 @@ import time
 
 import httpx2
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from tests.helpers.bad_requests import bad_requests, send_raw
 
 GOOD = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}

@@ -1,6 +1,6 @@
 """More requests than a running `emollama serve` can answer, for minutes.
 
-    emollama serve --port 8000 & python -m benchmarks.serve_load --pid $! --minutes 5
+    emollama serve --port 8000 & python benchmarks/serve_load.py --pid $! --minutes 5
 
 First as many clients as slots, one request after the other: that is the capacity. Then four times
 that rate, whether or not answers come. Every request is about a drawn picture, one of sixteen.
