@@ -80,7 +80,7 @@ class _Worker:
             pipe.write(HEADER.pack(len(text)) + text)
             pipe.write(data)
             await pipe.drain()
-        except (BrokenPipeError, ConnectionResetError):
+        except (OSError, RuntimeError):  # uvloop raises the latter for a pipe that is closed
             raise _Died from None
 
     async def read(self, size: int) -> bytes:
@@ -198,7 +198,7 @@ class Decoders:
             Fault: as `decoded`.
             _Died: the worker was killed from outside.
         """
-        worker = await self._idle.get()
+        worker = await self._next()
         whole = False
         try:
             async with asyncio.timeout(self._limits.decode) as limit:
@@ -229,6 +229,14 @@ class Decoders:
             ) from None
         finally:
             self._return(worker, whole)
+
+    async def _next(self) -> _Worker:
+        """The next free worker; those that died while they had nothing to do are replaced."""
+        while True:
+            worker = await self._idle.get()
+            if worker.process.returncode is None:
+                return worker
+            self._return(worker, False)
 
     async def _frame(self, worker: _Worker, shape: tuple[int, int]) -> np.ndarray:
         height, width = shape

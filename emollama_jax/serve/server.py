@@ -158,6 +158,7 @@ def configure(app: App) -> uvicorn.Config:
     return uvicorn.Config(
         app.asgi,
         http=Protocol,
+        loop="asyncio",  # also where uvloop is installed: one loop's ways are tested
         ws="none",
         lifespan="on",
         access_log=False,

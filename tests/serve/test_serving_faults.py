@@ -177,6 +177,12 @@ def test_a_killed_worker_costs_no_request():
             os.kill(first, signal.SIGKILL)
             seen = await asking
             assert decoders.restarts == 1 and decoders.processes != [first]
+            for pause in (0.0, 0.3):  # known to be dead, or not yet
+                (worker,) = decoders.processes
+                os.kill(worker, signal.SIGKILL)
+                await asyncio.sleep(pause)
+                await decode(decoders, jpeg)
+            assert decoders.restarts == 3
             return seen
 
     assert asyncio.run(run()).frames[0].shape == (1500, 1500, 3)
