@@ -393,7 +393,7 @@ class Examples:
 
         Args:
             index: position in the split.
-            seed: of all choices.
+            seed: seed of all choices.
             told: what `told` gave for both; None: not asked yet.
         """
         told = told or self.told(index, seed=seed)

@@ -86,7 +86,7 @@ def pack(
         items: kind and text of each example.
         encoder: encoder of the config.
         rows: number of rows.
-        shape: of the rows; where they do not fit, they get one that is larger in what is too small.
+        shape: the rows'; where examples do not fit, one that is larger in what is too small.
     """
     sizes = np.array([_size(text, encoder.frames(kind)) for kind, text in items])  # [N, 5]
     room = np.array([shape.tokens, shape.frames, shape.again, shape.questions, shape.examples])

@@ -81,7 +81,7 @@ def score_after(
     Args:
         llama: the decoder.
         cache: holds the prompts, and is only read.
-        logits: of the token after each prompt.
+        logits: logits of the token after each prompt.
         length: tokens of each prompt.
         labels: labels from `pad_labels`.
     """

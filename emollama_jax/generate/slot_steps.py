@@ -134,7 +134,7 @@ def pick(logits: Float[Array, "b v"], drawing: Drawing, *, top: int) -> Drawn:
     """The next tokens.
 
     Args:
-        logits: of the next tokens.
+        logits: next tokens' logits.
         drawing: how each is drawn.
         top: n.
     """
@@ -171,7 +171,7 @@ def rate(
         cache: is only read.
         slot: number of the slot.
         length: tokens of its prompt.
-        logits: of the token after it, in row 0.
+        logits: logits of the token after it, in row 0.
         labels: C labels.
     """
     llama = nnx.merge(graphdef, state)

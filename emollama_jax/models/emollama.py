@@ -202,7 +202,7 @@ class EmoLlama(nnx.Module):
             mined: features of the frames of all rows.
             questions: the Q-Former's text.
             question_mask: False where it is padding.
-            question: of `questions`, what each pair reads; a row's frames come first, then `again`.
+            question: index into `questions`, of each pair; a row's frames first, then `again`.
             again: frames that have another question.
             dropout_key: key of the Q-Former's dropout; None in evaluation.
         """

@@ -165,7 +165,7 @@ def make_plan(
         kind: kind of batch.
         examples: examples per step, over all devices, or rows where these hold several; the
             config's by default.
-        lengths: of the examples that train; None: not known.
+        lengths: tokens of the examples that train; None: not known.
         tell: told what is going on.
 
     Raises:

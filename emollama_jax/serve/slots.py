@@ -241,7 +241,7 @@ class Slots:
         """The next tokens, NumPy; log-probabilities only where one row tells them.
 
         Args:
-            logits: of the next tokens.
+            logits: next tokens' logits.
             rows: a prompt, None for an idle slot, and the number of the token in its answer.
         """
         hows = [GREEDY if entry is None else entry.how for entry, _ in rows]

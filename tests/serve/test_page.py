@@ -17,7 +17,7 @@ BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 PICTURE = base64.b64decode(picture_uri((700, 420)).split(",")[1])
-EXAMPLES = (page.Example("happiness", PICTURE), page.Example("fear", PICTURE))
+EXAMPLES = tuple(page.Example(name, PICTURE) for name in CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def tab(request, browser, url):
     )
     tab.on("request", lambda sent: asked.append(sent.url))
     tab.goto(url)
-    sync_api.expect(tab.locator(".thumb")).to_have_count(2)
+    sync_api.expect(tab.locator(".thumb")).to_have_count(len(CLASSES))
     yield tab
     wide = tab.evaluate("() => document.documentElement.scrollWidth")
     assert wide <= request.param, "the page scrolls sideways"
