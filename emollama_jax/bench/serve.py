@@ -119,7 +119,7 @@ class Result:
     alone: tuple[Load, ...]  # one at a time, through the engine
     crowds: tuple[Load, ...]  # all at once, through the engine
     different: int  # answers of the last crowd that are not the loop's about the same picture
-    compilations: int  # since the engine opened
+    compilations: int  # since the engine opened, those of `ask` left out
     memory: tuple[float, float]  # MiB resident after opening, and at the end
     tokens: Tokens | None
     busy: tuple[float, float]  # load average of the last minute, before and after
@@ -254,14 +254,16 @@ def run(loaded: tuple[Config, EmoLlama, str], sizes: ServeSizes, *, console: Con
         bars.update(task, description="measuring", completed=0, total=1 + sizes.rounds)
         how = dataclasses.replace(cfg.generate, temperature=0.0, max_new_tokens=sizes.new)
         sides = _Sides(engine, Answerer(cfg, model), how)
-        rounds = []
+        rounds, compiled = [], 0
         for number in range(1 + sizes.rounds):
             count = sizes.loop if number else 2
-            loop, alone = sides.loop(pictures[:count]), sides.alone(pictures[:count])
-            rounds.append((loop, alone, sides.crowd(pictures)))
+            loop = sides.loop(pictures[:count])
+            if number == 0:  # `ask` compiles its own programs at its first question
+                compiled = engine.figures().compilations
+            rounds.append((loop, sides.alone(pictures[:count]), sides.crowd(pictures)))
             bars.advance(task)
         different = sides.different(pictures)
-        compilations = engine.figures().compilations
+        compilations = engine.figures().compilations - compiled
         engine.close()
         bars.update(task, description="the LLM part")
         tokens = compare_tokens(cfg, model, sizes)
