@@ -2,12 +2,14 @@
 
 The base is the package's tiny towers, folders of imported weights (`imported.py`), and for all that
 neither holds, random numbers from the seed. Nothing is drawn at random that is filled later, and
-every leaf is born on its devices, in its dtype: float32 if it trains, else `train.frozen_dtype`.
+every leaf is born on its devices, in its dtype: float32 if it trains, else `train.frozen_dtype`, or
+8 bits with float32 scales where the model says so (`models/eight_bits.py`).
 
 Whoever has another model gives `build`: `(cfg.model, rngs=…)` → a module (`testing/toy_model.py`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Collection, Mapping
@@ -22,7 +24,8 @@ from jax.sharding import Mesh, NamedSharding
 from emollama_jax import config_weights, imported
 from emollama_jax.config import Config, EmoLlamaConfig
 from emollama_jax.errors import UserError
-from emollama_jax.models import parameters
+from emollama_jax.models import eight_bits, parameters
+from emollama_jax.models.eight_bits import SCALE
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.facexformer import FaceXFormer
 from emollama_jax.models.parameters import is_adapter, matching, named_parameters
@@ -58,6 +61,11 @@ class AbstractModel:
             leaf.set_value(values.get(path, self.params[path]))
         return self.module
 
+    @property
+    def narrow(self) -> frozenset[str]:
+        """Paths of the kernels in 8 bits; a scale stands beside each."""
+        return frozenset(path for path, leaf in self.params.items() if leaf.dtype == jnp.int8)
+
     def only(self, paths: Collection[str]) -> dict[str, jax.ShapeDtypeStruct]:
         """A part of `params`, sorted."""
         return {path: self.params[path] for path in sorted(paths)}
@@ -73,11 +81,22 @@ def abstract_model(cfg: Config, mesh: Mesh, *, build: Build = EmoLlama) -> Abstr
     leaves = named_parameters(module)
     trainable = chosen(cfg, "trainable", leaves, build=build)
     where = param_shardings(leaves, mesh, preset=cfg.mesh.preset)
-    frozen = jnp.dtype(cfg.train.frozen_dtype)
-    params = {
-        path: jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32 if path in trainable else frozen, sharding=where.params[path]
+    narrow = {path for path, leaf in leaves.items() if leaf.dtype == jnp.int8}
+    scales = {path + SCALE for path in narrow}
+    for path in sorted(trainable & (narrow | scales)):
+        section = path.split("/")[0]
+        raise UserError(
+            f"train.trainable: {path} would train, but model.{section}.frozen is "
+            f"{getattr(cfg.model, section).frozen}: set it to float, or choose other patterns"
         )
+
+    def dtype(path: str) -> Any:
+        if path in narrow:
+            return jnp.int8
+        return jnp.float32 if path in trainable | scales else jnp.dtype(cfg.train.frozen_dtype)
+
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype(path), sharding=where.params[path])
         for path, leaf in leaves.items()
     }
     return AbstractModel(cfg, mesh, build, module, leaves, params, trainable, where.replicated)
@@ -151,14 +170,16 @@ def base_values(whole: AbstractModel, *, given: Collection[str] = ()) -> dict[st
     Raises:
         UserError: towers or imported weights that are missing or do not fit.
     """
-    cfg, shapes = whole.cfg, {path: leaf.shape for path, leaf in whole.params.items()}
+    cfg, made = whole.cfg, {path + SCALE for path in whole.narrow}  # beside their kernels
+    shapes = {path: leaf.shape for path, leaf in whole.params.items() if path not in made}
     folders = _folders(cfg, shapes)
     tiny = _tiny_paths(cfg, shapes)
-    random = [path for path in shapes if path not in {*given, *folders, *tiny}]
+    random = {path for path in shapes if path not in {*given, *folders, *tiny}}
+    random |= {path + SCALE for path in random & whole.narrow}
 
     def start() -> dict[str, jax.Array]:
         drawn = named_parameters(whole.build(cfg.model, rngs=Keys(cfg.train.seed)))
-        return {path: drawn[path].astype(whole.params[path].dtype) for path in random}
+        return {path: drawn[path].astype(whole.params[path].dtype) for path in sorted(random)}
 
     values: dict[str, jax.Array] = {}
     if random:
@@ -167,14 +188,31 @@ def base_values(whole: AbstractModel, *, given: Collection[str] = ()) -> dict[st
         on_cpu = whole.mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
         values |= jax.jit(start, out_shardings=places, compiler_options=options)()
-    wanted = {path: leaf for path, leaf in whole.params.items() if path not in given}
+    wanted = {path: whole.params[path] for path in shapes if path not in given}
+    # Wide ones first become narrow, one by one, while there is room.
+    for path in sorted(whole.narrow & wanted.keys() & folders.keys()):
+        stored = imported.leaves_of(folders[path])[path].dtype
+        leaf = wanted.pop(path).update(dtype=stored)
+        values |= _narrowed(whole, path, imported.load(folders[path], {path: leaf})[path])
     values |= _load_folders(folders, {p: leaf for p, leaf in wanted.items() if p in folders})
-    values |= {
-        path: put(tensor.astype(wanted[path].dtype), wanted[path].sharding)
-        for path, tensor in _load_tiny(cfg, shapes).items()
-        if path in wanted
-    }
+    for path, tensor in _load_tiny(cfg, shapes).items():
+        if path in whole.narrow and path in wanted:
+            values |= _narrowed(whole, path, tensor)
+        elif path in wanted:
+            leaf = wanted[path]
+            values[path] = put(tensor.astype(leaf.dtype), leaf.sharding)
     return values
+
+
+def _narrowed(whole: AbstractModel, path: str, kernel: Any) -> dict[str, jax.Array]:
+    """A kernel in 8 bits and its scale, by path, each on its devices; the wide one may go."""
+    axis = int(whole.leaves[path].axes[0] == "layers")
+    places = whole.params[path].sharding, whole.params[path + SCALE].sharding
+    kernel = kernel if isinstance(kernel, jax.Array) else put(kernel, places[0])
+    narrow = jax.jit(functools.partial(eight_bits.narrow, axis=axis), out_shardings=places)
+    values, scale = narrow(kernel)
+    kernel.delete()
+    return {path: values, path + SCALE: scale}
 
 
 def load_face(cfg: Config) -> FaceXFormer:
@@ -183,6 +221,13 @@ def load_face(cfg: Config) -> FaceXFormer:
     Raises:
         UserError: imported weights that do not fit, or that hold no FaceXFormer.
     """
+
+    cfg = dataclasses.replace(  # priors are kept: they get all digits
+        cfg,
+        model=dataclasses.replace(
+            cfg.model, face=dataclasses.replace(cfg.model.face, frozen="float")
+        ),
+    )
 
     def make(rngs: Any) -> FaceXFormer:
         return FaceXFormer(cfg.model.face, rngs=rngs)

@@ -180,7 +180,11 @@ def read_config(path: epath.PathLike) -> Config:
 
 
 def load_for_inference(
-    path: epath.PathLike, *, mesh: MeshConfig = ONE_DEVICE, build: Build = EmoLlama
+    path: epath.PathLike,
+    *,
+    mesh: MeshConfig = ONE_DEVICE,
+    build: Build = EmoLlama,
+    changes: Sequence[str] = (),
 ) -> tuple[Config, EmoLlama]:
     """The model of a checkpoint, on its base, and the config that made it.
 
@@ -189,13 +193,14 @@ def load_for_inference(
             `package`.
         mesh: mesh to load onto; one device by default, whatever it was trained on.
         build: makes the model, as it did in training.
+        changes: overrides of what training did not fix, e.g. "model.llama.frozen=int8".
 
     Raises:
         UserError: no checkpoint, one of another base, or one that cannot be read.
     """
     path = find(path)
     saved = _read_saved(path)
-    cfg = config.from_dict(saved["config"], origin=str(path))
+    cfg = config.override(config.from_dict(saved["config"], origin=str(path)), changes)
     _check_base(path, saved["base"], base_reference(cfg))
     whole = abstract_model(cfg, make_mesh(mesh), build=build)
     wanted = whole.only(whole.trainable)

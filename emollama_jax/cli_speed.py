@@ -36,7 +36,8 @@ def plan(
         topology: TPU slice, e.g. v5e:2x4 (8 chips) or v5p:4x4x4; an unknown one lists them all.
         planned: the step, and what it works on.
         json: print JSON instead of tables.
-        search: find the largest batch that fits and the best preset; many compilations.
+        search: find the largest batch that fits, the best preset and the best rematerialisation;
+            many compilations.
     """
     from emollama_jax.scale import topologies
 

@@ -37,17 +37,21 @@ from emollama_jax.bounds import (
 from emollama_jax.config_overrides import apply, brief
 from emollama_jax.errors import UserError
 from emollama_jax.paths import as_path
-from emollama_jax.terms import Attention, Branches, DType, Kind, Preset, Template
+from emollama_jax.terms import (
+    Attention,
+    Branches,
+    DType,
+    Frozen,
+    Kept,
+    Kind,
+    LlamaRemat,
+    Preset,
+    Remat,
+    Template,
+)
 
-Remat = Literal["none", "dots", "full"]
 RUN_SECTIONS = ("mesh", "distributed", "generate")  # may be overridden for a trained run
-# Values of settings that older files and runs lack.
-BEFORE = {
-    "model.llama.tied": False,
-    "model.llama.rope_llama3": None,
-    "model.vision.last_norm": False,
-    "data.template": "vicuna",
-}
+RUN_SETTINGS = ("model.llama.frozen", "model.vision.frozen", "model.face.frozen")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -109,7 +113,10 @@ class LlamaConfig:
     max_positions: Number
     tied: bool  # embedding and head share one array
     dtype: DType
-    remat: Remat
+    remat: LlamaRemat
+    remat_keep: tuple[Kept, ...] = ()  # what layers keep beside what `remat` says, by name
+    remat_offload: tuple[Kept, ...] = ()  # what waits in the host's memory instead
+    frozen: Frozen = "float"  # the layers' kernels; int8 halves their memory
     attention: Attention
     lora: LoraConfig
 
@@ -140,6 +147,7 @@ class EvaVitConfig:
     image_std: tuple[Spread, Spread, Spread]
     dtype: DType
     remat: Remat
+    frozen: Frozen = "float"  # the blocks' kernels
     attention: Attention
 
     @property
@@ -199,6 +207,7 @@ class FaceXFormerConfig:
     image_std: tuple[Spread, Spread, Spread]
     dtype: DType
     remat: Remat
+    frozen: Frozen = "float"  # kernels of Swin's blocks
 
 
 @_config
@@ -443,10 +452,10 @@ def how_to_run(overrides: Sequence[str]) -> DistributedConfig:
     """
     tree: dict[str, Any] = {"distributed": {}}
     for change in overrides:
-        if change.split(".")[0] not in RUN_SECTIONS:
-            raise UserError(
-                f"{change}: training fixed this; only {', '.join(RUN_SECTIONS)} may change"
-            )
+        key = change.partition("=")[0]
+        if key.split(".")[0] not in RUN_SECTIONS and key not in RUN_SETTINGS:
+            free = ", ".join((*RUN_SECTIONS, *RUN_SETTINGS))
+            raise UserError(f"{change}: training fixed this; only {free} may change")
         if change.startswith("distributed."):
             apply(tree, change, Config)
     return _checked(DistributedConfig, tree["distributed"], "distributed")
@@ -470,7 +479,7 @@ def from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
 
 def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """A plain tree with the settings that are newer than it."""
-    return config_fields.completed(tree, BEFORE)
+    return config_fields.completed(tree, config_fields.BEFORE)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

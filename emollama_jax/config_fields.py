@@ -17,6 +17,13 @@ import pydantic
 
 from emollama_jax.bounds import Bounds, NotANumber, OutOfBounds
 
+# Values of settings that older files and runs lack.
+BEFORE = {
+    "model.llama.tied": False,
+    "model.llama.rope_llama3": None,
+    "model.vision.last_norm": False,
+    "data.template": "vicuna",
+}
 SHOWN = 8  # faults of one file that a message lists
 
 
@@ -180,8 +187,9 @@ def _kind(field: dataclasses.Field) -> str:
         bare = typing.get_args(kind)[0] if listed else kind
         name = typing.get_args(bare)[0].__name__
         return f"list of {name}, each {bounds}" if listed else f"{name}, {bounds}"
-    if typing.get_origin(kind) is typing.Literal:
-        return " | ".join(typing.get_args(kind))
+    words = typing.get_args(kind)[0] if listed else kind
+    if typing.get_origin(words) is typing.Literal:
+        return f"{'list of ' if listed else ''}{' | '.join(typing.get_args(words))}"
     if kind is bool:
         return "true | false"
     return {str: "text", tuple[str, ...]: "list of text"}.get(kind, "text, or list of text")

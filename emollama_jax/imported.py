@@ -42,7 +42,10 @@ VERSION = 2  # of the format
 LAYER = "@"  # between a leaf's path and the number of a layer of it; "#" would end a gs:// URL
 TOGETHER = 512 << 20  # bytes of leaves that are read at once
 # What of a network's config weights do not depend on, as a rule.
-FREE = ("dtype", "remat", "attention", "dropout", "lora", "image_mean", "image_std", "race_labels")
+FREE = (
+    *("dtype", "remat", "remat_keep", "remat_offload", "attention", "frozen", "dropout", "lora"),
+    *("image_mean", "image_std", "race_labels"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

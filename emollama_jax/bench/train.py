@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 from rich.console import Console
 from safetensors.numpy import save_file
 
@@ -217,16 +218,16 @@ def _config(sizes: TrainSizes) -> Config:
     return dataclasses.replace(cfg, model=model, train=training, mesh=ONE_DEVICE, xla=())
 
 
-def _batch(work: Work) -> Batch:
+def text_batch(ids: Int[np.ndarray, "b t"], labels: Int[np.ndarray, "b t"]) -> Batch:
     """A batch of text: no frames, no questions."""
-    examples, length = work.ids.shape
+    examples, length = ids.shape
     return one_a_row(
         frames=np.zeros((examples, 0, 1, 1, 3), np.uint8),
         faces=np.zeros((examples, 0, 1, 1, 3), np.uint8),
         face_found=np.zeros((examples, 0), bool),
         landmarks=np.zeros((examples, 0, LANDMARKS, 2), np.float32),
-        ids=work.ids,
-        labels=work.labels,
+        ids=ids,
+        labels=labels,
         length=np.full(examples, length, np.int32),
         questions=np.zeros((examples, 0, 1), np.int32),
         question_mask=np.zeros((examples, 0, 1), bool),
@@ -240,7 +241,7 @@ def jax_side(work: Work) -> Callable[[], tuple[float, float]]:
     setup, mesh = work.setup, work.setup.model.mesh
     params = {path: jax.device_put(work.params[path], s) for path, s in setup.model.places.items()}
     frozen = {path: params[path] for path in setup.frozen}
-    batch = jax.device_put(_batch(work), jax.devices()[0])
+    batch = jax.device_put(text_batch(work.ids, work.labels), jax.devices()[0])
     with jax.set_mesh(mesh):
         state = setup.start({path: params[path] for path in setup.state.params})
 

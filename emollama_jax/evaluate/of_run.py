@@ -91,7 +91,8 @@ def _evaluate_folds(
     results, loaded = [], ""
     for path, cfg, (number, name) in zip(paths, configs, names, strict=True):
         if path != loaded:
-            _, model = load_for_inference(path, mesh=cfg.mesh)
+            changes = [change for change in what.overrides if change.startswith("model.")]
+            _, model = load_for_inference(path, mesh=cfg.mesh, changes=changes)
             loaded = path
         if what.dir is not None:
             cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dir=what.dir))

@@ -25,7 +25,8 @@ class Tested:
     overrides: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY=VALUE …]")
     ] = ()
-    """changes to the sections mesh, distributed and generate."""
+    """changes to the sections mesh, distributed and generate, or to model.llama.frozen,
+    model.vision.frozen and model.face.frozen."""
     source: str | None = None
     """data set, e.g. raf_db, dfew; actionfaces/images by default. With --predictions: the
     set whose classes apply; taken from the file by default."""

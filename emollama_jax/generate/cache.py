@@ -25,8 +25,8 @@ from emollama_jax.models.llama import KVCache, Llama
 
 
 def init_cache(cfg: LlamaConfig, *, rows: int, slots: int) -> KVCache:
-    """An empty cache, keys and values [L, rows, slots, K, H] in the decoder's dtype."""
-    shape = (cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim)
+    """An empty cache, keys and values [L, rows, slots, K·H] in the decoder's dtype."""
+    shape = (cfg.layers, rows, slots, cfg.kv_heads * cfg.head_dim)
     return KVCache(k=jnp.zeros(shape, cfg.dtype), v=jnp.zeros(shape, cfg.dtype))
 
 

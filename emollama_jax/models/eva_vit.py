@@ -22,6 +22,8 @@ from emollama_jax.models.layers import (
     LayerNorm,
     Linear,
     gelu,
+    kernel_product,
+    make_kernel,
     param,
     scan,
     small_normal,
@@ -43,25 +45,36 @@ class FusedAttention(nnx.Module):
     """Self-attention with one kernel for q, k and v, and biases for q and v only.
 
     Attributes:
-        qkv: float32 [D, 3, D], a dimension for (q, k, v), so that heads can be sharded.
+        qkv: float32 [D, 3, D], a dimension for (q, k, v), so that heads can be sharded; int8 if
+            frozen so.
+        qkv_scale: float32 [3, D], of an int8 kernel, or None.
         q_bias, v_bias: float32 [D].
     """
 
     def __init__(self, cfg: EvaVitConfig, *, rngs: Rngs):
         self.cfg = cfg
         width = cfg.width
-        self.qkv = param(_fused, (width, 3, width), ("embed", None, "heads"), rngs=rngs)
+        self.qkv, self.qkv_scale = make_kernel(
+            _fused, (width, 3, width), ("embed", None, "heads"), frozen=cfg.frozen, rngs=rngs
+        )
         self.q_bias = param(zeros, (width,), ("heads",), rngs=rngs)
         self.v_bias = param(zeros, (width,), ("heads",), rngs=rngs)
         self.proj = Linear(
-            width, width, axes=("heads", "embed"), bias=True, dtype=cfg.dtype, rngs=rngs
+            width,
+            width,
+            axes=("heads", "embed"),
+            bias=True,
+            dtype=cfg.dtype,
+            rngs=rngs,
+            frozen=cfg.frozen,
         )
 
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         dtype = self.cfg.dtype
         q_bias, v_bias = self.q_bias.astype(dtype), self.v_bias.astype(dtype)
         bias = jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias])
-        qkv = jnp.einsum("bpd,dce->bpce", x.astype(dtype), self.qkv.astype(dtype)) + bias
+        x = x.astype(dtype)
+        qkv = kernel_product(x, self.qkv[...], self.qkv_scale, frozen=self.cfg.frozen) + bias
         q, k, v = rearrange(features(qkv, "heads"), "b p c (n h) -> c b p n h", n=self.cfg.heads)
         mixed = attention(q, k, v, implementation=self.cfg.attention)
         return self.proj(rearrange(mixed, "b p n h -> b p (n h)"))
@@ -72,7 +85,8 @@ class EvaBlock(nnx.Module):
 
     def __init__(self, cfg: EvaVitConfig, *, rngs: Rngs):
         def linear(i: int, o: int, axes: tuple[str, str]) -> Linear:
-            return Linear(i, o, axes=axes, bias=True, dtype=cfg.dtype, rngs=rngs)
+            how = {"dtype": cfg.dtype, "frozen": cfg.frozen}
+            return Linear(i, o, axes=axes, bias=True, rngs=rngs, **how)
 
         self.norm1 = LayerNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
         self.attn = FusedAttention(cfg, rngs=rngs)

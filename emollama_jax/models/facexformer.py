@@ -230,7 +230,8 @@ class FaceXFormer(nnx.Module):
     def __init__(self, cfg: FaceXFormerConfig, *, rngs: Rngs):
         stages = len(cfg.swin.depths)
         self.cfg = cfg
-        self.swin = Swin(cfg.swin, dtype=cfg.dtype, remat=cfg.remat, rngs=rngs)
+        how = {"dtype": cfg.dtype, "remat": cfg.remat, "frozen": cfg.frozen}
+        self.swin = Swin(cfg.swin, rngs=rngs, **how)
         self.linear_c = nnx.List(
             Linear(
                 cfg.swin.width * 2**index,

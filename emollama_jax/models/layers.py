@@ -12,11 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Int8, UInt8, UInt32
 
 from emollama_jax.config import LoraConfig, Remat, RopeLlama3Config
+from emollama_jax.models import eight_bits
+from emollama_jax.models.remat import Policy, checkpointed
 from emollama_jax.models.rngs import Module, Rngs, Shapes, stacked
-from emollama_jax.sharding.points import features
+from emollama_jax.sharding.points import SPLIT, features, parts_here
+from emollama_jax.sharding.target import target
+from emollama_jax.terms import Frozen
 
 Init = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
@@ -32,6 +36,31 @@ def param(init: Init, shape: Sequence[int], axes: Sequence[str | None], *, rngs:
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
 
 
+def make_kernel(
+    init: Init,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    *,
+    frozen: Frozen,
+    rngs: Rngs,
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """A kernel [in, …] and, if it is frozen in 8 bits, its scale, else None.
+
+    The scale is split as the outputs are over `tensor`, and whole along `fsdp`: it is small.
+    """
+    whole = param(init, shape, axes, rngs=rngs)
+    if frozen == "float":
+        return whole, None
+    of_scale = tuple(axis if axis in SPLIT else None for axis in axes[1:])
+    if isinstance(rngs, Shapes):
+        scale = jax.ShapeDtypeStruct(tuple(shape[1:]), jnp.float32)
+        whole.set_value(jax.ShapeDtypeStruct(tuple(shape), jnp.int8))
+    else:
+        narrowed, scale = eight_bits.narrow(whole[...])
+        whole.set_value(narrowed)
+    return whole, nnx.Param(scale, axes=of_scale)
+
+
 def normalise(
     frames: UInt8[Array, "*b 3"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, "*b 3"]:
@@ -40,20 +69,76 @@ def normalise(
     return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def dot(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """`x @ kernel` over flattened tokens.
+ROWS = 8  # of a TPU's vector register
+
+
+def dot(
+    x: Float[Array, "... i"], kernel: Float[Array, "i o"], *, out: str | None = None
+) -> Float[Array, "... o"]:
+    """`x @ kernel` over flattened tokens, in the dtype `out` (that of x by default).
 
     The same numbers. On a CPU, XLA gets the kernel's gradient of more than two axes by transposing
     them in memory first, which takes longer than the product.
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    return _of_tokens(lambda rows: jnp.matmul(rows, kernel, preferred_element_type=out), x)
+
+
+def kernel_product(
+    x: Float[Array, "... i"],
+    kernel: Float[Array, " i *o"] | Int8[Array, " i *o"],
+    scale: nnx.Param | None,
+    *,
+    frozen: Frozen,
+) -> Float[Array, "..."]:
+    """`x @ kernel` of what `make_kernel` made, in the dtype of x."""
+    if scale is not None:
+        how = eight_bits.narrows_activations(frozen)
+        return _of_tokens(lambda rows: eight_bits.product(rows, kernel, scale[...], how), x)
+    kernel = kernel.astype(x.dtype)
+    if kernel.ndim == 2:
+        return dot(x, kernel)
+    return jnp.tensordot(x, kernel, axes=1)
+
+
+def _of_tokens(
+    product: Callable[[Float[Array, "r i"]], Float[Array, " r *o"]], x: Float[Array, "... i"]
+) -> Float[Array, "..."]:
+    y = whole_registers(product, x.reshape(-1, x.shape[-1]), parts=parts_here(x.shape[0]))
+    return y.reshape(*x.shape[:-1], *y.shape[1:])
+
+
+def whole_registers(
+    product: Callable[[Float[Array, "r i"]], Float[Array, " r *o"]],
+    rows: Float[Array, "r i"],
+    *,
+    parts: int,
+) -> Float[Array, " r *o"]:
+    """`product(rows)`; on a TPU, each device's rows are padded to `ROWS` for it.
+
+    XLA:TPU multiplies and adds a single row without the matrix unit, in 18 times the cycles that
+    two rows take; and eight take no more than two (docs/performance_details.md).
+
+    Args:
+        product: computes each row by itself.
+        rows: those of all devices.
+        parts: number of devices that share them.
+    """
+    here = rows.shape[0] // parts
+    if here >= ROWS or target().platform != "tpu":
+        return product(rows)
+    split = jnp.pad(rows.reshape(parts, here, -1), ((0, 0), (0, ROWS - here), (0, 0)))
+    # Else the compiler takes the padding away again.
+    padded = jax.lax.optimization_barrier(split.reshape(parts * ROWS, -1))
+    y = product(padded)
+    return y.reshape(parts, ROWS, *y.shape[1:])[:, :here].reshape(-1, *y.shape[1:])
 
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, with PEFT's low-rank update where `lora` asks for it.
 
     Attributes:
-        kernel: float32 [in, out]; the transpose of PyTorch's `weight`.
+        kernel: float32 [in, out]; the transpose of PyTorch's `weight`. int8 if frozen so.
+        kernel_scale: float32 [out], of an int8 kernel (`eight_bits.py`), or None.
         bias: float32 [out], or None.
         lora_A, lora_B: float32 [in, rank] and [rank, out], or None. B starts at zero.
     """
@@ -67,13 +152,16 @@ class Linear(nnx.Module):
         bias: bool,
         dtype: str,
         rngs: Rngs,
-        init: Init = torch_linear,
         lora: LoraConfig | None = None,
+        frozen: Frozen = "float",
     ):
-        self.kernel = param(init, (in_width, out_width), axes, rngs=rngs)
+        self.kernel, self.kernel_scale = make_kernel(
+            torch_linear, (in_width, out_width), axes, frozen=frozen, rngs=rngs
+        )
         self.bias = param(zeros, (out_width,), axes[1:], rngs=rngs) if bias else None
         self.dtype = dtype
         self.features = axes[1]
+        self.frozen = frozen
         self.lora = lora if lora is not None and lora.rank > 0 else None
         if self.lora is None:
             self.lora_A = self.lora_B = None
@@ -86,7 +174,7 @@ class Linear(nnx.Module):
         self, x: Float[Array, "... i"], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "... o"]:
         x = x.astype(self.dtype)
-        y = dot(x, self.kernel.astype(self.dtype))
+        y = kernel_product(x, self.kernel[...], self.kernel_scale, frozen=self.frozen)
         if self.bias is not None:
             y = y + self.bias.astype(self.dtype)
         if self.lora_A is not None:
@@ -236,7 +324,7 @@ def scan(
     carry: Any,
     xs: Any = None,
     *,
-    remat: Remat,
+    remat: Remat | Policy,
 ) -> tuple[Any, Any]:
     """Runs stacked layers one after the other: one layer's code is compiled once.
 
@@ -245,7 +333,7 @@ def scan(
         step: (layer, carry, x) → (carry, y).
         carry: input of the first layer.
         xs: a tree with a leading layer axis (dropout keys, caches), or None.
-        remat: "none" keeps all activations, "dots" keeps matrix products, "full" keeps carries.
+        remat: what is kept for the backward pass, see `remat.py`.
 
     Returns:
         What leaves the last layer, and the stacked ys.
@@ -256,9 +344,4 @@ def scan(
         state, x = layer
         return step(nnx.merge(graphdef, state), carry, x)
 
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)  # scan keeps the two passes apart
-    elif remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, carry, (state, xs))
+    return jax.lax.scan(checkpointed(body, remat), carry, (state, xs))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from emollama_jax.batch import Batch
@@ -29,6 +30,7 @@ from emollama_jax.models.attention import attention, attention_after
 from emollama_jax.models.layers import (
     Linear,
     RMSNorm,
+    dot,
     param,
     rotary,
     scan,
@@ -36,6 +38,7 @@ from emollama_jax.models.layers import (
     split_keys,
     stack,
 )
+from emollama_jax.models.remat import policy_of
 from emollama_jax.models.rngs import Rngs
 from emollama_jax.sharding.points import constrain
 
@@ -44,12 +47,12 @@ from emollama_jax.sharding.points import constrain
 class KVCache:
     """Keys (after rotation) and values of every layer; slot = position.
 
-    Slots stand before heads: a token then fills whole tiles of a TPU's memory. The other way round
-    attention reads faster, but the compiler copies the cache for every token to write it.
+    A slot holds its heads side by side: on a TPU a token then fills whole tiles, is written without
+    a copy of the cache, and read without another layout of it (`attention_after`).
     """
 
-    k: jax.Array  # [L, B, S, K, H]
-    v: jax.Array  # [L, B, S, K, H]
+    k: jax.Array  # [L, B, S, K·H]
+    v: jax.Array  # [L, B, S, K·H]
 
     def attend(
         self,
@@ -59,13 +62,19 @@ class KVCache:
         *,
         positions: Int[Array, "b t"],
     ) -> tuple[Float[Array, "b t n h"], "KVCache"]:
-        """Attention of new tokens over one layer's slots, [B, S, K, H], and among themselves.
+        """Attention of new tokens over one layer's slots, [B, S, K·H], and among themselves.
 
         Returns:
             What they see, and what is to be kept of them: for all layers at once, see `_write`.
         """
         mixed = attention_after(q, k, v, earlier=(self.k, self.v), count=positions[:, 0])
-        return mixed, KVCache(k=k, v=v)
+        return mixed, KVCache.of_tokens(k, v)
+
+    @staticmethod
+    def of_tokens(k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> "KVCache":
+        """Keys and values of one layer's tokens as slots hold them, [B, T, K·H]."""
+        flat = functools.partial(rearrange, pattern="b t k h -> b t (k h)")
+        return KVCache(k=flat(k), v=flat(v))
 
 
 @flax.struct.dataclass
@@ -95,7 +104,8 @@ class LlamaLayer(nnx.Module):
     def __init__(self, cfg: LlamaConfig, *, rngs: Rngs):
         def linear(name: str, i: int, o: int, axes: tuple[str, str]) -> Linear:
             lora = cfg.lora if name in cfg.lora.targets else None
-            return Linear(i, o, axes=axes, bias=False, dtype=cfg.dtype, rngs=rngs, lora=lora)
+            how = {"dtype": cfg.dtype, "lora": lora, "frozen": cfg.frozen}
+            return Linear(i, o, axes=axes, bias=False, rngs=rngs, **how)
 
         heads, kv_heads = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
         self.cfg = cfg
@@ -118,9 +128,9 @@ class LlamaLayer(nnx.Module):
         cache: KVCache | None,
         dropout_key: jax.Array | None,
     ) -> tuple[Float[Array, "b t d"], KVCache]:
-        """x → (x, these tokens' keys and values, [B, T, K, H]).
+        """x → (x, these tokens' keys and values, [B, T, K·H]).
 
-        Arguments as `Llama`; `cache` is one layer's, [B, S, K, H], None where nothing came before.
+        Arguments as `Llama`; `cache` is one layer's, [B, S, K·H], None where nothing came before.
         """
         cfg = self.cfg
         keys = split_keys(dropout_key, 7)
@@ -135,9 +145,12 @@ class LlamaLayer(nnx.Module):
             "scaling": cfg.rope_scaling,
             "llama3": cfg.rope_llama3,
         }
-        q, k = rotary(q, where, **rope), rotary(k, where, **rope)
+        # Rotated: the backward pass reads nothing before that.
+        q = checkpoint_name(rotary(q, where, **rope), "q_proj")
+        k = checkpoint_name(rotary(k, where, **rope), "k_proj")
+        v = checkpoint_name(v, "v_proj")
         if cache is None:
-            new = KVCache(k=k, v=v)
+            new = KVCache.of_tokens(k, v)
             mixed = attention(
                 q,
                 k,
@@ -150,11 +163,12 @@ class LlamaLayer(nnx.Module):
         else:
             mixed, new = cache.attend(q, k, v, positions=where)
         mixed = rearrange(mixed, "b t n h -> b t (n h)")
-        x = x + self.o_proj(mixed, dropout_key=keys[3])
+        x = x + checkpoint_name(self.o_proj(mixed, dropout_key=keys[3]), "o_proj")
         y = self.post_attention_layernorm(x)
-        gate = self.gate_proj(y, dropout_key=keys[4])
-        y = swiglu(gate, self.up_proj(y, dropout_key=keys[5]))
-        return x + self.down_proj(y, dropout_key=keys[6]), new
+        gate = checkpoint_name(self.gate_proj(y, dropout_key=keys[4]), "gate_proj")
+        up = checkpoint_name(self.up_proj(y, dropout_key=keys[5]), "up_proj")
+        y = self.down_proj(swiglu(gate, up), dropout_key=keys[6])
+        return x + checkpoint_name(y, "down_proj"), new
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # layers are scanned
@@ -164,18 +178,28 @@ def swiglu(gate: Float[Array, "b t m"], up: Float[Array, "b t m"]) -> Float[Arra
 
 
 def _write(cache: KVCache, new: KVCache, positions: Int[Array, "b t"] | None) -> KVCache:
-    """Writes each row's new keys and values, [L, B, T, K, H], from its first position on.
+    """Writes each row's new keys and values, [L, B, T, K·H], to its positions.
 
     All layers at once: a cache that went through the layers' loop to be written there would be
     copied as a whole for every token.
     """
-
-    def row(slots: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:  # [S, K, H]
-        return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=0)
-
-    start, axis = (0, None) if positions is None else (positions[:, 0], 0)
-    write = jax.vmap(jax.vmap(row, in_axes=(0, 0, axis)), in_axes=(0, 0, None))
-    return jax.tree.map(lambda slots, new: write(slots, new, start), cache, new)
+    if positions is None:
+        return jax.tree.map(
+            lambda slots, new: jax.lax.dynamic_update_slice_in_dim(
+                slots, new.astype(slots.dtype), 0, axis=2
+            ),
+            cache,
+            new,
+        )
+    rows = jnp.arange(positions.shape[0])[:, None]
+    # A scatter: rows that a mapped slice update wrote would first be copied to another layout.
+    return jax.tree.map(
+        lambda slots, new: slots.at[:, rows, positions].set(
+            new.astype(slots.dtype), mode="drop", unique_indices=True
+        ),
+        cache,
+        new,
+    )
 
 
 class Llama(nnx.Module):
@@ -204,6 +228,7 @@ class Llama(nnx.Module):
                 f"more than low_freq_factor {llama3.low_freq_factor:g}"
             )
         self.cfg = cfg
+        self.policy = policy_of(cfg)
         self.embed_tokens = param(
             small_normal, (cfg.vocab_rows, cfg.width), ("vocab", "embed"), rngs=rngs
         )
@@ -237,22 +262,22 @@ class Llama(nnx.Module):
         return cache
 
     def rows(self, cache: Any, which: Int[Array, " r"]) -> KVCache:
-        """Some rows of a cache in this decoder's layout: [L, R, S, K, H]."""
+        """Some rows of a cache in this decoder's layout: [L, R, S, K·H]."""
         return jax.tree.map(lambda x: x[:, which], cache)
 
     def stored(self, cache: Any, new: KVCache, which: Int[Array, " r"]) -> Any:
         """A cache in this decoder's layout, in which rows begin with what was written elsewhere.
 
         Args:
-            cache: [L, B, S, K, H].
-            new: [L, R, C, K, H], C at most S.
+            cache: [L, B, S, K·H].
+            new: [L, R, C, K·H], C at most S.
             which: the row of each.
         """
 
         def store(slots: jax.Array, new: jax.Array) -> jax.Array:
             for i in range(new.shape[1]):
                 part = new[:, i : i + 1].astype(slots.dtype)
-                slots = jax.lax.dynamic_update_slice(slots, part, (0, which[i], 0, 0, 0))
+                slots = jax.lax.dynamic_update_slice(slots, part, (0, which[i], 0, 0))
             return slots
 
         return jax.tree.map(store, cache, new)
@@ -281,7 +306,7 @@ class Llama(nnx.Module):
         Args:
             embeds: input of the first layer.
             positions: position of each token, consecutive along a row; with a cache also its slot,
-                and the last one must be below S (a write beyond the end would be moved back,
+                and the last one must be below S (a write beyond the end would be lost,
                 unseen). None: 0, 1, 2, … in every row, with nothing before them: the tokens attend
                 among themselves, by the fastest implementation, and a cache is only written.
             examples: those that share each row, without `positions` and a cache; None: one a row.
@@ -309,7 +334,7 @@ class Llama(nnx.Module):
 
         earlier = None if positions is None else cache
         embeds = embeds.astype(cfg.dtype)
-        x, new = scan(self.layers, step, embeds, (earlier, keys), remat=cfg.remat)
+        x, new = scan(self.layers, step, embeds, (earlier, keys), remat=self.policy)
         after = None if cache is None else _write(cache, new, positions)
         return LlamaOutput(hidden=self.norm(x), cache=after)
 
@@ -328,5 +353,4 @@ class Llama(nnx.Module):
         kernel = self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
         kernel = kernel.astype(self.cfg.dtype)
         # The product's float32 sums are kept: logits in bfloat16 would cost the loss digits.
-        hidden = hidden.astype(self.cfg.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return dot(hidden.astype(self.cfg.dtype), kernel, out="float32")

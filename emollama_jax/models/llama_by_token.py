@@ -17,12 +17,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from emollama_jax.models import eight_bits
 from emollama_jax.models.attention import attention_up_to
 from emollama_jax.models.layers import Linear, RMSNorm
 from emollama_jax.models.llama import KVCache, Llama, LlamaOutput
+from emollama_jax.models.parameters import ADAPTERS
 
 LEAST, MOST = 64, 4096  # MiB of the layers' kernels that are worth a second copy
 
@@ -95,7 +98,8 @@ class LlamaByToken(Llama):
 
     def take(self, cache: KVCache) -> list[LayerCache]:
         """What `Llama` has written."""
-        k, v = (x.swapaxes(2, 3) for x in (cache.k, cache.v))  # [L, B, K, S, H]
+        heads = self.cfg.kv_heads
+        k, v = (rearrange(x, "l b s (k h) -> l b k s h", k=heads) for x in (cache.k, cache.v))
         return [LayerCache(k=k[i], v=v[i]) for i in range(self.cfg.layers)]
 
     def bounded(self, cache: Sequence[LayerCache], used: Int[Array, ""]) -> list[LayerCache]:
@@ -106,7 +110,7 @@ class LlamaByToken(Llama):
         """As `Llama.rows`."""
 
         def turned(layers: Sequence[jax.Array]) -> jax.Array:
-            return jnp.stack([x[which] for x in layers]).swapaxes(2, 3)
+            return rearrange(jnp.stack([x[which] for x in layers]), "l r k s h -> l r s (k h)")
 
         return KVCache(k=turned([one.k for one in cache]), v=turned([one.v for one in cache]))
 
@@ -145,19 +149,22 @@ class LlamaByToken(Llama):
 
 
 def laid_out(llama: Llama, *, least: int | None = None) -> Llama:
-    """The decoder with `by_token` beside it where that pays, else as it is.
+    """The decoder as many answers are drawn from it.
 
-    It does in float32 on one CPU, unless the kernels fit its caches anyway, or a second copy of
-    them might not fit its memory.
+    In bfloat16, adapters are in bfloat16 too: else each token would convert them again. In float32
+    on one CPU, `by_token` stands beside it, unless the kernels fit the caches anyway, or a second
+    copy of them might not fit the memory.
 
     Args:
         llama: the decoder.
         least: MiB of kernels that are worth a second copy; `LEAST` by default.
     """
+    if llama.cfg.dtype != "float32":
+        return _narrow(llama)
     kernels = [child.kernel for child in vars(llama.layers).values() if isinstance(child, Linear)]
     mebibytes = sum(4 * kernel.size for kernel in kernels) / 2**20
     least = LEAST if least is None else least
-    fits = llama.cfg.dtype == "float32" and least <= mebibytes <= MOST
+    fits = least <= mebibytes <= MOST
     if not fits or jax.default_backend() != "cpu" or kernels[0].sharding.num_devices > 1:
         return llama
     both = nnx.merge(*nnx.split(llama))
@@ -165,9 +172,22 @@ def laid_out(llama: Llama, *, least: int | None = None) -> Llama:
     return both
 
 
+def _narrow(llama: Llama) -> Llama:
+    """With adapters in the dtype in which they are multiplied."""
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        is_one = any(getattr(part, "key", None) in ADAPTERS for part in path)
+        return leaf.astype(llama.cfg.dtype) if is_one else leaf
+
+    graphdef, state = nnx.split(llama)
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(cast, state))
+
+
 def _merged(linear: Linear) -> Float[np.ndarray, "*l i o"]:
     """The kernel, its adapter added."""
     kernel = linear.kernel[...]
+    if linear.kernel_scale is not None:
+        kernel = eight_bits.wide(kernel, linear.kernel_scale[...], axis=-2)
     if linear.lora is not None:
         update = linear.lora_A[...] @ linear.lora_B[...]
         kernel = kernel + update * (linear.lora.alpha / linear.lora.rank)

@@ -27,6 +27,7 @@ from emollama_jax.models.layers import (
     stack,
 )
 from emollama_jax.models.rngs import Rngs
+from emollama_jax.terms import Frozen
 
 APART = -100.0  # Swin's logit offset between tokens that only the cyclic shift made neighbours
 
@@ -63,11 +64,12 @@ def shift_mask(
 class WindowAttention(nnx.Module):
     """Multi-head attention inside windows, with a learned bias for each relative position."""
 
-    def __init__(self, width: int, *, heads: int, window: int, dtype: str, rngs: Rngs):
-        self.qkv = Linear(
-            width, 3 * width, axes=("embed", "heads"), bias=True, dtype=dtype, rngs=rngs
-        )
-        self.proj = Linear(width, width, axes=("heads", "embed"), bias=True, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, width: int, *, heads: int, window: int, dtype: str, frozen: Frozen, rngs: Rngs
+    ):
+        how = {"bias": True, "dtype": dtype, "frozen": frozen, "rngs": rngs}
+        self.qkv = Linear(width, 3 * width, axes=("embed", "heads"), **how)
+        self.proj = Linear(width, width, axes=("heads", "embed"), **how)
         self.relative_position_bias_table = param(
             small_normal, ((2 * window - 1) ** 2, heads), (None, None), rngs=rngs
         )
@@ -113,13 +115,15 @@ class WindowAttention(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm block: window attention, then a two-layer perceptron."""
 
-    def __init__(self, cfg: SwinConfig, width: int, *, heads: int, dtype: str, rngs: Rngs):
-        mlp = cfg.mlp_ratio * width
+    def __init__(
+        self, cfg: SwinConfig, width: int, *, heads: int, dtype: str, frozen: Frozen, rngs: Rngs
+    ):
+        mlp, how = cfg.mlp_ratio * width, {"dtype": dtype, "frozen": frozen, "rngs": rngs}
         self.norm1 = LayerNorm(width, eps=cfg.norm_eps, rngs=rngs)
-        self.attn = WindowAttention(width, heads=heads, window=cfg.window, dtype=dtype, rngs=rngs)
+        self.attn = WindowAttention(width, heads=heads, window=cfg.window, **how)
         self.norm2 = LayerNorm(width, eps=cfg.norm_eps, rngs=rngs)
-        self.fc1 = Linear(width, mlp, axes=("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(mlp, width, axes=("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(width, mlp, axes=("embed", "mlp"), bias=True, **how)
+        self.fc2 = Linear(mlp, width, axes=("mlp", "embed"), bias=True, **how)
 
     def __call__(self, x: Float[Array, "b h w d"], *, shift: int) -> Float[Array, "b h w d"]:
         x = x + self.attn(self.norm1(x), shift=shift)
@@ -129,9 +133,11 @@ class Block(nnx.Module):
 class Pair(nnx.Module):
     """An unshifted and a shifted block: what a stage repeats."""
 
-    def __init__(self, cfg: SwinConfig, width: int, *, heads: int, dtype: str, rngs: Rngs):
-        self.unshifted = Block(cfg, width, heads=heads, dtype=dtype, rngs=rngs)
-        self.shifted = Block(cfg, width, heads=heads, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, cfg: SwinConfig, width: int, *, heads: int, dtype: str, frozen: Frozen, rngs: Rngs
+    ):
+        how = {"heads": heads, "dtype": dtype, "frozen": frozen, "rngs": rngs}
+        self.unshifted, self.shifted = Block(cfg, width, **how), Block(cfg, width, **how)
         self.shift = cfg.window // 2
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
@@ -141,11 +147,10 @@ class Pair(nnx.Module):
 class PatchMerging(nnx.Module):
     """Halves the map and doubles the width; odd sizes are padded with zeros."""
 
-    def __init__(self, cfg: SwinConfig, width: int, *, dtype: str, rngs: Rngs):
+    def __init__(self, cfg: SwinConfig, width: int, *, dtype: str, frozen: Frozen, rngs: Rngs):
         self.norm = LayerNorm(4 * width, eps=cfg.norm_eps, rngs=rngs, axis="mlp")
-        self.reduction = Linear(
-            4 * width, 2 * width, axes=("mlp", "embed"), bias=False, dtype=dtype, rngs=rngs
-        )
+        how = {"dtype": dtype, "frozen": frozen, "rngs": rngs}
+        self.reduction = Linear(4 * width, 2 * width, axes=("mlp", "embed"), bias=False, **how)
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 d2"]:
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
@@ -156,13 +161,20 @@ class PatchMerging(nnx.Module):
 class Stage(nnx.Module):
     """Patch merging (but in the first stage) and the stage's pairs of blocks."""
 
-    def __init__(self, cfg: SwinConfig, index: int, *, dtype: str, remat: Remat, rngs: Rngs):
-        width = cfg.width * 2**index
-        self.downsample = (
-            None if index == 0 else PatchMerging(cfg, width // 2, dtype=dtype, rngs=rngs)
-        )
+    def __init__(
+        self,
+        cfg: SwinConfig,
+        index: int,
+        *,
+        dtype: str,
+        remat: Remat,
+        frozen: Frozen,
+        rngs: Rngs,
+    ):
+        width, how = cfg.width * 2**index, {"dtype": dtype, "frozen": frozen}
+        self.downsample = None if index == 0 else PatchMerging(cfg, width // 2, rngs=rngs, **how)
         self.pairs = stack(
-            lambda rngs: Pair(cfg, width, heads=cfg.heads[index], dtype=dtype, rngs=rngs),
+            lambda rngs: Pair(cfg, width, heads=cfg.heads[index], rngs=rngs, **how),
             cfg.depths[index] // 2,
             rngs=rngs,
         )
@@ -182,7 +194,15 @@ class Swin(nnx.Module):
         UserError: `depths` has an odd number, or another length than `heads`.
     """
 
-    def __init__(self, cfg: SwinConfig, *, dtype: str, remat: Remat, rngs: Rngs):
+    def __init__(
+        self,
+        cfg: SwinConfig,
+        *,
+        dtype: str,
+        remat: Remat,
+        rngs: Rngs,
+        frozen: Frozen = "float",
+    ):
         if any(depth % 2 for depth in cfg.depths) or len(cfg.depths) != len(cfg.heads):
             raise UserError(
                 f"swin: depths {list(cfg.depths)} with heads {list(cfg.heads)}: wanted one even"
@@ -198,7 +218,7 @@ class Swin(nnx.Module):
         )
         self.patch_norm = LayerNorm(cfg.width, eps=cfg.norm_eps, rngs=rngs)
         self.stages = nnx.List(
-            Stage(cfg, index, dtype=dtype, remat=remat, rngs=rngs)
+            Stage(cfg, index, dtype=dtype, remat=remat, frozen=frozen, rngs=rngs)
             for index in range(len(cfg.depths))
         )
         self.patch_size = cfg.patch_size

@@ -38,6 +38,8 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+# What writes into its first operand: the place of what is written among the operands.
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional"),
     *("call", "partition-id", "replica-id", "after-all", "iota", "opt-barrier", "add-dependency"),
@@ -351,14 +353,17 @@ def _read(module: hlo.Module, computation: hlo.Computation, name: str, whole: in
             continue
         if x.opcode == "dynamic-slice" and x.operands[0] == name:
             size += sum(a.bytes for a in x.result)
-        elif x.opcode == "dynamic-update-slice" and x.operands[0] == name:
-            continue  # written in place
+        elif x.opcode in IN_PLACE and x.operands[0] == name:
+            continue
         elif x.opcode == "bitcast":
             size += _read(module, computation, x.name, whole)
         elif x.opcode == "fusion":
             inner = module.computations[x.called[0]]
-            place = x.operands.index(name)
-            size += _read(module, inner, inner.parameters[place].name, whole)
+            parameter = inner.parameters[x.operands.index(name)].name
+            if inner.root.opcode in ("bitcast", "copy") and inner.root.operands == (parameter,):
+                size += _read(module, computation, x.name, whole)  # the same, tiled otherwise
+            else:
+                size += _read(module, inner, parameter, whole)
         else:
             return whole
     return min(size, whole)
@@ -372,8 +377,8 @@ def _written(inner: hlo.Computation, x: hlo.Instruction) -> int:
         y = inner.instructions[name]
         while y.opcode == "bitcast":
             y = inner.instructions[y.operands[0]]
-        if y.opcode == "dynamic-update-slice":
-            size += 0 if array.space else _bytes(inner, y.operands[1])
+        if y.opcode in IN_PLACE:
+            size += 0 if array.space else _bytes(inner, y.operands[IN_PLACE[y.opcode]])
         else:
             size += 0 if array.space else array.bytes
     return size

@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from emollama_jax.base import AbstractModel, abstract_model
-from emollama_jax.config import Config, MeshConfig
+from emollama_jax.config import Config, EvaVitConfig, LlamaConfig, MeshConfig
 from emollama_jax.data.lengths import Lengths
 from emollama_jax.errors import UserError
+from emollama_jax.models.remat import keeps, policy_of
 from emollama_jax.scale import flops, hlo, moved, steps
 from emollama_jax.scale.cost import Cost, cost
 from emollama_jax.scale.topologies import Chip, chip_of, compiling, devices
@@ -95,9 +96,9 @@ class Plan:
         return sum(self.cost.flops.values()) + self.kernel_flops
 
     @property
-    def useful(self) -> float:
-        """Model FLOPs ÷ FLOPs that the program computes."""
-        return self.model_flops / self.hlo_flops
+    def useful(self) -> float | None:
+        """Model FLOPs ÷ FLOPs that the program computes; None where its text shows no product."""
+        return self.model_flops / self.hlo_flops if self.hlo_flops else None
 
     @property
     def roofline(self) -> dict[str, float]:
@@ -281,6 +282,7 @@ DTYPES = {  # HLO's names
     "int32": "s32",
     "uint32": "u32",
     "uint8": "u8",
+    "int8": "s8",
     "bool": "pred",
 }
 
@@ -414,9 +416,15 @@ def _kernel_flops(cfg: Config, total: Cost, model: flops.ModelFlops, step: steps
         if step != "train" or not model.backward.get(part):
             result += model.attention[part]
         else:
-            again = 2 if network.remat != "none" else 0
+            again = 0 if part_keeps(network) else 2
             result += model.attention[part] * (2 + again + 7) / 6
     return result
+
+
+def part_keeps(network: LlamaConfig | EvaVitConfig) -> bool:
+    """Whether attention's result is kept for the backward pass."""
+    policy = policy_of(network) if isinstance(network, LlamaConfig) else network.remat
+    return keeps(policy, "attention")
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from emollama_jax.data.rows import packed_shape, shape_of_kind
 from emollama_jax.errors import UserError
 from emollama_jax.generate import decode
 from emollama_jax.generate.prompt import Prompt, embed
-from emollama_jax.models.parameters import named_parameters
+from emollama_jax.models.parameters import is_adapter, named_parameters
 from emollama_jax.scale.cost import OTHER
 from emollama_jax.scale.options import Kind, Step
 from emollama_jax.sharding.mesh import batch_sharding, batch_shards, replicated
@@ -193,7 +193,7 @@ def lower_decode(
     whole = abstract_model(cfg, mesh)
     first = _first(cfg, mesh, shapes, whole)
     loop = jax.tree.map(placed, first.lowered.out_info, compile(first).output_shardings)
-    graphdef, state = _split(whole.module.llama, _llama(whole.params))
+    graphdef, state = _split(whole.module.llama, _llama(whole))
     rest = _fixed(mesh)
     return [
         Program(
@@ -216,7 +216,7 @@ def _first(cfg: Config, mesh: Mesh, shapes: Shapes, whole: AbstractModel) -> Pro
         embeds=jax.ShapeDtypeStruct((shapes.rows, shapes.tokens, width), dtype, sharding=place),
         length=jax.ShapeDtypeStruct((shapes.rows,), np.int32, sharding=place),
     )
-    graphdef, state = _split(whole.module.llama, _llama(whole.params))
+    graphdef, state = _split(whole.module.llama, _llama(whole))
     rest = _fixed(mesh)
     limit, first = cfg.generate.max_new_tokens, decode.first_token.under(cfg.xla_flags)
     return Program(
@@ -227,9 +227,14 @@ def _first(cfg: Config, mesh: Mesh, shapes: Shapes, whole: AbstractModel) -> Pro
     )
 
 
-def _llama(params: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The decoder's parameters by their paths inside it."""
-    return {p.removeprefix("llama/"): x for p, x in params.items() if p.startswith("llama/")}
+def _llama(whole: AbstractModel) -> dict[str, jax.ShapeDtypeStruct]:
+    """The decoder's parameters by their paths inside it, adapters as `laid_out` has them."""
+    dtype = whole.cfg.model.llama.dtype
+    return {
+        path.removeprefix("llama/"): x.update(dtype=dtype) if is_adapter(path) else x
+        for path, x in whole.params.items()
+        if path.startswith("llama/")
+    }
 
 
 def _split(

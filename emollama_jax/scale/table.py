@@ -106,14 +106,16 @@ def _work(plan: Plan, console: Console) -> None:
         f"{sum(counted.traffic.values()) / 1e9:.1f}",
     )
     console.print(table)
+    useful = "unknown" if plan.useful is None else f"{plan.useful:.2f}"
     console.print(
-        f"useful work: model ÷ HLO FLOPs {plan.useful:.2f}; run again (rematerialised): "
+        f"useful work: model ÷ HLO FLOPs {useful}; run again (rematerialised): "
         f"{counted.recomputed / 1e12:.4g} TFLOP; model FLOPs of a step, all chips: "
         f"{model.total / 1e12:,.1f} TFLOP"
     )
-    if plan.useful > 1:
+    if plan.useful is None or plan.useful > 1:
         console.print(
-            "products with one row are compiled to loops, not products: HLO TFLOP leaves them out"
+            "some products are multiplied and added row by row, outside the matrix unit: HLO TFLOP "
+            "and the roofline's compute leave them out; cycles do not"
         )
     if counted.kernels:
         names = ", ".join(f"{n} × {name}" for name, n in counted.kernels.items())
@@ -220,16 +222,18 @@ def _real(plan: Plan, console: Console) -> None:
 
 def show_search(found: Sequence[Best], console: Console) -> None:
     """Prints what `search` found."""
-    table = Table(title="Presets, the best first", title_justify="left", title_style="bold")
-    for column in ("preset", "largest batch that fits", "s an example", "memory"):
+    title = "Presets and rematerialisation, the best first"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("preset", "remat", "largest batch that fits", "s an example", "memory"):
         table.add_column(column)
     for best in found:
         if best.plan is None:
-            table.add_row(best.preset, "one example does not fit", "", "")
+            table.add_row(best.preset, best.remat, "one example does not fit", "", "")
             continue
         memory = best.plan.memory
         table.add_row(
             best.preset,
+            best.remat,
             f"{best.plan.shapes.examples}",
             f"{best.per_example:.4f}",
             f"{memory.total / memory.capacity:.0%}",

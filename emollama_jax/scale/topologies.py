@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from emollama_jax.errors import UserError
 
@@ -58,7 +59,7 @@ CHIPS = {
 TOPOLOGIES = (
     "v3:2x2",
     "v4:4x4x4",
-    *(f"v5e:{size}" for size in ("2x2", "2x4", "4x4", "4x8", "16x16")),
+    *(f"v5e:{size}" for size in ("1x1", "2x2", "2x4", "4x4", "4x8", "16x16")),
     *(f"v5p:{size}" for size in ("2x2x1", "2x2x2", "4x4x4", "8x8x8")),
     *(f"v6e:{size}" for size in ("2x4", "4x4", "8x8", "16x16")),
     *(f"tpu7x:{size}" for size in ("2x2x2", "4x4x4")),
@@ -108,7 +109,9 @@ def devices(topology: str, slices: int = 1) -> list:
 
     if slices > 1 and chip.network is None:
         raise UserError(f"{topology}: mesh.slices={slices}, but its DCN is not known: set 1")
-    more = {"num_slices": slices} if slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.endswith(":1x1"):  # libtpu takes a host to have four chips
+        more["chips_per_host_bounds"] = (1, 1, 1)
 
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)

@@ -21,8 +21,8 @@ POINTS: dict[str, tuple[tuple[str, ...], ...]] = {
     # [frames of all examples, …], in the towers and all that follows until the LLM: over every
     # device, so that none waits while another sees. Parameters come to the frames: they are fewer.
     "frames": (("data", "fsdp", "tensor"),),
-    # [layers, answers, slots, kv_heads, head_dim]: a cache of keys or values
-    "cache": ((), (), (), ("tensor",), ()),
+    # [layers, answers, slots, kv_heads · head_dim]: a cache of keys or values
+    "cache": ((), (), (), ("tensor",)),
     # [width, vocabulary]: the head's kernel, gathered once before the loop of the loss.
     "head": ((), ("tensor",)),
     # [vocabulary, width]: an embedding's table, so that what is looked up lies as its ids do.
@@ -73,6 +73,11 @@ def per_head(examples: int, heads: int) -> PartitionSpec:
     leading = _axes(POINTS[region][0], examples)
     split = _axes(("tensor",), heads) if region == "batch" else ()
     return PartitionSpec(leading or None, None, split or None)
+
+
+def parts_here(size: int) -> int:
+    """As `parts`, in the region of `within`; outside of any, "batch"."""
+    return parts(_region.get() or "batch", size)
 
 
 def parts(point: str, size: int) -> int:

@@ -1,4 +1,4 @@
-"""The decoder laid out for a CPU: the same answers, and nothing copied for a token."""
+"""The decoder laid out for many answers: the same ones, and nothing copied for a token."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from emollama_jax.generate import decode
 from emollama_jax.generate.prompt import Prompt
 from emollama_jax.models import llama_by_token
 from emollama_jax.models.llama import Llama
-from emollama_jax.models.parameters import named_parameters
+from emollama_jax.models.parameters import is_adapter, named_parameters
 from emollama_jax.models.rngs import abstract
 
 STEPS = 8
@@ -74,8 +74,7 @@ def test_a_stream_is_the_same():
 
 
 def test_only_what_gains_is_laid_out(monkeypatch):
-    half, plain = make(dtype="bfloat16"), make()
-    assert llama_by_token.laid_out(half) is half
+    plain = make()
     assert llama_by_token.laid_out(plain) is not plain
     for name, size in (("MOST", 0.01), ("LEAST", 1)):
         with monkeypatch.context() as patch:
@@ -86,6 +85,18 @@ def test_only_what_gains_is_laid_out(monkeypatch):
     for leaf in named_parameters(plain).values():
         leaf.set_value(jax.device_put(leaf[...], whole))
     assert llama_by_token.laid_out(plain) is plain
+
+
+def test_in_bfloat16_adapters_are_narrow_once_and_for_all():
+    """Their products are those of before; what trains keeps its digits."""
+    plain = make(dtype="bfloat16", lora=LORA)
+    fast = llama_by_token.laid_out(plain)
+    assert fast.by_token is None
+    dtypes = {path: leaf.dtype for path, leaf in named_parameters(fast).items()}
+    assert {dtypes[path] for path in dtypes if is_adapter(path)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in named_parameters(plain).values()} == {jnp.dtype("float32")}
+    x = jnp.ones((1, 3, plain.cfg.width), "bfloat16")
+    np.testing.assert_array_equal(fast(x).hidden, plain(x).hidden)
 
 
 def test_neither_kernels_nor_cache_are_copied():

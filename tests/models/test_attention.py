@@ -12,12 +12,14 @@ from flax import nnx
 
 from emollama_jax import config
 from emollama_jax.errors import UserError
+from emollama_jax.models import attention as attention_module
 from emollama_jax.models.attention import attention, attention_after, attention_up_to
 from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.layers import scan
 from emollama_jax.models.llama import Llama
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.sharding.points import within
+from emollama_jax.sharding.target import Target
 
 SAME = 1e-5  # relative to the largest value
 SHAPES = {  # B, T, N, K, H
@@ -137,17 +139,26 @@ def test_padding_on_the_left_is_behind_what_is_real():
     assert not any(x[:, :padding].any() for x in got[1:])
 
 
-@pytest.mark.parametrize("heads", [(3, 3), (4, 2)], ids=["each its own key", "grouped"])
-def test_new_tokens_see_what_came_before_and_each_other(heads):
-    """As one pass over earlier and new tokens gives them; what lies beyond a row's count is not."""
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["each its own key", "grouped"])
+def test_new_tokens_see_what_came_before_and_each_other(heads, platform, monkeypatch):
+    """As one pass over earlier and new tokens gives them; what lies beyond a row's count is not.
+    On a TPU, the heads of a device are taken side by side."""
+    monkeypatch.setattr(attention_module, "target", lambda: Target(platform, ""))
     slots, tokens, counts = 12, 3, (0, 5, 12)
+    wanted, new, earlier = [], [], []
     for row, count in enumerate(counts):
         q, k, v, gradient = arrays((1, count + tokens, *heads, 16), seed=row)
-        wanted = reference(True)(q, k, v, gradient)[0][:, count:]
+        wanted.append(reference(True)(q, k, v, gradient)[0][:, count:])
         beyond = [(0, 0), (0, slots - count), (0, 0), (0, 0)]
-        earlier = tuple(jnp.pad(x[:, :count], beyond, constant_values=7.0) for x in (k, v))
-        new = (x[:, count:] for x in (q, k, v))
-        assert_same(attention_after(*new, earlier=earlier, count=jnp.array([count])), wanted)
+        pair = (jnp.pad(x[:, :count], beyond, constant_values=7.0) for x in (k, v))
+        earlier.append([x.reshape(1, slots, -1) for x in pair])
+        new.append([x[:, count:] for x in (q, k, v)])
+    new, earlier = (jax.tree.map(lambda *x: jnp.concatenate(x), *rows) for rows in (new, earlier))
+    for tensor in (1, 2):
+        with jax.set_mesh(make_mesh(config.MeshConfig(data=1, fsdp=1, tensor=tensor))):
+            after = functools.partial(attention_after, *new, count=jnp.array(counts))
+            assert_same(jax.jit(after)(earlier=tuple(earlier)), jnp.concatenate(wanted))
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2)], ids=["each its own key", "grouped"])
@@ -182,14 +193,14 @@ def test_eight_devices_equal_one(sizes, region, implementation):
         assert_same(with_gradients(ours)(*given), wanted)
 
 
-def test_auto_is_splash_for_a_tpu_and_xla_elsewhere():
+@pytest.mark.parametrize(("platform", "lowered"), [("tpu", "tpu"), ("cpu", "cpu"), ("gpu", "cuda")])
+def test_auto_is_splash_for_a_tpu_and_xla_elsewhere(platform, lowered, monkeypatch):
+    monkeypatch.setattr(attention_module, "target", lambda: Target(platform, ""))
     q, k, v, _ = arrays((1, 128, 2, 2, 32))
     ours = functools.partial(attention, causal=True, implementation="auto")
-    np.testing.assert_array_equal(ours(q, k, v), attention(q, k, v, causal=True))
-    traced = jax.jit(ours).trace(q, k, v)
-    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    for platform in ("cpu", "cuda"):
-        assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
+    text = jax.jit(ours).trace(q, k, v).lower(lowering_platforms=(lowered,)).as_text()
+    assert ("tpu_custom_call" in text) == (platform == "tpu")
+    assert platform == "tpu" or "custom_call" not in text
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -250,5 +261,6 @@ def test_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(UserError, match="cudnn computes in bfloat16, found float32"):
         attention(q, k, v, implementation="cudnn")
+    monkeypatch.setattr(attention_module, "target", lambda: Target("gpu", ""))
     with pytest.raises(UserError, match="splash is for TPUs"):
         attention(q, k, v, implementation="splash")

@@ -331,6 +331,7 @@ CHANGED = {
     "face.image_std": (0.3, 0.224, 0.225),
     "face.dtype": "bfloat16",
     "face.remat": "full",
+    "face.frozen": "int8",
     "fim.branches": "local",
     "fim.pool": 4,
     "fim.norm_eps": 1e-2,

@@ -1,4 +1,5 @@
-"""Dropout's bits: even, unrelated from row to row and from key to key, the same on any mesh."""
+"""Dropout's bits: even, unrelated from row to row and from key to key, the same on any mesh.
+Products with few rows, as a TPU takes them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emollama_jax.config import MeshConfig
+from emollama_jax.models import layers
 from emollama_jax.models.layers import dropout, hashed_bits, split_keys
 from emollama_jax.sharding.mesh import make_mesh
+from emollama_jax.sharding.target import Target, target
 
 SHAPE = (4, 256, 1024)
 SIGMAS = 6.0  # of a million numbers, none strays as far
@@ -65,3 +68,25 @@ def test_a_mesh_changes_no_bit():
     split = jax.jit(lambda: hashed_bits(key, SHAPE), out_shardings=places)()
     assert split.sharding.shard_shape(SHAPE) == (1, 256, 512)
     np.testing.assert_array_equal(split, hashed_bits(key, SHAPE))
+
+
+# ------------------------------------------------------------------ few rows
+
+
+def test_a_cpu_is_what_is_traced_for():
+    assert target().platform == "cpu"
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        assert target() == Target("cpu", jax.devices()[0].device_kind)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_few_rows_are_padded_for_a_tpu_alone(rows, monkeypatch):
+    """To whole registers of each device; the caller sees nothing of it."""
+    x, kernel = jnp.arange(float(8 * rows * 4)).reshape(8, rows, 4), jnp.arange(12.0).reshape(4, 3)
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))):
+        plain = jax.make_jaxpr(lambda x: layers.dot(x, kernel))(x)
+        monkeypatch.setattr(layers, "target", lambda: Target("tpu", "TPU v5 lite"))
+        padded = jax.make_jaxpr(lambda x: layers.dot(x, kernel))(x)
+        np.testing.assert_array_equal(layers.dot(x, kernel), x @ kernel)
+    assert f"f32[{8 * rows},3] = dot_general" in str(plain)
+    assert "f32[64,3] = dot_general" in str(padded)

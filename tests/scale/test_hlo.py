@@ -313,6 +313,51 @@ def test_traffic_counts_slices_and_what_lies_in_hbm():
     assert count(text).traffic == {"other": 256 * 4 + 256 * 4}
 
 
+def test_traffic_of_a_slice_in_other_tiles():
+    """int8 stacks are sliced through a nested fusion that only names their tiles anew."""
+    inner = """%tiled (a: s8[5,256]) -> s8[5,256] {
+  %a = s8[5,256]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[5,256]{1,0:T(8,128)(4,1)} copy(%a)
+}
+%slice (b: s8[5,256], i: s32[]) -> s8[1,256] {
+  %b = s8[5,256]{1,0:T(32,128)(4,1)} parameter(0)
+  %t = s8[5,256]{1,0:T(8,128)(4,1)} fusion(%b), kind=kLoop, calls=%tiled
+  %i = s32[] parameter(1)
+  ROOT %s = s8[1,256]{1,0:T(8,128)S(1)} dynamic-slice(%t, %i, %i), dynamic_slice_sizes={1,256}
+}
+"""
+    text = module_text(
+        """
+  %p = s8[5,256]{1,0:T(32,128)(4,1)} parameter(0)
+  %n = s32[]{:S(6)} parameter(1)
+  ROOT %f = s8[1,256]{1,0:T(8,128)S(1)} fusion(%p, %n), kind=kLoop, calls=%slice
+""",
+        inner,
+    )
+    assert count(text).traffic == {"other": 256}
+
+
+def test_traffic_of_a_scatter_is_what_it_scatters():
+    inner = """%write (a: f32[500,256], i: s32[2], u: f32[2,256]) -> f32[500,256] {
+  %a = f32[500,256]{1,0} parameter(0)
+  %i = s32[2]{0} parameter(1)
+  %u = f32[2,256]{1,0} parameter(2)
+  ROOT %s = f32[500,256]{1,0} scatter(%a, %i, %u), update_window_dims={1}
+}
+"""
+    text = module_text(
+        """
+  %p = f32[500,256]{1,0} parameter(0)
+  %n = s32[2]{0} parameter(1)
+  %q = f32[2,256]{1,0} parameter(2)
+  ROOT %f = f32[500,256]{1,0} fusion(%p, %n, %q), kind=kCustom, calls=%write
+""",
+        inner,
+    )
+    rows = 2 * 256 * 4
+    assert count(text).traffic == {"other": rows + 2 * 4 + rows}  # read with its places, written
+
+
 @pytest.mark.parametrize(
     ("kind", "dims", "known"),
     [

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import math
 
@@ -12,6 +13,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +22,7 @@ from emollama_jax.errors import UserError
 from emollama_jax.models.emollama import EmoLlama
 from emollama_jax.models.parameters import named_parameters
 from emollama_jax.models.rngs import abstract
-from emollama_jax.scale import cost, flops, hlo, plan, search, steps, topologies
+from emollama_jax.scale import cost, flops, hlo, plan, search, steps, table, topologies
 from emollama_jax.sharding.mesh import make_mesh
 from emollama_jax.train.setup import set_up
 
@@ -182,12 +184,23 @@ def test_the_command_plans_a_training_step(capsys):
 
 
 @needs_libtpu
-def test_flops_that_are_not_counted_are_told(capsys):
-    """One row for each device: more than all of the counted work is useful."""
-    cli.main(["plan", "tiny", *SMALL, "--topology", "v5e:2x4", "--step", "decode", "--batch", "8"])
-    said = " ".join(capsys.readouterr().out.split())
-    told = "products with one row" in said
-    assert told and float(said.partition("model ÷ HLO FLOPs ")[2].split(";")[0]) > 1
+def test_a_row_for_each_device_is_multiplied_by_the_matrix_unit():
+    """Padded, so that the text shows its products; one row costs no more than two."""
+    cfg = config.load("tiny", [*SMALL, "mesh.fsdp=1", "mesh.tensor=4"])
+    one, two = (
+        plan.make_plan(cfg, "v5e:2x4", step="decode", kind="image", examples=count)
+        for count in (1, 2)
+    )
+    assert one.useful < 1
+    assert one.cost.total <= two.cost.total
+    # What no padding reaches would be left out, and told.
+    shown = []
+    for made in (one, dataclasses.replace(one, cost=dataclasses.replace(one.cost, flops={}))):
+        console = rich.console.Console(file=io.StringIO(), width=200)
+        table.show(made, console)
+        shown.append(console.file.getvalue())
+        json.dumps(plan.to_dict(made))
+    assert ["multiplied and added row by row" in text for text in shown] == [False, True]
 
 
 # ------------------------------------------------------------------ model FLOPs
@@ -379,9 +392,14 @@ def test_the_largest_count_is_found_by_doubling_and_halving(limit):
     assert len(tried) == len(set(tried)) <= 2 * math.ceil(math.log2(limit + 2)) + 1
 
 
-def test_the_best_preset_needs_the_least_time_for_an_example():
-    cfg = config.load("tiny", ["mesh.fsdp=-1"])
-    told = []
+def test_the_best_needs_the_least_time_for_an_example():
+    """Presets first, then the policies with the best preset; what keeps more than what did not fit
+    is not tried."""
+    cfg = config.load("tiny", ["mesh.fsdp=-1", "model.llama.remat=full"])
+    told, tried = [], []
+    seconds = {"fsdp": 3.0, "fsdp+tensor": 2.0, "replicated-frozen": 1.0}
+    shares = {"fsdp": 10, "fsdp+tensor": 50, "replicated-frozen": 95}
+    faster = {"save_out_proj": 0.5, "save_qkv_proj": 0.1, "qkv_proj_offloaded": -0.5}
 
     @dataclasses.dataclass
     class Made:
@@ -390,23 +408,31 @@ def test_the_best_preset_needs_the_least_time_for_an_example():
         memory: plan.Memory
 
     def fake(cfg, topology, *, step, kind, examples, tell):
-        if examples > 16:
+        remat = cfg.model.llama.remat
+        tried.append((cfg.mesh.preset, remat))
+        if examples > (8 if remat == "save_out_proj" else 16):
             raise plan.DoesNotFit("too much")
-        per = {"fsdp": 3.0, "fsdp+tensor": 2.0, "replicated-frozen": 1.0}[cfg.mesh.preset]
-        share = {"fsdp": 10, "fsdp+tensor": 50, "replicated-frozen": 95}[cfg.mesh.preset]
+        share = shares[cfg.mesh.preset] + (50 if remat == "save_qkv_proj" else 0)
         memory = plan.Memory({"a": share}, 0, 0, 0, 0, 100)
-        return Made(steps.Shapes(examples, examples, 1, 0, 1, 1, 1, 1), per * examples, memory)
+        time = seconds[cfg.mesh.preset] - faster.get(remat, 0)
+        return Made(steps.Shapes(examples, examples, 1, 0, 1, 1, 1, 1), time * examples, memory)
 
     found = search.search(
         cfg, "v5e:2x4", 8, step="train", kind="image", tell=told.append, plan=fake
     )
-    assert [(one.preset, one.plan and one.plan.shapes.examples) for one in found] == [
-        ("fsdp+tensor", 16),
-        ("fsdp", 16),
-        ("replicated-frozen", None),
+    assert [(x.preset, x.remat, x.plan and x.plan.shapes.examples) for x in found[:3]] == [
+        ("fsdp+tensor", "save_out_proj", 8),
+        ("fsdp+tensor", "full", 16),
+        ("fsdp+tensor", "minimal_offloaded", 16),
     ]
+    unfit = {(x.preset, x.remat) for x in found if x.plan is None}
+    assert unfit == {("replicated-frozen", "full"), ("fsdp+tensor", "save_qkv_proj")}
+    assert not {"minimal", "save_dot_except_mlp"} & {remat for _, remat in tried}
     assert any("95% of memory" in line for line in told)
-    with pytest.raises(UserError, match="no preset fits with one example"):
+    before = len(tried)
+    search.search(cfg, "v5e:2x4", 8, step="prefill", kind="image", tell=told.append, plan=fake)
+    assert {remat for _, remat in tried[before:]} == {"full"}
+    with pytest.raises(UserError, match="nothing fits with one example"):
         search.search(
             cfg,
             "v5e:2x4",

@@ -62,7 +62,8 @@ def open_ours(src: pathlib.Path, base: Iterable[pathlib.Path]) -> Ours:
     if runs.is_run(src):
         if extra := list(base):
             raise UserError(f"--base {extra[0]}: a run records its base; leave it out")
-        cfg, model = checkpoint.load_for_inference(src)
+        whole = [f"{name}=float" for name in config.RUN_SETTINGS]  # no base in 8 bits
+        cfg, model = checkpoint.load_for_inference(src, changes=whole)
         leaves = named_parameters(model)
         folders = config_weights.folders(cfg.weights)
         get = lambda path: np.asarray(leaves[path][...])  # noqa: E731
