@@ -67,7 +67,7 @@ docs: $(STAMP)
 	rm -rf build/docs
 	mkdir -p build
 	cp -r docs build/docs
-	for page in README.md CONTRIBUTING.md CHANGELOG.md docs/*.md; do \
+	for page in README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs/*.md; do \
 	  sed 's#](docs/#](#g; s#\\|#|#g' $$page > build/docs/$${page##*/}; done
 	mv build/docs/README.md build/docs/index.md
 	$(BIN)/zensical build --clean --strict

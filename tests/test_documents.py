@@ -144,7 +144,7 @@ def test_the_site_has_every_page_and_every_public_name(root):
     site = yaml.safe_load((root / "mkdocs.yml").read_text())
     pages = {page for entry in site["nav"] for part in entry.values() for page in listed(part)}
     written = {path.name for path in (root / "docs").glob("*.md")}
-    assert pages == written | {"index.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+    assert pages == written | {"index.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"}
     api = re.findall(r"^::: (.*)$", (root / "docs" / "api.md").read_text(), re.M)
     assert sorted(api) == sorted(f"{module}.{name}" for name, module in PUBLIC.items())
 
