@@ -271,7 +271,7 @@ def table(folder: pathlib.Path) -> None:
     lines = [f"One {', '.join(sorted(kinds)) or 'unknown device'}.", ""]
     lines += ["| attention | error | ms, forward and backward |", "|---|---|---|"]
     for name, row in parts.get("attention", {}).items():
-        if isinstance(row, dict):
+        if isinstance(row, dict) and "agrees" in row:
             verdict = "" if row["agrees"] else " (too much)"
             lines.append(f"| {name} | {row['error']:.1e}{verdict} | {1e3 * row['seconds']:.2f} |")
     columns = ("LoRA step", "s", "tokens/s", "peak, GiB", "MFU")

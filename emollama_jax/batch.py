@@ -10,7 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 IMAGE_TOKEN = -200  # LLaMA-VID's IMAGE_TOKEN_INDEX: a place that a visual token takes
 IGNORE = -100  # LLaMA-VID's IGNORE_INDEX: a label that bears no loss
@@ -90,7 +90,7 @@ def one_a_row(
     )
 
 
-def visual_places(ids: Int32[np.ndarray, "*b t"]) -> Int32[np.ndarray, "*b t"]:
+def visual_places(ids: Int[np.ndarray, "*b t"]) -> Int32[np.ndarray, "*b t"]:
     """Numbers the visual places of each row, others are TEXT."""
     places = ids == IMAGE_TOKEN
     return np.where(places, places.cumsum(axis=-1) - 1, TEXT).astype(np.int32)

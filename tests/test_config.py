@@ -58,7 +58,9 @@ def test_model_sections_have_no_defaults():
         if field.default is not dataclasses.MISSING
         or field.default_factory is not dataclasses.MISSING
     ]
-    assert given == []
+    # Newer than the first runs; each default is what those runs had.
+    newer = ["LlamaConfig.remat_keep", "LlamaConfig.remat_offload", "LlamaConfig.frozen"]
+    assert given == [*newer, "EvaVitConfig.frozen", "FaceXFormerConfig.frozen"]
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,10 @@ def make_example(folder: pathlib.Path, index: int) -> dict[str, Any]:
     )
     np.savez(folder / f"{index}.npz", **vars(prior))
     classes = label_space(NAME).classes
-    items = json.dumps([category_item(classes, index % len(classes), "clip")])
+    label = index % len(classes)
+    items = json.dumps([category_item(classes, label, "clip")])
     (folder / f"{index}.json").write_text(items)
-    return {"id": str(index), "media": data, "items": items, "prior": prior}
+    return {"id": str(index), "label": label, "media": data, "items": items, "prior": prior}
 
 
 def draw_clip(index: int) -> tuple[bytes, np.ndarray]:

@@ -128,13 +128,17 @@ def _alike(
     """Steps of one kind, an example a row."""
     size = _local_batch(encoder.cfg, kind, host["count"])
     shape = shape_of_kind(encoder.cfg, kind, rounds=encoder.cfg.data.rounds)
-
-    def laid(elements: Sequence[Element]) -> tuple[Batch, list[str]]:
-        batch = stack(elements, shape=shape, encoder=encoder)
-        return batch, [element.trouble for element in elements if element.trouble]
-
     rows = _Share(drawn, rows=size, **host).map(_Decode(sources))
+    laid = functools.partial(_lay, shape=shape, encoder=encoder)
     return rows.batch(size, drop_remainder=True, batch_fn=laid)
+
+
+def _lay(
+    elements: Sequence[Element], *, shape: RowShape, encoder: Encoder
+) -> tuple[Batch, list[str]]:
+    """A batch, and what is wrong with some of its examples."""
+    batch = stack(elements, shape=shape, encoder=encoder)
+    return batch, [element.trouble for element in elements if element.trouble]
 
 
 class TrainIterator(grain.DatasetIterator):

@@ -92,13 +92,17 @@ def test_both_sides_make_the_same_row(drawn, cfg, torch_data):
     split = InMemory(data.NAME, "train", [example], [example["prior"]])
     ours = Examples(Encoder(cfg), split, kind="clip", items="category")
     look = ours.encoder.look(example["media"], kind="clip", prior=example["prior"])
-    row = ours.training(0, seed=0)
+    text = ours.training(0, seed=0).text
     theirs = torch_data.Clips(cfg, folder, 1, length=4).example(0, None)
     for name in ("frames", "faces", "landmarks"):
         np.testing.assert_array_equal(getattr(look, name), theirs[name].numpy(), err_msg=name)
-    for name in ("ids", "labels", "length"):  # one turn: nothing is drawn
-        np.testing.assert_array_equal(row[name], theirs[name].numpy(), err_msg=name)
-    np.testing.assert_array_equal(row["questions"][0], theirs["questions"].numpy())
+    length = int(theirs["length"])
+    for name in ("ids", "labels"):  # one turn: nothing is drawn
+        said = getattr(text, name)
+        assert len(said) == length
+        np.testing.assert_array_equal(said, theirs[name].numpy()[:length], err_msg=name)
+    (question,) = text.questions
+    np.testing.assert_array_equal(question, theirs["questions"].numpy()[: len(question)])
 
 
 def test_both_sides_are_measured_in_turns(cfg, torch_data, monkeypatch):

@@ -173,7 +173,9 @@ def test_rows_are_filled_evenly(packed, rng):
     encoder = Encoder(packed)
 
     def text(length: int) -> Text:
-        return Text(np.zeros(length, np.int32), np.zeros(length, np.int32), (np.zeros(9, int),))
+        return Text(
+            np.zeros(length, np.int32), np.zeros(length, np.int32), (np.zeros(9, np.int32),)
+        )
 
     clips = [("clip", text(int(n))) for n in rng.integers(150, 210, 56)]
     pictures = [("image", text(int(n))) for n in rng.integers(90, 112, 56)]

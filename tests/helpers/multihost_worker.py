@@ -79,7 +79,7 @@ class Drawn:
         step = self._batches.get_state()["step"]
         batch = next(self._batches)
         kind = "image" if batch.frames.shape[1] == 1 else "clip"
-        line = {"step": step, "kind": kind, "index": batch.index.tolist()}
+        line = {"step": step, "kind": kind, "index": batch.index.reshape(-1).tolist()}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         time.sleep(self._pause)

@@ -188,7 +188,9 @@ def test_attention_of_one_window_is_transformers(reference, rng):
 def attention():
     """Attention in windows of 4 with two heads."""
     module = nnx.eval_shape(
-        lambda: WindowAttention(8, heads=2, window=4, dtype="float32", rngs=nnx.Rngs(0))
+        lambda: WindowAttention(
+            8, heads=2, window=4, dtype="float32", frozen="float", rngs=nnx.Rngs(0)
+        )
     )
     return fill(module, seed=7)
 

@@ -47,7 +47,7 @@ SMALL = (
 
 def test_unknown_topologies_are_refused_with_the_list(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["plan", "tiny", "--topology", "v5e:1x1"])
+        cli.main(["plan", "tiny", "--topology", "v5e:3x3"])
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

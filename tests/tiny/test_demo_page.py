@@ -104,7 +104,7 @@ def page(items, predictions, tmp_path, monkeypatch, learned_from):
 
 def test_the_top_says_that_faces_are_drawn(page):
     header = page.partition("<header>")[2].partition("</header>")[0]
-    assert "are drawings" in header and "no real people" in header
+    assert "was drawn by this program" in header and "They show nobody" in header
     assert "say nothing about real faces" in header
 
 
@@ -123,7 +123,7 @@ def test_photographs_are_on_top_with_their_boxes_and_answers(page):
     assert "portrait.jpg" in section and "<span>happiness</span>" in section
     assert "Who is &lt;this&gt;?" in section and "Somebody &amp; nobody." in section
     assert "<span>no face</span>" in section and "No face was found in the image." in section
-    assert "The run that the package carries answers" in section and "do not believe" in section
+    assert "the run that ships with this package" in section and "do not trust" in section
     assert page.index("</header>") < page.index("Real photographs") < page.index('class="cards"')
 
 

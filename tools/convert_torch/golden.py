@@ -26,7 +26,7 @@ from emollama_jax.models.eva_vit import EvaVit
 from emollama_jax.models.facexformer import FaceXFormer, FaceXFormerOutput
 from emollama_jax.models.llama import KVCache, Llama
 from emollama_jax.models.qformer import QFormer
-from emollama_jax.models.visual_tokens import VisualTokens, merge
+from emollama_jax.models.visual_tokens import VisualTokens, merge_in_order
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -174,7 +174,7 @@ class LlamaVid(nnx.Module):
 
     def read(self, ids: Int[Array, "b t"], visual: Float[Array, "b v h"]) -> Float[Array, "b t v"]:
         """Expanded ids and visual tokens → logits."""
-        embeds = merge(self.llama.embed(ids), ids, visual)
+        embeds = merge_in_order(self.llama.embed(ids), ids, visual)
         return self.llama.logits(self.llama(embeds).hidden)
 
 
@@ -348,7 +348,9 @@ def greedy(
         return llama.logits(out.hidden[:, -1]).argmax(), out.cache
 
     run = jitted(model.llama, advance)
-    chosen, cache = run(merge(model.llama.embed(ids), ids, video), jnp.arange(start)[None], cache)
+    chosen, cache = run(
+        merge_in_order(model.llama.embed(ids), ids, video), jnp.arange(start)[None], cache
+    )
     got = [int(chosen)]
     for position in range(start, start + steps - 1):
         embeds = model.llama.embed(jnp.asarray([got[-1:]]))
