@@ -135,11 +135,13 @@ def _watched(
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
+        with process.stdout as said:
+            for line in said:
+                lines.put(line)
         lines.put("")
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         while line := lines.get(timeout=PATIENCE):
             yield json.loads(line)
@@ -148,6 +150,7 @@ def _watched(
     finally:
         process.kill()
         process.wait()
+        reader.join()
 
 
 if __name__ == "__main__":
